@@ -65,6 +65,8 @@ pub struct StorageConfig {
     /// The niceness of the storage thread (0 to 19): when all processors are busy, devices come first and
     /// storage catches up later.
     pub nice: u8,
+    /// Whether the numbers in payloads are stored as samples too, for `series`. Applies to what is stored from now on.
+    pub samples: bool,
 }
 
 impl Default for LogConfig {
@@ -82,7 +84,7 @@ impl Default for LogConfig {
 
 impl Default for StorageConfig {
     fn default() -> Self {
-        Self { sink: SinkKind::Sqlite, nice: 10 }
+        Self { sink: SinkKind::Sqlite, nice: 10, samples: true }
     }
 }
 

@@ -45,6 +45,7 @@ pub use log::{Durability, LogBackend, LogConfig, SinkKind, StorageConfig};
 pub use mqtt::{MetadataPolicy, MqttConfig};
 pub use nats::NatsConfig;
 pub use public::{PublicMqtt, PublicUrl};
+pub use quantity::parse_duration_ms;
 pub use tls::{ClientCertificates, HTTP_TLS_SETTINGS, MQTT_TLS_SETTINGS, TlsConfig, TlsSettingNames};
 
 /// The whole configuration.

@@ -33,6 +33,8 @@ pub struct LatestTopic {
     pub offset: Offset,
     /// When that record was received.
     pub received_at: TimeMicros,
+    /// When it was measured, if its sender has said so.
+    pub event_at: Option<TimeMicros>,
     /// Its payload.
     pub payload: Vec<u8>,
     /// Its media type, or empty.
@@ -53,15 +55,19 @@ pub struct LatestValue {
     pub received_at: TimeMicros,
 }
 
-/// `{"topic", "offset", "received_at", "payload", "content_type", "values"}`.
+/// `{"topic", "offset", "received_at", "payload", "content_type", "values"}`, with `"event_at"` if there is one.
 impl Serialize for LatestTopic {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         let payload = PayloadJson::from_bytes(&self.payload);
         let encoding = payload.encoding();
-        let mut fields = serializer.serialize_struct("Latest", 6 + usize::from(encoding.is_some()))?;
+        let more = usize::from(encoding.is_some()) + usize::from(self.event_at.is_some());
+        let mut fields = serializer.serialize_struct("Latest", 6 + more)?;
         fields.serialize_field("topic", &self.topic)?;
         fields.serialize_field("offset", &self.offset)?;
         fields.serialize_field("received_at", &Rfc3339(self.received_at))?;
+        if let Some(event_at) = self.event_at {
+            fields.serialize_field("event_at", &Rfc3339(event_at))?;
+        }
         fields.serialize_field("payload", &payload)?;
         if let Some(encoding) = encoding {
             fields.serialize_field("payload_encoding", encoding)?;
@@ -107,7 +113,7 @@ pub(super) fn read_latest_page(
     // No topic is empty, so every topic sorts after the empty string.
     let after = after.unwrap_or_default();
     let mut topics = connection.prepare_cached(
-        "SELECT t.id, t.topic, e.offset, e.received_us, e.payload, o.content_type
+        "SELECT t.id, t.topic, e.offset, e.received_us, e.payload, o.content_type, e.event_us
          FROM topics t JOIN entries e ON e.offset = t.latest_offset JOIN origins o ON o.id = e.origin_id
          WHERE t.datasource_id = ?1 AND t.topic > ?2 ORDER BY t.topic",
     )?;
@@ -127,6 +133,7 @@ pub(super) fn read_latest_page(
             received_at: row.get(3)?,
             payload: payload_bytes_of_row(row, 4)?,
             content_type: row.get(5)?,
+            event_at: row.get(6)?,
             values: BTreeMap::new(),
         };
         let mut bytes = latest.topic.len() + latest.payload.len();

@@ -399,6 +399,18 @@ pub const EVENT_TIME_POINTER_BYTES_MAX: usize = 256;
 pub const EVENT_TIME_TEXT_BYTES_MAX: usize = 64;
 /// Parts of the JSON pointer to an event time: each is a scan of what it is in.
 pub const EVENT_TIME_POINTER_PARTS_MAX: usize = 8;
+/// Steps that a series has, unless it is asked for others.
+pub const SERIES_POINTS_DEFAULT: usize = 1_000;
+/// The fewest steps that a series can be asked for: with one, no length of a step would always do.
+pub const SERIES_POINTS_MIN: usize = 2;
+/// The most steps that a series can be asked for.
+pub const SERIES_POINTS_MAX: usize = 10_000;
+/// The longest step of a series, in milliseconds: 366 days.
+pub const SERIES_STEP_MS_MAX: u64 = 366 * 24 * 3_600 * 1_000;
+/// Chunks of samples that one series reads: tens of millions of samples and more.
+pub const SERIES_CHUNKS_MAX: usize = 200_000;
+/// Bytes of chunks that a series reads in one turn.
+pub const SERIES_PIECE_BYTES: usize = 4 << 20;
 /// The largest distance between event time and receipt that a datasource may ask for, in seconds: 100 years.
 pub const EVENT_TIME_SKEW_S_MAX: u64 = 100 * 366 * 24 * 3_600;
 

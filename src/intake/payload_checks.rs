@@ -15,14 +15,16 @@ use crate::values::{EVENT_TIME_PROPERTY, EventTimeRule, ShapedPayload};
 #[derive(Clone, Default)]
 pub(super) struct PayloadChecks {
     validation: Validation,
-    event_time: Arc<EventTimeRule>,
+    /// `None` if the datasource says nothing about it.
+    event_time: Option<Arc<EventTimeRule>>,
 }
 
 impl PayloadChecks {
     pub(super) fn of(datasource: &Datasource) -> Self {
+        let event_time = &datasource.event_time;
         Self {
             validation: Validation::from_setting(&datasource.schemas),
-            event_time: datasource.event_time.made(EventTimeRule::from_text),
+            event_time: event_time.is_set().then(|| event_time.made(EventTimeRule::from_text)),
         }
     }
 
@@ -40,11 +42,15 @@ impl PayloadChecks {
         received_at: TimeMicros,
     ) -> Result<Option<TimeMicros>, Box<QuarantineReason<'static>>> {
         self.validation.check(topic, payload)?;
+        let stated = stated_event_time(properties);
         let shaped = || {
             let text = std::str::from_utf8(payload).ok()?;
             ShapedPayload { topic, content_type, text, received_at }.event_time()
         };
-        self.event_time.event_time(stated_event_time(properties), shaped, payload, received_at)
+        match &self.event_time {
+            Some(rule) => rule.event_time(stated, shaped, payload, received_at),
+            None => EventTimeRule::default().event_time(stated, shaped, payload, received_at),
+        }
     }
 }
 

@@ -152,7 +152,8 @@ impl EventTimeRule {
     }
 
     /// The setting, if there is one.
-    pub fn setting(&self) -> Option<&EventTimeSetting> {
+    #[cfg(test)]
+    fn setting(&self) -> Option<&EventTimeSetting> {
         self.0.as_ref()
     }
 

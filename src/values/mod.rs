@@ -7,11 +7,9 @@
 
 pub mod event_time;
 mod json_path;
-#[allow(dead_code, reason = "sinks read samples next")]
 pub mod samples;
 pub mod shape;
 
 pub use event_time::{EVENT_TIME_PROPERTY, EventTimeRule, EventTimeSetting};
-#[allow(unused_imports, reason = "sinks read samples next")]
-pub use samples::{Sample, SampleReader};
+pub use samples::SampleReader;
 pub use shape::ShapedPayload;

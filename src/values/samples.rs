@@ -214,7 +214,10 @@ impl<'a> serde::Deserialize<'a> for MemberName<'a> {
 
 #[cfg(test)]
 mod tests {
+    use serde_json::json;
+
     use super::*;
+    use crate::seeded_random::SeededRandom;
 
     fn read(payload: &[u8]) -> Vec<(String, f64)> {
         let mut reader = SampleReader::default();
@@ -345,5 +348,69 @@ mod tests {
         let lines = b"cpu,host=a idle=1 5\ncpu,host=b idle=2 5\ncpu,host=a idle=3 6";
         let keys: Vec<_> = reader.read("x", "", lines, 0).map(|sample| sample.key.to_owned()).collect();
         assert_eq!(keys, ["cpu/host=a/idle", "cpu/host=b/idle", "cpu/host=a/idle"]);
+    }
+
+    /// The same by way of a `Value`, of which each member is there once.
+    fn samples_of_value(path: &str, value: &serde_json::Value, depth: usize, into: &mut Vec<(String, f64)>) {
+        match value {
+            serde_json::Value::Number(number) => {
+                into.extend(number.as_f64().map(|value| (path.to_owned(), value)));
+            }
+            serde_json::Value::Bool(is_on) => into.push((path.to_owned(), f64::from(u8::from(*is_on)))),
+            serde_json::Value::Object(members) if depth <= SAMPLE_DEPTH_MAX => {
+                for (name, value) in members {
+                    let path = if depth == 0 { name.clone() } else { format!("{path}.{name}") };
+                    samples_of_value(&path, value, depth + 1, into);
+                }
+            }
+            _ => {}
+        }
+    }
+
+    /// A value that the random numbers make, whose members have names that no other has.
+    fn some_value(random: &mut SeededRandom, depth: usize, names: &mut u32) -> serde_json::Value {
+        match random.below(if depth > 10 { 6 } else { 9 }) {
+            0 => json!(random.below(1_000_000)),
+            1 => json!(-(random.below(1_000) as f64) / 7.0),
+            2 => json!(random.percent(50)),
+            3 => json!(null),
+            4 => json!("a \"text\" {}:"),
+            5 => json!(1e-300 * random.below(9) as f64),
+            6 => json!([random.below(9), {"in": 1}]),
+            _ => {
+                let members = (0..random.below(6)).map(|_| {
+                    *names += 1;
+                    (format!("n{names}é"), some_value(random, depth + 1, names))
+                });
+                serde_json::Value::Object(members.collect())
+            }
+        }
+    }
+
+    #[test]
+    fn whatever_a_value_is_its_samples_are_those_that_a_parser_finds_and_broken_ones_have_none() {
+        for seed in 0..2_000 {
+            let mut random = SeededRandom(seed);
+            let value = some_value(&mut random, 0, &mut 0);
+            let mut expected = Vec::new();
+            samples_of_value("", &value, 0, &mut expected);
+            let text = if random.percent(50) { value.to_string() } else { format!("{value:#}") };
+            let (mut found, mut expected) = (read(text.as_bytes()), expected);
+            if expected.len() <= SAMPLES_PER_RECORD_MAX {
+                found.sort_by(|a, b| a.0.cmp(&b.0));
+                expected.sort_by(|a, b| a.0.cmp(&b.0));
+                assert_eq!(found, expected, "seed {seed}: {text}");
+            }
+            // Cut or with other bytes it is read to no harm, and gives something only where a parser takes it.
+            let mut bytes = text.into_bytes();
+            match bytes.len() {
+                0 | 1 => {}
+                length if random.percent(50) => bytes.truncate(1 + random.below(length - 1)),
+                length => bytes[random.below(length)] = u8::try_from(random.below(256)).expect("a byte"),
+            }
+            if serde_json::from_slice::<serde::de::IgnoredAny>(&bytes).is_err() {
+                assert_eq!(read(&bytes), [], "seed {seed}: {}", String::from_utf8_lossy(&bytes));
+            }
+        }
     }
 }

@@ -13,5 +13,6 @@ mod influx;
 mod memory;
 mod openapi;
 mod proxied;
+mod series;
 mod tls;
 mod wire;

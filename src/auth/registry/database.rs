@@ -277,14 +277,14 @@ mod tests {
     fn a_newer_format_is_refused_and_left_alone() {
         let dir = tempfile::tempdir().expect("temporary directory");
         drop(RegistryDatabase::open(dir.path()).expect("opens"));
-        written_by_hand(dir.path(), "PRAGMA user_version = 5");
+        written_by_hand(dir.path(), "PRAGMA user_version = 6");
         let error = RegistryDatabase::open(dir.path()).err().expect("newer");
         assert!(
-            matches!(error, RegistryError::Database(SqliteError::Newer { version: 5, known: 4, .. })),
+            matches!(error, RegistryError::Database(SqliteError::Newer { version: 6, known: 5, .. })),
             "{error}"
         );
         let connection = Connection::open(dir.path().join("registry.db")).expect("opens");
-        assert_eq!(version(&connection), 5);
+        assert_eq!(version(&connection), 6);
     }
 
     fn version(connection: &Connection) -> i64 {

@@ -6,6 +6,7 @@
 
 mod row;
 mod scan;
+pub mod series;
 #[cfg(test)]
 mod tests;
 

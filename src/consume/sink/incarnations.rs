@@ -9,8 +9,8 @@ use std::collections::BTreeSet;
 
 use rusqlite::{Connection, OptionalExtension, params};
 
-use super::newest;
-use super::quarantined::{CREATE_MOVED, for_each_moved_topic};
+use super::quarantined::{CREATE_MOVED, for_each_moved_topic, forget_moved, restore_moved};
+use super::samples;
 use super::schema::{offset_from_sql, sql_offset};
 use crate::log::{IncarnationHistory, IncarnationStep, WithheldSnapshot};
 use crate::message::{DatasourceId, Incarnation, KeyId, Offset};
@@ -144,12 +144,12 @@ fn move_selected(
     if table == "quarantined" {
         return Ok(());
     }
-    for_each_moved_topic(connection, |topic_id| newest::forget_moved(connection, topic_id))?;
+    for_each_moved_topic(connection, |topic_id| forget_moved(connection, topic_id))?;
     connection.execute(
         "UPDATE temp.moved SET topic_id = (SELECT topic_id FROM entries e WHERE e.offset = moved.offset)",
         [],
     )?;
-    for_each_moved_topic(connection, |topic_id| newest::restore_moved(connection, topic_id))
+    for_each_moved_topic(connection, |topic_id| restore_moved(connection, topic_id))
 }
 
 /// The row of the incarnation with this scope, which has this name then; without one, makes it.
@@ -186,6 +186,9 @@ pub(super) fn purge_some(connection: &Connection, scope: &DatasourceId) -> rusql
             [row, left],
         )?;
         left -= i64::try_from(removed).unwrap_or(i64::MAX);
+    }
+    if left > 0 {
+        left -= i64::try_from(samples::purge_some(connection, row, left)?).unwrap_or(i64::MAX);
     }
     if left <= 0 {
         return Ok(false);

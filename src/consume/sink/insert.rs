@@ -8,19 +8,22 @@ use super::ids::{RememberedIds, RowIds};
 use super::incarnations;
 use super::newest::NewestValues;
 use super::quarantined;
+use super::samples::{NewSamples, SampledRecord};
 use super::schema::{TIME_INDEX_OFFSETS, sql_offset};
 use crate::log::WithheldSnapshot;
 use crate::message::{Offset, RecordFlags, RecordRef, TimeMicros};
 
 /// Stores `records`, in the transaction that `transaction` is in. Those whose key has leaked go into quarantine, and
-/// those of a purged incarnation are left out.
+/// those of a purged incarnation are left out. With `keeps_samples`, also stores the numbers in their payloads.
 pub(super) fn insert_records<'a>(
     transaction: &Connection,
     ids: &mut RememberedIds,
     left_out: &WithheldSnapshot,
+    keeps_samples: bool,
     records: impl Iterator<Item = RecordRef<'a>>,
 ) -> rusqlite::Result<()> {
     let mut newest = NewestValues::default();
+    let mut samples = NewSamples::default();
     let mut times = TimeIndexRow::default();
     let mut entry = transaction.prepare_cached(
         "INSERT INTO entries (offset, datasource_id, topic_id, origin_id, received_us, payload, event_us)
@@ -53,7 +56,13 @@ pub(super) fn insert_records<'a>(
             record.event_at,
         ])?;
         newest.observe(row.topic, &record, text);
+        if keeps_samples {
+            let RecordRef { offset, received_at, event_at, topic, content_type, payload, .. } = record;
+            let record = SampledRecord { offset, received_at, event_at, topic, content_type, payload };
+            samples.observe(row.topic, &record, &ids.open_chunks);
+        }
     }
+    samples.write(transaction, &mut ids.open_chunks)?;
     times.write(transaction)?;
     newest.write(transaction)
 }

@@ -10,5 +10,7 @@ pub(in crate::consume) mod incarnations;
 mod insert;
 mod newest;
 pub mod quarantined;
+pub(in crate::consume) mod sample_chunk;
+mod samples;
 pub mod schema;
 pub mod sqlite;

@@ -11,6 +11,7 @@ use rusqlite::{Connection, params};
 use super::ids::RowIds;
 use super::incarnations;
 use super::newest;
+use super::samples;
 use super::schema::{offset_from_sql, sql_offset};
 use crate::log::{RecordNote, WithheldChange, WithheldSnapshot};
 use crate::message::{KeyId, Offset, RecordFlags, RecordRef};
@@ -134,7 +135,7 @@ pub(super) fn forget_from(connection: &Connection, end: Offset) -> rusqlite::Res
     connection.execute("DELETE FROM entries WHERE offset >= ?1", [end])?;
     connection.execute("DELETE FROM quarantined WHERE offset >= ?1", [end])?;
     connection.execute("UPDATE quarantined SET redriven_offset = NULL WHERE redriven_offset >= ?1", [end])?;
-    for_each_moved_topic(connection, |topic_id| newest::forget_moved(connection, topic_id))
+    for_each_moved_topic(connection, |topic_id| forget_moved(connection, topic_id))
 }
 
 /// Moves records that rules about this key cover into quarantine.
@@ -172,7 +173,7 @@ fn withhold(connection: &Connection, key_id: KeyId, left_out: &WithheldSnapshot)
         [],
     )?;
     connection.execute("DELETE FROM entries WHERE offset IN (SELECT offset FROM temp.moved)", [])?;
-    for_each_moved_topic(connection, |topic_id| newest::forget_moved(connection, topic_id))
+    for_each_moved_topic(connection, |topic_id| forget_moved(connection, topic_id))
 }
 
 /// Moves records that no rule about this key covers any more back to `entries`.
@@ -203,7 +204,19 @@ fn give_back(connection: &Connection, key_id: KeyId, left_out: &WithheldSnapshot
         [],
     )?;
     connection.execute("DELETE FROM quarantined WHERE offset IN (SELECT offset FROM temp.moved)", [])?;
-    for_each_moved_topic(connection, |topic_id| newest::restore_moved(connection, topic_id))
+    for_each_moved_topic(connection, |topic_id| restore_moved(connection, topic_id))
+}
+
+/// Takes out what a topic has of its records that are in `temp.moved` and no longer in `entries`: newest values and samples.
+pub(super) fn forget_moved(connection: &Connection, topic_id: i64) -> rusqlite::Result<()> {
+    newest::forget_moved(connection, topic_id)?;
+    samples::forget_moved(connection, topic_id)
+}
+
+/// Puts back what [`forget_moved`] has taken out, of records that are in `entries`.
+pub(super) fn restore_moved(connection: &Connection, topic_id: i64) -> rusqlite::Result<()> {
+    newest::restore_moved(connection, topic_id)?;
+    samples::restore_moved(connection, topic_id)
 }
 
 /// Calls `work` with each topic of the records in `temp.moved`.

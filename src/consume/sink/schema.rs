@@ -1,6 +1,6 @@
 //! The shape of `records.db`: what somebody who opens it with `sqlite3` finds.
 //!
-//! Three views are for reading, even while the gateway runs:
+//! Four views are for reading, even while the gateway runs:
 //!
 //! - `records`: `offset`, `datasource`, `topic`, `payload`, `content_type`, `key_id`, `transport`,
 //!   `received_at`, `received_us`, and `event_at`, `event_us`: when it was measured, NULL if nobody says so. A payload is TEXT when it is UTF-8 without a NUL, else BLOB.
@@ -10,6 +10,8 @@
 //!
 //! - `quarantine`: records that are kept and not passed on, with the columns of `records` and `cause`
 //!   (`schema` or `key`), `keyword`, `pointer`, `detail`, `schema_version`, `redriven_offset`.
+//! - `samples`: `offset`, `datasource`, `topic`, `key`, `value`, `at`, `at_us`: each number of the stored payloads, its key as
+//!   `src/values/samples.rs` says. Its time is that of the event where that is known, or else of the receipt.
 //!
 //! A datasource that was deleted is called `press-4~1` in all of them, with the number of its incarnation: the id stays
 //! free for one that is created again.
@@ -237,6 +239,31 @@ const ADD_EVENT_TIME: &str = concat!(
     ALTER TABLE quarantined ADD COLUMN event_us INTEGER;
     CREATE INDEX entries_event ON entries (topic_id, event_us) WHERE event_us IS NOT NULL;
 
+    -- The numbers of a topic's payloads, from a run of its records: {\"KEY\":[[OFFSET,TIME,VALUE],...],...}, with
+    -- offsets that count from first_offset and times in microseconds that count from base_us.
+    CREATE TABLE sample_chunks (
+        id           INTEGER PRIMARY KEY,
+        topic_id     INTEGER NOT NULL,
+        first_offset INTEGER NOT NULL,
+        last_offset  INTEGER NOT NULL,
+        base_us      INTEGER NOT NULL,
+        oldest_us    INTEGER NOT NULL,
+        newest_us    INTEGER NOT NULL,
+        samples      TEXT NOT NULL
+    );
+    CREATE INDEX sample_chunks_time ON sample_chunks (topic_id, newest_us, oldest_us);
+
+    CREATE VIEW samples AS
+    SELECT c.first_offset + json_extract(s.value, '$[0]') AS offset, d.datasource, t.topic, k.key,
+        json_extract(s.value, '$[2]') AS value, ",
+    rfc3339_of_any!("(c.base_us + json_extract(s.value, '$[1]'))"),
+    " AS at, c.base_us + json_extract(s.value, '$[1]') AS at_us
+    FROM sample_chunks c
+    JOIN topics t ON t.id = c.topic_id
+    JOIN datasources d ON d.id = t.datasource_id
+    JOIN json_each(c.samples) k
+    JOIN json_each(k.value) s;
+
     DROP VIEW records;
     CREATE VIEW records AS
     SELECT e.offset, d.datasource, t.topic, e.payload, o.content_type, o.key_id, o.transport,
@@ -287,5 +314,20 @@ mod tests {
         assert_eq!(number("SELECT next_offset FROM cursor"), 41);
         assert_eq!(number("SELECT count(*) FROM quarantine"), 0);
         assert_eq!(number("SELECT version FROM withheld"), 0);
+    }
+    #[test]
+    fn sql_finds_the_records_of_a_topic_by_their_event_times_with_an_index() {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let connection = RECORDS_DATABASE.open(&dir.path().join("records.db")).expect("made");
+        let mut plan = connection
+            .prepare(
+                "EXPLAIN QUERY PLAN SELECT offset, payload FROM records
+                 WHERE datasource = 'press-4' AND topic = 'a' AND event_us >= 5 AND event_us < 9",
+            )
+            .expect("SQL");
+        let steps = plan.query_map([], |row| row.get::<_, String>(3)).expect("a plan");
+        let steps: Vec<String> = steps.map(|step| step.expect("a text")).collect();
+        let by_time = "SEARCH e USING INDEX entries_event (topic_id=? AND event_us>? AND event_us<?)";
+        assert!(steps.iter().any(|step| step == by_time), "{steps:?}");
     }
 }

@@ -64,6 +64,8 @@ pub struct SqliteSink {
     left_out: Option<WithheldSnapshot>,
     /// The incarnation that a purge has begun to remove.
     purging: Option<DatasourceId>,
+    /// Whether the numbers in payloads are stored too.
+    keeps_samples: bool,
     /// A transaction was begun and not committed: ids that it inserted do not exist.
     ids_uncertain: bool,
 }
@@ -93,8 +95,15 @@ impl SqliteSink {
             withheld_version,
             left_out: None,
             purging: None,
+            keeps_samples: true,
             ids_uncertain: false,
         })
+    }
+
+    /// Whether the numbers in the payloads of what is stored from now on are stored too, as samples. They are, unless
+    /// this says otherwise; what is there stays.
+    pub fn keep_samples(&mut self, keeps_samples: bool) {
+        self.keeps_samples = keeps_samples;
     }
 
     /// Names the file in an error of SQLite's.
@@ -269,7 +278,7 @@ impl SqliteSink {
         let records = records.skip_while(|record| record.offset < self.cursor);
         let nothing = WithheldSnapshot::default();
         let left_out = self.left_out.as_ref().unwrap_or(&nothing);
-        insert_records(&transaction, &mut self.ids, left_out, records)?;
+        insert_records(&transaction, &mut self.ids, left_out, self.keeps_samples, records)?;
         transaction.commit()?;
         Ok(true)
     }

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use tracing::{error, warn};
 
 use super::{StorageError, StorageProgress, WAS_DAMAGED, begin_anew, open_right, unopened_words};
+use crate::config::StorageConfig;
 use crate::consume::follower::{Consumer, NextRound};
 use crate::consume::sink::sqlite::{SinkError, SqliteSink};
 use crate::log::{Log, LogReadError};
@@ -49,6 +50,8 @@ pub(super) struct StorageFollower {
     synced_at: Option<Instant>,
     /// By how much to lower the thread's priority; `None` once that is done.
     nice: Option<u8>,
+    /// Whether the numbers in payloads are stored too.
+    keeps_samples: bool,
 }
 
 /// What a round has done.
@@ -112,7 +115,7 @@ impl Consumer for StorageFollower {
 }
 
 impl StorageFollower {
-    /// A thread, not started yet, that continues at the cursor of `sink` and lowers its priority by `nice`. Without a
+    /// A thread, not started yet, that continues at the cursor of `sink` and does what `config` says. Without a
     /// sink it opens the database, as a start at `log_end` would.
     pub(super) fn new(
         path: PathBuf,
@@ -120,10 +123,11 @@ impl StorageFollower {
         log: Arc<dyn Log>,
         log_end: Offset,
         shared: Arc<StorageProgress>,
-        nice: u8,
+        config: &StorageConfig,
     ) -> Self {
         let unopened = sink.is_none().then_some(log_end);
-        Self { path, log, sink, unopened, shared, synced_at: None, nice: Some(nice) }
+        let (nice, keeps_samples) = (Some(config.nice), config.samples);
+        Self { path, log, sink, unopened, shared, synced_at: None, nice, keeps_samples }
     }
 
     /// Opens the database that could not be opened at the start. The log has gone on since then: what the database
@@ -165,6 +169,7 @@ impl StorageFollower {
             Some(sink) => sink,
             None => self.sink.insert(SqliteSink::open(&self.path)?),
         };
+        sink.keep_samples(self.keeps_samples);
         let cursor = sink.cursor();
         let sync = self.synced_at.is_none_or(|at| at.elapsed() >= STORAGE_SYNC_INTERVAL);
         let first = self.log.first_offset();

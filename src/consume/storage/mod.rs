@@ -110,7 +110,7 @@ impl StorageConsumer {
         });
         let control = FollowerControl::new(&STORAGE_PROFILE);
         control.begin_with(trouble);
-        let follower = StorageFollower::new(path, sink, log.clone(), log_end, shared.clone(), config.nice);
+        let follower = StorageFollower::new(path, sink, log.clone(), log_end, shared.clone(), config);
         control.start(follower, log)?;
         Ok(Self { shared, control })
     }

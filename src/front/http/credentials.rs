@@ -107,8 +107,11 @@ pub(super) fn refuse_key_in_url(uri: &Uri) -> Result<(), Problem> {
     let Ok(Query(pairs)) = Query::<Vec<(String, String)>>::try_from_uri(uri) else {
         return Ok(()); // The query string cannot be parsed: the handler that reads it reports that.
     };
+    // There, `key` is that of a value in payloads.
+    let is_of_series = uri.path().starts_with("/v1/datasources/") && uri.path().ends_with("/series");
     let is_key = |(name, value): &(String, String)| {
         KEY_QUERY_PARAMETERS.iter().any(|parameter| name.eq_ignore_ascii_case(parameter))
+            && !(is_of_series && name == "key")
             || name.contains(KEY_PREFIX)
             || value.contains(KEY_PREFIX)
     };
@@ -152,12 +155,19 @@ mod tests {
             "/v1/ingest/a?b=%68gk_secret",
             "/v1/ingest/a?hgk_secret",
             "/v1/ingest/hgk_secret",
+            "/v1/datasources/a/series?key=hgk_secret",
+            "/v1/datasources/a/series?API_KEY=x",
+            "/v1/datasources/a/records?key=x",
         ] {
             let problem = refuse_key_in_url(&Uri::from_static(uri)).expect_err(uri);
             assert_eq!(problem.kind(), ProblemKind::KeyInUrl);
             assert!(!format!("{problem:?}").contains("secret"));
         }
-        for uri in ["/v1/ingest/a", "/v1/datasources/a/records?key_id=0123456789ab&topic=key"] {
+        for uri in [
+            "/v1/ingest/a",
+            "/v1/datasources/a/records?key_id=0123456789ab&topic=key",
+            "/v1/datasources/a/series?topic=t&key=temp",
+        ] {
             assert!(refuse_key_in_url(&Uri::from_static(uri)).is_ok(), "{uri}");
         }
     }

@@ -39,6 +39,7 @@ mod refusals;
 mod request_clock;
 mod request_form;
 mod schema;
+mod series;
 mod server;
 mod sessions;
 mod socket;
@@ -376,6 +377,7 @@ fn routes() -> Vec<(Method, &'static str, MethodRouter<Arc<HttpFrontState>>)> {
         route(post.clone(), "/v1/datasources/{datasource}/keys/{key_id}/rotate", keys::rotate),
         route(get.clone(), "/v1/datasources/{datasource}/records", query::records),
         route(get.clone(), "/v1/datasources/{datasource}/latest", query::latest),
+        route(get.clone(), "/v1/datasources/{datasource}/series", series::series),
         route(get.clone(), "/v1/datasources/{datasource}/sessions", sessions::list),
         route(get.clone(), "/v1/connect", endpoints::show),
         route(get.clone(), "/v1/refusals", refusals::list),
@@ -396,7 +398,7 @@ fn routes() -> Vec<(Method, &'static str, MethodRouter<Arc<HttpFrontState>>)> {
 
 /// The routes that are for devices and readers. All others are the administration's: where it has a listener of its own,
 /// they are not found at any other.
-const DEVICE_ROUTES: [(Method, &str); 16] = [
+const DEVICE_ROUTES: [(Method, &str); 17] = [
     (Method::POST, "/v1/ingest/{datasource}"),
     (Method::POST, "/v1/ingest/{datasource}/{*topic}"),
     (Method::POST, "/api/v2/write"),
@@ -407,6 +409,7 @@ const DEVICE_ROUTES: [(Method, &str); 16] = [
     (Method::GET, "/v1/datasources/{datasource}/schema"),
     (Method::GET, "/v1/datasources/{datasource}/records"),
     (Method::GET, "/v1/datasources/{datasource}/latest"),
+    (Method::GET, "/v1/datasources/{datasource}/series"),
     (Method::GET, "/v1/connect"),
     (Method::POST, "/v1/leaks"),
     (Method::GET, "/mqtt"),
