@@ -14,5 +14,6 @@ mod memory;
 mod openapi;
 mod proxied;
 mod series;
+mod shapes;
 mod tls;
 mod wire;
