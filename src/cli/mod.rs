@@ -121,7 +121,7 @@ pub fn run(cli: Cli) -> ExitCode {
         CliCommand::Schema(command) => schema::run(command, &mut out),
         CliCommand::Quarantine(command) => quarantine::run(command, &mut out),
         CliCommand::Audit(args) => audit::run(args, &mut out),
-        CliCommand::Records(args) => records::run(args, &mut out),
+        CliCommand::Records(args) => records::run(&args, &mut out),
         CliCommand::Refusals(args) => refusals::run(args, &mut out),
         CliCommand::Publish(args) => publish::run(args, &mut out),
         CliCommand::Bench(args) => bench::run(args, &mut out),

@@ -3,6 +3,7 @@
 
 use std::borrow::Cow;
 use std::fmt;
+use std::io::{self, Write};
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD as BASE64;
@@ -101,6 +102,41 @@ pub fn record_json(record: &StoredRecord) -> RecordJson<'_> {
         transport: record.transport,
         received_at: Rfc3339(record.received_at),
         event_at: record.event_at.map(Rfc3339),
+    }
+}
+
+/// The first line of CSV, with its end.
+pub const CSV_HEADER: &str =
+    "offset,received_at,topic,payload,payload_encoding,content_type,key_id,transport,event_at\n";
+
+/// Writes a record as one line of CSV (RFC 4180, ended by LF alone): the payload as it was sent if it is text, without the
+/// quotes and escapes of a JSON string, else in Base64. A cell with a comma, a quote or a line break is quoted.
+///
+/// # Errors
+/// Those of `out`.
+pub fn write_csv_line(record: &StoredRecord, out: &mut impl Write) -> io::Result<()> {
+    let payload = PayloadJson::from_bytes(&record.payload);
+    let encoding = payload.encoding().unwrap_or_default();
+    let payload: Cow<'_, str> = match &payload {
+        PayloadJson::Json(json) => match serde_json::from_str::<String>(json.get()) {
+            Ok(text) => text.into(),
+            Err(_) => json.get().into(),
+        },
+        PayloadJson::Text(text) => (*text).into(),
+        PayloadJson::Base64(text) => text.as_str().into(),
+    };
+    write!(out, "{},{}", record.offset, Rfc3339(record.received_at))?;
+    let (key_id, transport) = (record.key_id.to_string(), record.transport.as_str());
+    for cell in [&record.topic, &*payload, encoding, &record.content_type, &key_id, transport] {
+        if cell.contains([',', '"', '\n', '\r']) {
+            write!(out, ",\"{}\"", cell.replace('"', "\"\""))?;
+        } else {
+            write!(out, ",{cell}")?;
+        }
+    }
+    match record.event_at {
+        Some(at) => writeln!(out, ",{}", Rfc3339(at)),
+        None => writeln!(out, ","),
     }
 }
 
@@ -227,6 +263,40 @@ mod tests {
         assert!(portable_json("1e999").is_none());
         assert!(portable_json(r#""\ud800""#).is_none());
         assert!(portable_json("NaN").is_none());
+    }
+
+    fn press_record() -> StoredRecord {
+        StoredRecord {
+            offset: 7,
+            topic: "a,b".into(),
+            payload: b"{\"value\": 21.50}".to_vec(),
+            content_type: "".into(),
+            key_id: KeyId([1, 0x23, 0x45, 0x67, 0x89, 0xab]),
+            transport: Transport::Mqtt,
+            received_at: 1_795_426_119_000_120,
+            event_at: Some(1_795_426_118_000_000),
+        }
+    }
+
+    fn csv(payload: &[u8]) -> String {
+        let mut line = Vec::new();
+        let record = StoredRecord { payload: payload.to_vec(), ..press_record() };
+        write_csv_line(&record, &mut line).expect("a Vec takes all");
+        String::from_utf8(line).expect("text")
+    }
+
+    #[test]
+    fn csv_quotes_what_would_break_a_line_and_keeps_every_digit() {
+        let expected = "7,2026-11-23T09:28:39.000120Z,\"a,b\",\"{\"\"value\"\": 21.50}\",,,0123456789ab,mqtt,2026-11-23T09:28:38.000000Z\n";
+        assert_eq!(csv(b"{\"value\": 21.50}"), expected);
+        assert_eq!(CSV_HEADER.matches(',').count(), 8);
+    }
+
+    #[test]
+    fn csv_tells_bytes_from_text() {
+        assert!(csv(b"\xff\x00").contains(",/wA=,base64,,"), "{}", csv(b"\xff\x00"));
+        assert!(csv(b"two\nlines").contains(",\"two\nlines\",,,"), "{}", csv(b"two\nlines"));
+        assert!(csv(b"\"two\\nlines\"").contains(",\"two\nlines\",,,"), "{}", csv(b"\"two\\nlines\""));
     }
 
     #[test]

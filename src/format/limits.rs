@@ -146,6 +146,8 @@ pub const HTTP_REQUEST_BYTES: usize = 8 << 10;
 pub const HTTP_ANSWER_PIECE_BYTES: usize = 64 << 10;
 /// Payload bytes of a page that are read from storage at a time.
 pub const QUERY_PIECE_BYTES: usize = 512 << 10;
+/// Records that are scanned for one piece of a page: a piece is one turn of its tenant.
+pub const QUERY_PIECE_SCANNED: usize = 20_000;
 /// The largest body that is parsed on the task that read it; larger ones go to a blocking thread.
 pub const HTTP_INLINE_BYTES_MAX: usize = 64 << 10;
 /// Bytes read and discarded of a request that was answered before its end.
@@ -295,8 +297,11 @@ pub const WRITE_AHEAD_BYTES: usize = 256 << 10;
 pub const WRITE_AHEAD_FREE_BYTES_MIN: u64 = 1 << 30;
 /// Room that a backup on the disk of the data directory leaves free there, in bytes.
 pub const BACKUP_FREE_BYTES_MIN: u64 = 256 << 20;
-/// Bytes that a backup writes before it syncs them: what the disk has to write at once delays the log's syncs.
-pub const BACKUP_SYNC_BYTES: u64 = 4 << 20;
+/// Bytes that a fast backup writes before it waits for the disk.
+pub const BACKUP_SYNC_BYTES: usize = 4 << 20;
+/// Bytes that a paced backup writes before it waits for the disk and rests: what the disk has to write at once delays the
+/// log's syncs.
+pub const BACKUP_PACED_BYTES: usize = 512 << 10;
 /// Bytes of a backup's manifest: about 500,000 files.
 pub const BACKUP_MANIFEST_BYTES_MAX: u64 = 64 << 20;
 /// Bytes of the log's newest part that every start verifies.
@@ -377,6 +382,22 @@ pub const PARSES_PER_PROCESSOR_MAX: usize = 4;
 pub const QUERY_BYTES_MAX: usize = 16 << 20;
 /// Records that a query scans for one page; a selective filter gives short pages.
 pub const QUERY_SCANNED_MAX: usize = 100_000;
+/// Stored records that one transaction of retention removes: storage goes on in between.
+pub const PRUNE_RECORDS_PER_TRANSACTION: usize = 2_000;
+/// Topics whose samples one transaction of retention takes out of what they share with later ones.
+pub const TRIM_TOPICS_PER_TRANSACTION: u32 = 64;
+/// How often that is done: samples may outlive their records by so much.
+pub const TRIM_INTERVAL: std::time::Duration = std::time::Duration::from_secs(30);
+/// Free pages of `records.db` that are given back to the file system at a time.
+pub const PRUNE_PAGES_PER_TRANSACTION: i64 = 256;
+/// Free pages of `records.db` that stay for later records, of 4 KiB each; of a large one, a sixteenth of its pages.
+pub const FREE_PAGES_KEPT: i64 = 1024;
+/// What a stored record takes beside its payload, approximately, as the limit `stored_bytes` counts it.
+pub const STORED_RECORD_BYTES: u64 = 64;
+/// How often is looked at what is over the limits of what is stored, ...
+pub const RETENTION_INTERVAL: std::time::Duration = std::time::Duration::from_secs(1);
+/// ... and how long that may take at a time while storage has nothing else to do.
+pub const RETENTION_TURN_MAX: std::time::Duration = std::time::Duration::from_millis(20);
 /// Topics on one page of `latest`.
 pub const LATEST_TOPICS_MAX: usize = 10_000;
 /// JSON keys that `latest` stores per topic.

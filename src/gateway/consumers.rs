@@ -8,16 +8,20 @@ use tokio::task::spawn_blocking;
 use tracing::warn;
 
 use super::opened::OpenedLog;
+use crate::auth::Registry;
 use crate::config::{Config, LogBackend, SinkKind};
 use crate::consume::egress::Egress;
 use crate::consume::query::RecordsReader;
-use crate::consume::storage::StorageConsumer;
+use crate::consume::sink::retention::StoredLimits;
+use crate::consume::storage::{StorageConsumer, StoredLimitsSource};
 use crate::consume::subscriber::Subscribers;
 use crate::consume::subscriber::retained::RetainedStore;
 use crate::consume::subscriber::sessions::{SessionStore, StoredSessions};
 use crate::front::mqtt::ClientClaims;
+use crate::intake::meters;
 use crate::log::Log;
 use crate::message::Offset;
+use crate::quota::{Limit, LimitOwner};
 
 /// The consumers of a gateway.
 #[derive(Clone)]
@@ -54,6 +58,7 @@ impl Consumers {
                 // It may read the log, which in a cluster blocks.
                 let storage =
                     spawn_blocking(move || StorageConsumer::start(&at, &settings, followed)).await??;
+                storage.begin_retention(stored_limits(opened.registry.clone()));
                 (Some(Arc::new(storage)), Some(RecordsReader::new(dir)))
             }
             SinkKind::None => (None, None),
@@ -89,6 +94,23 @@ impl Consumers {
             egress.stop(deadline).await;
         }
     }
+}
+
+/// The limits on what is stored of each datasource that has some, as they are at the time.
+fn stored_limits(registry: Arc<Registry>) -> StoredLimitsSource {
+    Arc::new(move || {
+        let datasources = registry.datasources().into_iter();
+        let limited = datasources.filter_map(|datasource| {
+            let meters = meters(&datasource.limits, || LimitOwner::Datasource(datasource.id.clone()))?;
+            let max = |limit| meters.limits().get(limit).map(|setting| setting.max);
+            let limits = StoredLimits {
+                age_us: max(Limit::StoredAgeS).and_then(|s| i64::try_from(s).ok()?.checked_mul(1_000_000)),
+                bytes: max(Limit::StoredBytes),
+            };
+            (limits != StoredLimits::default()).then(|| (datasource.scope(), limits))
+        });
+        limited.collect()
+    })
 }
 
 /// Brings sessions and groups that are ahead of the log back to its end.

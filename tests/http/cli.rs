@@ -5,6 +5,7 @@ use std::path::Path;
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
+use crate::common::cluster::first_offset;
 use crate::common::{Gateway, scratch, wait_for};
 use serde_json::Value;
 
@@ -210,7 +211,7 @@ fn publish_sends_lines_of_standard_input_and_of_a_file() {
 }
 
 #[test]
-fn records_follows_pages_to_its_limit_and_takes_filters() {
+fn records_come_up_to_a_limit_or_all_in_either_order_and_by_filter() {
     let dir = scratch();
     let gateway = Gateway::start(dir.path());
     let source = gateway.create("press-4");
@@ -228,6 +229,22 @@ fn records_follows_pages_to_its_limit_and_takes_filters() {
     assert_eq!(count(&["--limit", "2400"]), 2_400);
     assert_eq!(count(&["--limit", "100000"]), 2_501);
     assert_eq!(count(&["--limit", "100000", "--topic", "a/#"]), 2_500);
+    assert_eq!(count(&["--all"]), 2_501);
+    assert_eq!(count(&["--all", "--to-offset", "7", "--from-offset", "2"]), 5);
+    let shown = |args: &[&str]| {
+        let args = [&["records", "press-4", "--order", "newest", "--limit", "2"], args].concat();
+        prints(&mut to(&gateway, &args))
+    };
+    let newest = shown(&["--format", "ndjson"]);
+    let offsets: Vec<u64> = newest
+        .lines()
+        .map(|line| serde_json::from_str::<Value>(line).expect("JSON")["offset"].as_u64().expect("a number"))
+        .collect();
+    assert_eq!(offsets, [2_500, 2_499].map(|offset| offset + first_offset()), "{newest}");
+    let further = shown(&["--format", "csv", "--cursor", &offsets[1].to_string(), "--topic", "a/b"]);
+    let further: Vec<&str> = further.lines().skip(1).filter_map(|line| line.split(',').nth(3)).collect();
+    assert_eq!(further, ["2498", "2497"]);
+    assert!(shown(&[]).contains("last"), "a table");
     assert_eq!(count(&["--from", "2100-01-01T00:00:00Z"]), 0);
     assert_eq!(count(&["--to", "2100-01-01T00:00:00Z", "--limit", "5"]), 5);
     let said = fails(&mut to(&gateway, &["records", "press-4", "--format", "json", "--from", "yesterday"]));

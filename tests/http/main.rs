@@ -13,6 +13,7 @@ mod influx;
 mod memory;
 mod openapi;
 mod proxied;
+mod records;
 mod series;
 mod shapes;
 mod tls;

@@ -10,6 +10,7 @@ use std::collections::BTreeSet;
 use rusqlite::{Connection, OptionalExtension, params};
 
 use super::quarantined::{CREATE_MOVED, for_each_moved_topic, forget_moved, restore_moved};
+use super::retention::forget_sizes;
 use super::samples;
 use super::schema::{offset_from_sql, sql_offset};
 use crate::log::{IncarnationHistory, IncarnationStep, WithheldSnapshot};
@@ -177,6 +178,7 @@ pub(super) fn ensure_row(connection: &Connection, scope: &DatasourceId, name: &s
 /// nothing is left of it.
 pub(super) fn purge_some(connection: &Connection, scope: &DatasourceId) -> rusqlite::Result<bool> {
     let Some(row) = row_id_of_scope(connection, scope)? else { return Ok(true) };
+    forget_sizes(connection)?;
     let mut left = PURGE_RECORDS_PER_TRANSACTION;
     for table in ["entries", "quarantined"] {
         let removed = connection.execute(
@@ -198,6 +200,7 @@ pub(super) fn purge_some(connection: &Connection, scope: &DatasourceId) -> rusql
         [row],
     )?;
     connection.execute("DELETE FROM topics WHERE datasource_id = ?1", [row])?;
+    connection.execute("DELETE FROM retention WHERE datasource_id = ?1", [row])?;
     connection.execute("DELETE FROM datasources WHERE id = ?1", [row])?;
     Ok(true)
 }
@@ -221,7 +224,7 @@ mod tests {
     use std::sync::Arc;
 
     use super::*;
-    use crate::consume::query::{RecordsQuery, RecordsReader};
+    use crate::consume::query::{RecordsOrder, RecordsQuery, RecordsReader};
     use crate::consume::sink::sqlite::{RECORDS_FILE_NAME, SqliteSink};
     use crate::consume::testing::record;
     use crate::log::{WithheldChange, WithheldRules};
@@ -260,7 +263,11 @@ mod tests {
             topic: None,
             from: None,
             to: None,
+            event_from: None,
+            event_to: None,
             after_offset: None,
+            before_offset: None,
+            order: RecordsOrder::Oldest,
             key_id: None,
             limit: 100,
         };

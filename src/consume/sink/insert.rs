@@ -8,6 +8,7 @@ use super::ids::{RememberedIds, RowIds};
 use super::incarnations;
 use super::newest::NewestValues;
 use super::quarantined;
+use super::retention::StoredSizes;
 use super::samples::{NewSamples, SampledRecord};
 use super::schema::{TIME_INDEX_OFFSETS, sql_offset};
 use crate::log::WithheldSnapshot;
@@ -17,7 +18,7 @@ use crate::message::{Offset, RecordFlags, RecordRef, TimeMicros};
 /// those of a purged incarnation are left out. With `keeps_samples`, also stores the numbers in their payloads.
 pub(super) fn insert_records<'a>(
     transaction: &Connection,
-    ids: &mut RememberedIds,
+    (ids, sizes): (&mut RememberedIds, &mut StoredSizes),
     left_out: &WithheldSnapshot,
     keeps_samples: bool,
     records: impl Iterator<Item = RecordRef<'a>>,
@@ -38,6 +39,7 @@ pub(super) fn insert_records<'a>(
         if quarantined::note_superseded(transaction, &record)? {
             continue;
         }
+        sizes.add(row.datasource, sql_offset(record.offset), record.payload.len());
         let is_leaked = left_out.covers(record.datasource, record.key_id, record.received_at, record.offset);
         if record.flags.contains(RecordFlags::QUARANTINED) || is_leaked {
             quarantined::insert_quarantined(transaction, &record, row, ToSqlOutput::Borrowed(payload))?;

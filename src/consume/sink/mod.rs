@@ -10,6 +10,7 @@ pub(in crate::consume) mod incarnations;
 mod insert;
 mod newest;
 pub mod quarantined;
+pub mod retention;
 pub(in crate::consume) mod sample_chunk;
 mod samples;
 pub mod schema;

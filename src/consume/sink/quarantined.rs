@@ -11,6 +11,7 @@ use rusqlite::{Connection, params};
 use super::ids::RowIds;
 use super::incarnations;
 use super::newest;
+use super::retention::forget_sizes;
 use super::samples;
 use super::schema::{offset_from_sql, sql_offset};
 use crate::log::{RecordNote, WithheldChange, WithheldSnapshot};
@@ -134,6 +135,8 @@ pub(super) fn forget_from(connection: &Connection, end: Offset) -> rusqlite::Res
         .execute("INSERT INTO temp.moved SELECT offset, topic_id FROM entries WHERE offset >= ?1", [end])?;
     connection.execute("DELETE FROM entries WHERE offset >= ?1", [end])?;
     connection.execute("DELETE FROM quarantined WHERE offset >= ?1", [end])?;
+    connection.execute("UPDATE retention SET removed_below = min(removed_below, ?1)", [end])?;
+    forget_sizes(connection)?;
     connection.execute("UPDATE quarantined SET redriven_offset = NULL WHERE redriven_offset >= ?1", [end])?;
     for_each_moved_topic(connection, |topic_id| forget_moved(connection, topic_id))
 }

@@ -40,7 +40,8 @@ const CACHE_KIB: i64 = 32 << 10;
 /// How the sink opens `records.db`. The opening waits long for a lock: without the database there is nothing
 /// to do. Each transaction fails soon, and is tried again.
 pub(in crate::consume) const RECORDS_DATABASE: SqliteProfile = SqliteProfile {
-    migrations: &[CREATE_RECORDS_TABLES, ADD_QUARANTINE, ADD_INCARNATIONS, ADD_EVENT_TIME],
+    migrations: &[CREATE_RECORDS_TABLES, ADD_QUARANTINE, ADD_INCARNATIONS, ADD_EVENT_TIME, ADD_RETENTION],
+    gives_pages_back: true,
     open_lock_wait_max: Duration::from_secs(5),
     lock_wait_max: Duration::from_millis(250),
     pragmas: &[
@@ -293,6 +294,25 @@ const ADD_EVENT_TIME: &str = concat!(
     "
 );
 
+/// Turns format 4 into format 5.
+const ADD_RETENTION: &str = "
+    -- Below removed_below nothing is stored of a datasource any more: its limits have had it removed.
+    CREATE TABLE retention (
+        datasource_id INTEGER PRIMARY KEY,
+        removed_below INTEGER NOT NULL
+    );
+
+    -- What the records of a datasource with a limit in bytes take, as far as that is counted: below next_offset.
+    CREATE TABLE stored_sizes (
+        datasource_id INTEGER PRIMARY KEY,
+        bytes         INTEGER NOT NULL,
+        next_offset   INTEGER NOT NULL
+    );
+
+    -- Finds the samples of what is removed.
+    CREATE INDEX sample_chunks_offset ON sample_chunks (topic_id, first_offset);
+";
+
 #[cfg(test)]
 mod tests {
     use rusqlite::Connection;
@@ -310,10 +330,20 @@ mod tests {
         drop(connection);
         let connection = RECORDS_DATABASE.open(&path).expect("upgraded");
         let number = |sql| connection.query_row(sql, [], |row| row.get::<_, i64>(0)).expect("reads");
-        assert_eq!(number("PRAGMA user_version"), 4);
+        assert_eq!(number("PRAGMA user_version"), RECORDS_DATABASE.newest_version());
         assert_eq!(number("SELECT next_offset FROM cursor"), 41);
         assert_eq!(number("SELECT count(*) FROM quarantine"), 0);
         assert_eq!(number("SELECT version FROM withheld"), 0);
+        assert_eq!(number("SELECT count(*) FROM retention"), 0);
+        assert_eq!(number("PRAGMA auto_vacuum"), 0, "an older one keeps its form");
+    }
+
+    #[test]
+    fn a_new_database_can_give_pages_back() {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let connection = RECORDS_DATABASE.open(&dir.path().join("records.db")).expect("made");
+        let mode: i64 = connection.pragma_query_value(None, "auto_vacuum", |row| row.get(0)).expect("reads");
+        assert_eq!(mode, 2, "incremental");
     }
     #[test]
     fn sql_finds_the_records_of_a_topic_by_their_event_times_with_an_index() {

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use tracing::{error, warn};
 
+use super::retention::RetentionTurns;
 use super::{StorageError, StorageProgress, WAS_DAMAGED, begin_anew, open_right, unopened_words};
 use crate::config::StorageConfig;
 use crate::consume::follower::{Consumer, NextRound};
@@ -48,6 +49,7 @@ pub(super) struct StorageFollower {
     unopened: Option<Offset>,
     shared: Arc<StorageProgress>,
     synced_at: Option<Instant>,
+    retention: RetentionTurns,
     /// By how much to lower the thread's priority; `None` once that is done.
     nice: Option<u8>,
     /// Whether the numbers in payloads are stored too.
@@ -75,7 +77,12 @@ impl Consumer for StorageFollower {
         if let Some(log_end) = self.unopened {
             self.open_late(log_end)?;
         }
-        let round = self.store();
+        let round = self.store().and_then(|round| {
+            if let (Some(sink), Some(limits)) = (&mut self.sink, self.shared.limits.get()) {
+                self.retention.take_turn(sink, limits, begun.elapsed())?;
+            }
+            Ok(round)
+        });
         if let Err(StorageRoundError::Sink(error)) = &round
             && !error.is_clean_rollback()
         {
@@ -127,7 +134,8 @@ impl StorageFollower {
     ) -> Self {
         let unopened = sink.is_none().then_some(log_end);
         let (nice, keeps_samples) = (Some(config.nice), config.samples);
-        Self { path, log, sink, unopened, shared, synced_at: None, nice, keeps_samples }
+        let retention = RetentionTurns::default();
+        Self { path, log, sink, unopened, shared, synced_at: None, retention, nice, keeps_samples }
     }
 
     /// Opens the database that could not be opened at the start. The log has gone on since then: what the database

@@ -10,11 +10,12 @@
 
 mod ahead;
 mod follower;
+mod retention;
 #[cfg(test)]
 mod tests;
 
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Instant;
 
 use parking_lot::Mutex;
@@ -22,6 +23,7 @@ use tokio::sync::watch;
 use tracing::error;
 
 use self::follower::StorageFollower;
+pub use self::retention::StoredLimitsSource;
 use super::follower::{FollowerControl, FollowerProfile};
 use super::sink::sqlite::{RECORDS_FILE_NAME, SinkError, SqliteSink};
 use crate::config;
@@ -80,6 +82,8 @@ struct StorageProgress {
     hold: Hold,
     /// What was set aside since the start and where, for the operator.
     set_aside: Mutex<Option<String>>,
+    /// How much may stay stored, once that is known.
+    limits: OnceLock<StoredLimitsSource>,
 }
 
 impl StorageConsumer {
@@ -107,12 +111,19 @@ impl StorageConsumer {
             withheld: watch::Sender::new(sink.as_ref().map_or(0, SqliteSink::withheld_version)),
             hold: log.hold(),
             set_aside: Mutex::new(said.flatten()),
+            limits: OnceLock::new(),
         });
         let control = FollowerControl::new(&STORAGE_PROFILE);
         control.begin_with(trouble);
         let follower = StorageFollower::new(path, sink, log.clone(), log_end, shared.clone(), config);
         control.start(follower, log)?;
         Ok(Self { shared, control })
+    }
+
+    /// Removes from now on what is over these limits. They are asked for again and again.
+    pub fn begin_retention(&self, limits: StoredLimitsSource) {
+        // The first one asks the registry, which does not change.
+        let _ = self.shared.limits.set(limits);
     }
 
     /// The first offset that is not stored yet.

@@ -32,8 +32,8 @@ const CORS_ROUTES: [(Method, &str); 7] = [
 const CORS_REQUEST_HEADERS: &str =
     "authorization, x-api-key, content-type, content-encoding, idempotency-key, event-time";
 /// What a page may see of an answer beside what every page may.
-const CORS_ANSWER_HEADERS: &str =
-    "retry-after, www-authenticate, x-ratelimit-limit, x-ratelimit-remaining, x-ratelimit-reset";
+const CORS_ANSWER_HEADERS: &str = "retry-after, www-authenticate, x-ratelimit-limit, x-ratelimit-remaining, x-ratelimit-reset, \
+     headgate-stored-from, headgate-stored-from-time, headgate-removed-below";
 /// How long a browser may remember a preflight's answer, in seconds.
 const CORS_MAX_AGE_S: &str = "600";
 /// What the answer to a preflight depends on.

@@ -35,6 +35,7 @@ mod probes;
 mod problem;
 mod quarantine;
 mod query;
+mod records;
 mod refusals;
 mod request_clock;
 mod request_form;
@@ -375,7 +376,7 @@ fn routes() -> Vec<(Method, &'static str, MethodRouter<Arc<HttpFrontState>>)> {
         route(patch, "/v1/datasources/{datasource}/keys/{key_id}", limits::patch_key_limits),
         route(delete, "/v1/datasources/{datasource}/keys/{key_id}", keys::revoke),
         route(post.clone(), "/v1/datasources/{datasource}/keys/{key_id}/rotate", keys::rotate),
-        route(get.clone(), "/v1/datasources/{datasource}/records", query::records),
+        route(get.clone(), "/v1/datasources/{datasource}/records", records::records),
         route(get.clone(), "/v1/datasources/{datasource}/latest", query::latest),
         route(get.clone(), "/v1/datasources/{datasource}/series", series::series),
         route(get.clone(), "/v1/datasources/{datasource}/sessions", sessions::list),

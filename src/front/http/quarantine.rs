@@ -18,7 +18,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::json;
 
 use super::credentials::Caller;
-use super::page_stream::{self, JsonItems, PageSource};
+use super::page_stream::{self, JsonItems, PageFrame, PageSource};
 use super::query::{self, page_limit, time_parameter};
 use super::{HttpFrontState, PathParameters, keys, run_blocking, run_in_turn, run_reading};
 use crate::auth::{AuditEvent, Datasource, Scope};
@@ -72,7 +72,8 @@ pub(super) async fn list(
         redrivable: false,
         limit: page_limit(parameters.limit)?,
     };
-    page_stream::answer_page(&shared, &caller, "{\"records\":[".to_owned(), query.limit, query).await
+    let frame = PageFrame::object("{\"records\":[".to_owned());
+    page_stream::answer_page(&shared, &caller, frame, PageBudget::new(query.limit), query).await
 }
 
 impl PageSource for QuarantineQuery {

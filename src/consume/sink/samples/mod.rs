@@ -184,6 +184,7 @@ fn take_out(
             Ok((base, row.get::<_, String>(2)?))
         })?;
         match without_offsets(&text, base, &is_removed) {
+            Some((left, _)) if left == text => {}
             Some((left, of)) => {
                 update.execute(params![id, left, of.last_offset, of.oldest_us, of.newest_us])?;
             }
@@ -193,6 +194,21 @@ fn take_out(
         }
     }
     Ok(())
+}
+
+/// Removes the chunks of a topic that have nothing behind an offset.
+pub(super) fn remove_up_to(connection: &Connection, topic_id: i64, last: i64) -> rusqlite::Result<()> {
+    connection
+        .prepare_cached(
+            "DELETE FROM sample_chunks WHERE topic_id = ?1 AND first_offset <= ?2 AND last_offset <= ?2",
+        )?
+        .execute([topic_id, last])?;
+    Ok(())
+}
+
+/// Takes out the samples of a topic up to an offset that share a chunk with later ones.
+pub(super) fn trim_up_to(connection: &Connection, topic_id: i64, last: i64) -> rusqlite::Result<()> {
+    take_out(connection, topic_id, (last, last), |offset| offset <= last)
 }
 
 /// Puts back the samples of a topic's records that are in `temp.moved` and in `entries`, in chunks of their own.
