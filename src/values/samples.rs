@@ -346,7 +346,10 @@ mod tests {
         }
         // Two hosts on one topic are two series.
         let lines = b"cpu,host=a idle=1 5\ncpu,host=b idle=2 5\ncpu,host=a idle=3 6";
-        let keys: Vec<_> = reader.read("x", "", lines, 0).map(|sample| sample.key.to_owned()).collect();
+        let keys: Vec<_> = reader
+            .read("x", "text/plain; precision=s", lines, 0)
+            .map(|sample| sample.key.to_owned())
+            .collect();
         assert_eq!(keys, ["cpu/host=a/idle", "cpu/host=b/idle", "cpu/host=a/idle"]);
     }
 
