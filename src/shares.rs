@@ -16,7 +16,8 @@ use tokio_util::task::AbortOnDropHandle;
 
 use crate::limits::{
     BLOCKING_READS_MAX, BLOCKING_READS_PER_TENANT_MAX, OUTPUT_BYTES_MAX, OUTPUT_BYTES_PER_TENANT_MAX,
-    REPLAYS_RUNNING_MAX, REPLAYS_RUNNING_PER_TENANT_MAX,
+    REPLAYS_RUNNING_MAX, REPLAYS_RUNNING_PER_TENANT_MAX, STALLED_BYTES_MAX, STALLED_BYTES_PER_TENANT_MAX,
+    SUBSCRIPTION_BYTES, SUBSCRIPTION_LEVEL_BYTES,
 };
 use crate::message::DatasourceId;
 
@@ -272,6 +273,7 @@ impl ReadTurn {
 
 impl ShareCharge {
     /// The share that this is a part of.
+    #[cfg(test)]
     pub fn share(&self) -> &Arc<TenantShare> {
         &self.share
     }
@@ -309,6 +311,31 @@ impl ShareCharge {
         Ok(())
     }
 
+    /// Takes what a subscription with this filter costs, if the tenant has room for it.
+    ///
+    /// # Errors
+    /// [`ShareExceeded`], and nothing is taken.
+    pub fn try_take_filter(&mut self, filter: &str) -> Result<(), ShareExceeded> {
+        self.try_take(ShareCount::Subscriptions, 1)?;
+        self.try_take(ShareCount::SubscriptionBytes, filter_bytes(filter))
+            .inspect_err(|_| self.subtract(ShareCount::Subscriptions, 1))
+    }
+
+    /// Gives back what [`ShareCharge::try_take_filter`] has taken.
+    pub fn give_back_filter(&mut self, filter: &str) {
+        self.subtract(ShareCount::Subscriptions, 1);
+        self.subtract(ShareCount::SubscriptionBytes, filter_bytes(filter));
+    }
+
+    /// Counts what a subscriber holds in memory while its client takes nothing, in place of what it held before. Returns
+    /// whether there is room for it; if not, nothing is counted, and the subscriber is to let go of it.
+    pub fn hold_stalled(&mut self, bytes: u64) -> bool {
+        self.set(ShareCount::StalledBytes, 0);
+        let all = self.share.count_of_all(ShareCount::StalledBytes);
+        all.saturating_add(bytes) <= STALLED_BYTES_MAX
+            && self.try_add(ShareCount::StalledBytes, bytes, STALLED_BYTES_PER_TENANT_MAX).is_ok()
+    }
+
     /// Gives a part back.
     pub fn subtract(&mut self, what: ShareCount, amount: u64) {
         let amount = amount.min(self.amounts[what as usize]);
@@ -325,6 +352,13 @@ impl ShareCharge {
             self.subtract(what, before - amount);
         }
     }
+}
+
+/// What a subscription with this filter takes in memory: the texts of session and feed, and its place in the
+/// router's trie and its own.
+pub fn filter_bytes(filter: &str) -> u64 {
+    let levels = filter.bytes().filter(|byte| *byte == b'/').count() as u64 + 1;
+    SUBSCRIPTION_BYTES + 4 * filter.len() as u64 + levels * SUBSCRIPTION_LEVEL_BYTES
 }
 
 impl Drop for ShareCharge {

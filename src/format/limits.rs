@@ -148,6 +148,16 @@ pub const HTTP_ANSWER_PIECE_BYTES: usize = 64 << 10;
 pub const QUERY_PIECE_BYTES: usize = 512 << 10;
 /// Records that are scanned for one piece of a page: a piece is one turn of its tenant.
 pub const QUERY_PIECE_SCANNED: usize = 20_000;
+/// What a stream over HTTP hands over at a time, about, in bytes.
+pub const STREAM_CHUNK_BYTES: usize = 32 << 10;
+/// What it hands over until others have their turn, in bytes.
+pub const STREAM_BYTES_PER_TURN: usize = 128 << 10;
+/// The shortest time between two heartbeats of a stream.
+pub const STREAM_HEARTBEAT_MIN: std::time::Duration = std::time::Duration::from_millis(100);
+/// How long the last event of a stream may take that was told to end.
+pub const STREAM_END_WAIT_MAX: std::time::Duration = std::time::Duration::from_secs(1);
+/// How long a stream's client takes nothing until it counts as one that stands still.
+pub const STREAM_STILL: std::time::Duration = std::time::Duration::from_secs(10);
 /// The largest body that is parsed on the task that read it; larger ones go to a blocking thread.
 pub const HTTP_INLINE_BYTES_MAX: usize = 64 << 10;
 /// Bytes read and discarded of a request that was answered before its end.

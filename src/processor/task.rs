@@ -377,7 +377,7 @@ mod tests {
     #[tokio::test]
     async fn a_client_that_presents_its_key_soon_never_was_a_stranger() {
         let time = ProcessorTime::new();
-        let (strangers, tenant) = (time.of_strangers(), Arc::<TenantTime>::default());
+        let (strangers, tenant) = (time.of_strangers(), Arc::new(TenantTime::new(false)));
         for knows_key in [true, false] {
             let payer = TaskPayer::stranger(&time);
             let mut work = std::pin::pin!(std::future::ready(()));

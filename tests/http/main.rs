@@ -16,5 +16,7 @@ mod proxied;
 mod records;
 mod series;
 mod shapes;
+mod stream;
+mod tail;
 mod tls;
 mod wire;

@@ -24,13 +24,14 @@ use crate::limits::{
 };
 use crate::message::{Offset, RecordRef, TimeMicros};
 use crate::values::ShapedPayload;
+use crate::values::samples::{JsonMember, MemberName};
 
 /// The newest values, by the topic's row id.
 #[derive(Default)]
 pub(super) struct NewestValues<'a> {
     topics: HashMap<i64, NewestTopic<'a>>,
-    /// The members of the present object; kept for its allocation.
-    members: Vec<(Cow<'a, str>, Cow<'a, str>)>,
+    /// The values of the present payload, if it is of another shape; kept for its allocation.
+    shaped: Vec<ShapedEntry>,
 }
 
 /// The newest values of one topic.
@@ -60,16 +61,31 @@ enum PayloadValue<'a> {
 }
 
 impl<'a> NewestValues<'a> {
-    /// Adds the next record; `text` is its payload, if it is text.
-    pub(super) fn observe(&mut self, topic_id: i64, record: &RecordRef<'a>, text: Option<&'a str>) {
+    /// Adds the next record; `text` is its payload, if it is text, and `members` are its members, if it is a JSON object.
+    pub(super) fn observe(
+        &mut self,
+        topic_id: i64,
+        record: &RecordRef<'a>,
+        text: Option<&'a str>,
+        members: Option<&mut Vec<JsonMember<'a>>>,
+    ) {
         let topic = self.topics.entry(topic_id).or_default();
         topic.offset = record.offset;
-        match text {
-            Some(text) if read_values(&shaped_payload(record, text), &mut self.members) => {
-                for (place, (key, value)) in self.members.drain(..).enumerate() {
-                    topic.set(place, key, PayloadValue::Text(value), record);
-                }
+        if let Some(text) = text
+            && read_shaped(&shaped_payload(record, text), &mut self.shaped)
+        {
+            for (place, ShapedEntry { key, json, .. }) in self.shaped.drain(..).enumerate() {
+                topic.set(place, Cow::Owned(key), PayloadValue::Text(Cow::Owned(json)), record);
             }
+            return;
+        }
+        if let Some(members) = members {
+            for (place, (key, value)) in members.drain(..).enumerate() {
+                topic.set(place, key, PayloadValue::Text(Cow::Borrowed(value)), record);
+            }
+            return;
+        }
+        match text {
             Some(text) => topic.set(0, Cow::Borrowed(""), PayloadValue::Text(Cow::Borrowed(text)), record),
             None => topic.set(0, Cow::Borrowed(""), PayloadValue::Bytes(record.payload), record),
         }
@@ -181,9 +197,16 @@ fn put_values(
         ValueRef::Text(_) => {
             let text = payload.as_str()?;
             let (content_type, topic) = (row.get_ref(3)?.as_str()?, row.get_ref(4)?.as_str()?);
-            match read_values(&ShapedPayload { topic, content_type, text, received_at }, &mut members) {
-                true => members.into_iter().map(|(key, value)| (key, PayloadValue::Text(value))).collect(),
-                false => vec![(Cow::Borrowed(""), PayloadValue::Text(Cow::Borrowed(text)))],
+            let mut shaped = Vec::new();
+            if read_shaped(&ShapedPayload { topic, content_type, text, received_at }, &mut shaped) {
+                let owned =
+                    |entry: ShapedEntry| (Cow::Owned(entry.key), PayloadValue::Text(Cow::Owned(entry.json)));
+                shaped.into_iter().map(owned).collect()
+            } else if read_members(text, &mut members) {
+                let borrowed = |(key, value)| (key, PayloadValue::Text(Cow::Borrowed(value)));
+                members.into_iter().map(borrowed).collect()
+            } else {
+                vec![(Cow::Borrowed(""), PayloadValue::Text(Cow::Borrowed(text)))]
             }
         }
         payload => vec![(Cow::Borrowed(""), PayloadValue::Bytes(payload.as_bytes()?))],
@@ -274,31 +297,35 @@ fn shaped_payload<'a>(record: &RecordRef<'a>, text: &'a str) -> ShapedPayload<'a
     ShapedPayload { topic, content_type, text, received_at }
 }
 
-/// Reads the values of a payload, as JSON. Returns whether it has any other than itself.
-fn read_values<'a>(payload: &ShapedPayload<'a>, values: &mut Vec<(Cow<'a, str>, Cow<'a, str>)>) -> bool {
+/// A value of a payload that is of another shape than JSON's.
+struct ShapedEntry {
+    key: String,
+    json: String,
+    at: TimeMicros,
+}
+
+/// Reads the values of a payload of another shape, of each key the one with the latest time. Returns whether it is of one.
+fn read_shaped(payload: &ShapedPayload<'_>, values: &mut Vec<ShapedEntry>) -> bool {
     values.clear();
-    // Of a key that has several times.
-    let mut places: HashMap<String, (usize, TimeMicros)> = HashMap::new();
-    let is_shaped = payload.read(&mut |key, value, at| {
+    let mut places: HashMap<String, usize> = HashMap::new();
+    payload.read(&mut |key, value, at| {
         let at = at.unwrap_or(payload.received_at);
-        match places.get_mut(key) {
-            Some((place, latest)) if at >= *latest => {
-                *latest = at;
-                values[*place].1 = Cow::Owned(value.to_json());
+        match places.get(key) {
+            Some(&place) if at >= values[place].at => {
+                (values[place].json, values[place].at) = (value.to_json(), at)
             }
             Some(_) => {}
             None => {
-                places.insert(key.to_owned(), (values.len(), at));
-                values.push((Cow::Owned(key.to_owned()), Cow::Owned(value.to_json())));
+                places.insert(key.to_owned(), values.len());
+                values.push(ShapedEntry { key: key.to_owned(), json: value.to_json(), at });
             }
         }
-    });
-    is_shaped || read_members(payload.text, values)
+    })
 }
 
 /// Reads the members of a JSON object. Returns whether `text` is one. Values are parsed only as far as
 /// needed to find their end.
-fn read_members<'a>(text: &'a str, members: &mut Vec<(Cow<'a, str>, Cow<'a, str>)>) -> bool {
+pub(super) fn read_members<'a>(text: &'a str, members: &mut Vec<JsonMember<'a>>) -> bool {
     members.clear();
     if !text.trim_start().starts_with('{') {
         return false;
@@ -307,7 +334,7 @@ fn read_members<'a>(text: &'a str, members: &mut Vec<(Cow<'a, str>, Cow<'a, str>
     (&mut json).deserialize_map(MembersVisitor(members)).and_then(|()| json.end()).is_ok()
 }
 
-struct MembersVisitor<'m, 'a>(&'m mut Vec<(Cow<'a, str>, Cow<'a, str>)>);
+struct MembersVisitor<'m, 'a>(&'m mut Vec<JsonMember<'a>>);
 
 impl<'a> Visitor<'a> for MembersVisitor<'_, 'a> {
     type Value = ();
@@ -317,34 +344,9 @@ impl<'a> Visitor<'a> for MembersVisitor<'_, 'a> {
     }
 
     fn visit_map<A: MapAccess<'a>>(self, mut map: A) -> Result<(), A::Error> {
-        while let Some((MemberKey(key), value)) = map.next_entry::<MemberKey<'a>, &'a RawValue>()? {
-            self.0.push((key, Cow::Borrowed(value.get())));
+        while let Some((MemberName(name), value)) = map.next_entry::<MemberName<'a>, &'a RawValue>()? {
+            self.0.push((name, value.get()));
         }
         Ok(())
-    }
-}
-
-/// A key, borrowed unless it is written with escapes.
-struct MemberKey<'a>(Cow<'a, str>);
-
-impl<'a> serde::Deserialize<'a> for MemberKey<'a> {
-    fn deserialize<D: Deserializer<'a>>(deserializer: D) -> Result<Self, D::Error> {
-        struct MemberKeyVisitor;
-        impl<'a> Visitor<'a> for MemberKeyVisitor {
-            type Value = MemberKey<'a>;
-
-            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str("a key")
-            }
-
-            fn visit_borrowed_str<E>(self, key: &'a str) -> Result<MemberKey<'a>, E> {
-                Ok(MemberKey(Cow::Borrowed(key)))
-            }
-
-            fn visit_str<E>(self, key: &str) -> Result<MemberKey<'a>, E> {
-                Ok(MemberKey(Cow::Owned(key.to_owned())))
-            }
-        }
-        deserializer.deserialize_str(MemberKeyVisitor)
     }
 }

@@ -2,7 +2,7 @@
 //! that one that was away, or is slow, misses nothing.
 //!
 //! The [`router`] matches new records against all filters at once; a [`feed`] is one subscriber's
-//! place in the log, live or catching up; a [`group`] is a place that several share. [`retained`] has
+//! place in the log, live or catching up, over MQTT or as a stream over HTTP; a [`group`] is a place that several share. [`retained`] has
 //! the newest retained message of each topic. [`sessions`] keeps on the disk what outlives a connection.
 //!
 //! **Live and behind** meet without a lock. The router announces a batch before it routes it. A feed that
@@ -24,6 +24,8 @@ pub mod sessions;
 
 mod filter_set;
 mod matched;
+mod output_cover;
+mod replay;
 mod session_ends;
 mod trie;
 
@@ -37,6 +39,8 @@ pub use group::{
 };
 pub use mailbox::{Mailbox, SubscriberProgress};
 pub use matched::MatchedRecords;
+pub use output_cover::OutputCover;
+pub use replay::{ReplayError, ReplayStart};
 pub use router::Router;
 pub use session_ends::SessionEnds;
 

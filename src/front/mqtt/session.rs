@@ -9,9 +9,9 @@ use super::flights::Flights;
 use crate::consume::subscriber::GroupSession;
 use crate::consume::subscriber::sessions::{SessionStoreChange, StoredSession, StoredSubscription};
 use crate::filter::TopicFilter;
-use crate::limits::{INFLIGHT_PER_SESSION_MIN, INFLIGHT_STEP, SUBSCRIPTION_BYTES, SUBSCRIPTION_LEVEL_BYTES};
+use crate::limits::{INFLIGHT_PER_SESSION_MIN, INFLIGHT_STEP};
 use crate::message::{DatasourceId, Offset};
-use crate::shares::{ShareCharge, ShareCount, ShareExceeded, TenantShare};
+use crate::shares::{ShareCharge, ShareCount, ShareExceeded, TenantShare, filter_bytes};
 
 /// One client's session.
 #[derive(Debug)]
@@ -138,17 +138,13 @@ impl MqttSession {
     /// [`ShareExceeded`], and nothing is charged.
     pub(super) fn charge_filter(&mut self, filter: &str) -> Result<(), ShareExceeded> {
         let Some(charge) = &mut self.charge else { return Ok(()) };
-        charge.try_take(ShareCount::Subscriptions, 1)?;
-        charge.try_take(ShareCount::SubscriptionBytes, filter_bytes(filter)).inspect_err(|_| {
-            charge.subtract(ShareCount::Subscriptions, 1);
-        })
+        charge.try_take_filter(filter)
     }
 
     /// Gives back what [`MqttSession::charge_filter`] has charged.
     pub(super) fn discharge_filter(&mut self, filter: &str) {
         if let Some(charge) = &mut self.charge {
-            charge.subtract(ShareCount::Subscriptions, 1);
-            charge.subtract(ShareCount::SubscriptionBytes, filter_bytes(filter));
+            charge.give_back_filter(filter);
         }
     }
 
@@ -293,13 +289,6 @@ impl MqttSession {
     pub(super) fn from_handover(handed: SessionHandover) -> Self {
         Self::from_stored(handed.session)
     }
-}
-
-/// What a subscription with this filter takes in memory: the texts of session and feed, and its place in the
-/// router's trie and its own.
-fn filter_bytes(filter: &str) -> u64 {
-    let levels = filter.bytes().filter(|byte| *byte == b'/').count() as u64 + 1;
-    SUBSCRIPTION_BYTES + 4 * filter.len() as u64 + levels * SUBSCRIPTION_LEVEL_BYTES
 }
 
 #[cfg(test)]

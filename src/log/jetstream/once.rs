@@ -99,6 +99,12 @@ impl Generation {
     }
 }
 
+/// What the bucket is to be like.
+pub(super) fn once_bucket_settings(replicas: usize, window: Duration) -> KvBucketSettings {
+    let (name, writes) = (ONCE_BUCKET_NAME.to_owned(), KvWrites::Batched);
+    KvBucketSettings { name, replicas, age_max: Some(window + GENERATION_GRACE), writes }
+}
+
 enum GenerationWork {
     Release { ids: Vec<OnceId>, give_up_at: Instant, reply: ReleaseReply },
     Refresh { id: OnceId, generation: Generation, done: oneshot::Sender<Result<(), AppendError>> },
@@ -110,10 +116,7 @@ impl ExchangeGenerations {
     /// # Errors
     /// [`KvError`].
     pub(super) async fn open(nats: &Nats, replicas: usize, window: Duration) -> Result<Self, KvError> {
-        let age_max = Some(window + GENERATION_GRACE);
-        let (name, writes) = (ONCE_BUCKET_NAME.to_owned(), KvWrites::Batched);
-        let settings = KvBucketSettings { name, replicas, age_max, writes };
-        let bucket = KvBucket::open(nats, &settings).await?;
+        let bucket = KvBucket::open(nats, &once_bucket_settings(replicas, window)).await?;
         let known = Arc::new(RwLock::new(HashMap::new()));
         let mut watch = bucket.watch();
         let seen = watch.seen();

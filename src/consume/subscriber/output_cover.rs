@@ -1,4 +1,4 @@
-//! The room for a connection's output: what its client has not taken is covered by its tenant's share. So clients
+//! The room for a subscriber's output: what its client has not taken is covered by its tenant's share. So clients
 //! that take nothing cost a bounded memory, however many they are; those that take little at a time need none.
 
 use std::future::Future;
@@ -11,8 +11,8 @@ use crate::shares::{OutputRoom, TenantShare};
 
 type OutputRoomWait = Pin<Box<dyn Future<Output = OutputRoom> + Send>>;
 
-/// What covers a connection's output.
-pub(super) struct OutputCover {
+/// What covers the output to one subscriber.
+pub struct OutputCover {
     share: Arc<TenantShare>,
     room: Option<OutputRoom>,
     /// The wait for more, if there was none at once.
@@ -22,20 +22,26 @@ pub(super) struct OutputCover {
 }
 
 impl OutputCover {
-    pub(super) fn new(share: &Arc<TenantShare>) -> Self {
+    /// No output yet, of a client of this tenant.
+    pub fn new(share: &Arc<TenantShare>) -> Self {
         Self { share: share.clone(), room: None, waiting: None, sent: 0 }
     }
 
     /// Begins with an output of `bytes`, `unsent` of which are not sent.
-    pub(super) fn begin(&mut self, bytes: usize, unsent: usize) {
+    pub fn begin(&mut self, bytes: usize, unsent: usize) {
         self.sent = bytes - unsent;
         if unsent == 0 {
             self.room = None;
         }
     }
 
+    /// Whether it has a part of the share, or waits for one.
+    pub fn is_needed(&self) -> bool {
+        self.room.is_some() || self.waiting.is_some()
+    }
+
     /// Gives back what is not needed while nothing is appended.
-    pub(super) fn suspend(&mut self, unsent: usize) {
+    pub fn suspend(&mut self, unsent: usize) {
         self.waiting = None;
         if unsent == 0 {
             self.room = None;
@@ -44,7 +50,7 @@ impl OutputCover {
 
     /// Ready when `more` bytes may be appended to an output that has `bytes`.
     #[inline]
-    pub(super) fn poll(&mut self, bytes: usize, more: usize, cx: &mut Context<'_>) -> Poll<()> {
+    pub fn poll(&mut self, bytes: usize, more: usize, cx: &mut Context<'_>) -> Poll<()> {
         let wanted = (bytes - self.sent + more).saturating_sub(OUTPUT_FREE_BYTES);
         if wanted == 0 { Poll::Ready(()) } else { self.poll_covered(wanted, cx) }
     }
