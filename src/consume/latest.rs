@@ -219,6 +219,40 @@ mod tests {
     }
 
     #[test]
+    fn payloads_of_other_shapes_give_the_values_that_they_have() {
+        let values_of = |topic: &str, content_type: &'static str, payload: &str| {
+            let mut shaped = record(0, "press-4", topic, payload.as_bytes());
+            shaped.content_type = content_type;
+            let page = latest_after(&[vec![shaped]]);
+            let values = page.topics[0].values.iter();
+            let value =
+                |value: &LatestValue| value.value.as_deref().map(String::from_utf8_lossy).map(Into::into);
+            values
+                .map(|(key, latest)| (key.clone(), value(latest)))
+                .collect::<BTreeMap<String, Option<String>>>()
+        };
+        let of = |values: &[(&str, &str)]| {
+            values
+                .iter()
+                .map(|&(key, value)| (key.to_owned(), Some(value.to_owned())))
+                .collect::<BTreeMap<_, _>>()
+        };
+        let line = r#"cpu,host=a idle=98.50,n=-3i,on=t,note="a b" 5"#;
+        let expected = of(&[("idle", "98.50"), ("n", "-3"), ("on", "true"), ("note", "\"a b\"")]);
+        assert_eq!(values_of("cpu/host=a", "text/plain; precision=s", line), expected);
+        // Lines of two series on one topic, the newest of each by its time.
+        let lines = "cpu,host=a v=1 5\ncpu,host=b v=2 5\ncpu,host=a v=3 4\ncpu,host=b v=4 6";
+        let expected = of(&[("cpu/host=a/v", "1"), ("cpu/host=b/v", "4")]);
+        assert_eq!(values_of("telegraf", "text/plain; precision=s", lines), expected);
+        let telemetry =
+            r#"[{"ts": 2, "values": {"t": 1, "o": {"x": 1}}}, {"ts": 1, "values": {"t": 3, "u": "°"}}]"#;
+        let expected = of(&[("t", "1"), ("o", r#"{"x": 1}"#), ("u", "\"°\"")]);
+        assert_eq!(values_of("t", "application/json", telemetry), expected);
+        let senml = r#"[{"bn":"a/","bv":20,"n":"t","v":1.5},{"n":"on","vb":true}]"#;
+        assert_eq!(values_of("t", "application/senml+json", senml), of(&[("a/t", "21.5"), ("a/on", "true")]));
+    }
+
+    #[test]
     fn keys_are_what_they_stand_for_however_they_are_written() {
         let values =
             values_after(&[br#"{"\u0074": 1, "a\"b": 2, "t": 3}"#, r#"{"°": 4, "a\u0022b": 5}"#.as_bytes()]);

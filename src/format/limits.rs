@@ -9,6 +9,8 @@ pub const NAME_BYTES_MAX: usize = 200;
 pub const TOPIC_BYTES_MAX: usize = 1024;
 /// Levels of a topic, `a/b/c` has three.
 pub const TOPIC_LEVELS_MAX: usize = 64;
+/// Tags of a point in line protocol: a level of its topic each, behind that of the measurement.
+pub const POINT_TAGS_MAX: usize = TOPIC_LEVELS_MAX - 1;
 /// A media type given with a message.
 pub const CONTENT_TYPE_BYTES_MAX: usize = 255;
 /// An MQTT client identifier.

@@ -234,7 +234,13 @@ impl Draft {
             metered => metered?,
         }
         let received_at = self.received_at;
-        match self.checks(datasource).check(topic, message.payload, message.properties, received_at) {
+        match self.checks(datasource).check(
+            topic,
+            message.content_type,
+            message.payload,
+            message.properties,
+            received_at,
+        ) {
             Ok(event_at) => {
                 if message.flags.contains(RecordFlags::RETAIN) {
                     message.message_id.map_or(Ok(()), check_message_id)?;
@@ -367,7 +373,13 @@ impl Draft {
         grant.allows(Scope::Admin, datasource.as_str())?;
         let (offset, received_at) = (record.offset, record.received_at);
         let checks = self.checks(datasource);
-        let event_at = match checks.check(record.topic, record.payload, record.properties, received_at) {
+        let event_at = match checks.check(
+            record.topic,
+            record.content_type,
+            record.payload,
+            record.properties,
+            received_at,
+        ) {
             Ok(event_at) => event_at,
             Err(reason) => return Ok(RedriveOutcome::Fails(reason)),
         };

@@ -9,7 +9,7 @@ use crate::auth::Datasource;
 use crate::log::QuarantineReason;
 use crate::message::TimeMicros;
 use crate::validate::Validation;
-use crate::values::{EVENT_TIME_PROPERTY, EventTimeRule};
+use crate::values::{EVENT_TIME_PROPERTY, EventTimeRule, ShapedPayload};
 
 /// The present settings of a datasource for its payloads.
 #[derive(Clone, Default)]
@@ -36,15 +36,20 @@ impl PayloadChecks {
     pub(super) fn check(
         &self,
         topic: &str,
+        content_type: &str,
         payload: &[u8],
         properties: &[u8],
         received_at: TimeMicros,
     ) -> Result<Option<TimeMicros>, Box<QuarantineReason<'static>>> {
         self.validation.check(topic, payload)?;
         let stated = stated_event_time(properties);
+        let shaped = || {
+            let text = std::str::from_utf8(payload).ok()?;
+            ShapedPayload { topic, content_type, text, received_at }.event_time()
+        };
         match &self.event_time {
-            Some(rule) => rule.event_time(stated, payload, received_at),
-            None => EventTimeRule::default().event_time(stated, payload, received_at),
+            Some(rule) => rule.event_time(stated, shaped, payload, received_at),
+            None => EventTimeRule::default().event_time(stated, shaped, payload, received_at),
         }
     }
 }

@@ -132,7 +132,7 @@ pub enum EventTimeError {
 pub struct EventTimeRule(Option<EventTimeSetting>);
 
 /// The times that all readers can show, among them SQLite's functions: the years 0 to 9999.
-const EVENT_TIMES: RangeInclusive<TimeMicros> = -62_167_219_200_000_000..=253_402_300_799_999_999;
+pub(super) const EVENT_TIMES: RangeInclusive<TimeMicros> = -62_167_219_200_000_000..=253_402_300_799_999_999;
 
 /// The keyword in the reason of a message without an event time; JSON Schema has no such keyword.
 const EVENT_TIME_KEYWORD: &str = "event_time";
@@ -157,24 +157,36 @@ impl EventTimeRule {
         self.0.as_ref()
     }
 
-    /// The event time of a message. `stated`: what was said with it. `None` if nothing says it, or if what says it
-    /// cannot be used and that is no reason for quarantine.
+    /// The event time of a message. `stated`: what was said with it. `shaped`: finds the time that its shape has a place for
+    /// (see [`ShapedPayload`](super::ShapedPayload)). What is said counts first, then the place that the setting names, then
+    /// the shape's. `None` if nothing says it, or if what says it cannot be used and that is no reason for quarantine.
     ///
     /// # Errors
     /// Why the message goes into quarantine.
     pub fn event_time(
         &self,
         stated: Option<&str>,
+        shaped: impl Fn() -> Option<TimeMicros>,
         payload: &[u8],
         received_at: TimeMicros,
     ) -> Result<Option<TimeMicros>, Box<QuarantineReason<'static>>> {
+        let shaped = || shaped().filter(|at| EVENT_TIMES.contains(at));
         let Some(setting) = &self.0 else {
-            return Ok(stated.and_then(|text| time_in_any_form(text).ok()));
+            return Ok(stated.and_then(|text| time_in_any_form(text).ok()).or_else(shaped));
         };
         let (found, pointer) = match (stated, &setting.pointer) {
             (Some(text), _) => (time_in_any_form(text), ""),
-            (None, Some(pointer)) => (setting.format.time_at(payload, pointer), pointer.as_str()),
-            (None, None) => return Ok(None),
+            (None, Some(pointer)) => {
+                let found = match setting.format.time_at(payload, pointer) {
+                    Err(EventTimeError::Missing) => shaped().ok_or(EventTimeError::Missing),
+                    found => found,
+                };
+                (found, pointer.as_str())
+            }
+            (None, None) => match shaped() {
+                Some(at) => (Ok(at), ""),
+                None => return Ok(None),
+            },
         };
         let found = found.and_then(|at| setting.check_skew(at, received_at).map(|()| at));
         match (found, setting.on_error) {
@@ -325,11 +337,14 @@ mod tests {
         ] {
             let rule = rule(json!({"pointer": "/at", "format": format}));
             let payload = json!({"v": 1, "at": value}).to_string();
-            assert_eq!(rule.event_time(None, payload.as_bytes(), 0), Ok(at), "{format} {payload}");
+            assert_eq!(rule.event_time(None, || None, payload.as_bytes(), 0), Ok(at), "{format} {payload}");
         }
         let rule = rule(json!({"pointer": "/at", "format": "unix_s"}));
-        assert_eq!(rule.event_time(None, br#"{"at": 1.795426119e9}"#, 0), Ok(Some(1_795_426_119_000_000)));
-        assert_eq!(rule.event_time(None, br#"{"at": 1795426119.00012099999}"#, 0), Ok(Some(NOON)));
+        assert_eq!(
+            rule.event_time(None, || None, br#"{"at": 1.795426119e9}"#, 0),
+            Ok(Some(1_795_426_119_000_000))
+        );
+        assert_eq!(rule.event_time(None, || None, br#"{"at": 1795426119.00012099999}"#, 0), Ok(Some(NOON)));
     }
 
     #[test]
@@ -342,14 +357,15 @@ mod tests {
             "1795426119000120",
             "1795426119000120000",
         ] {
-            assert_eq!(none.event_time(Some(text), b"", 0), Ok(Some(NOON)), "{text}");
+            assert_eq!(none.event_time(Some(text), || None, b"", 0), Ok(Some(NOON)), "{text}");
         }
         for text in ["", "yesterday", "12:00", "-", "99999999999999999999999"] {
-            assert_eq!(none.event_time(Some(text), b"", 0), Ok(None), "{text}");
+            assert_eq!(none.event_time(Some(text), || None, b"", 0), Ok(None), "{text}");
         }
         let rule = rule(json!({"pointer": "/at", "format": "unix_s", "on_error": "quarantine"}));
-        assert_eq!(rule.event_time(Some("7"), br#"{"at": 8}"#, 0), Ok(Some(7_000_000)));
-        let reason = rule.event_time(Some("never"), br#"{"at": 8}"#, 0).expect_err("said and unreadable");
+        assert_eq!(rule.event_time(Some("7"), || None, br#"{"at": 8}"#, 0), Ok(Some(7_000_000)));
+        let reason =
+            rule.event_time(Some("never"), || None, br#"{"at": 8}"#, 0).expect_err("said and unreadable");
         assert_eq!((&*reason.keyword, &*reason.pointer), ("event_time", ""));
     }
 
@@ -362,15 +378,15 @@ mod tests {
         let now = 1_000_000_000_000_000;
         for (at, is_near) in [(0, true), (60, true), (61, false), (-60, true), (-61, false)] {
             let payload = format!(r#"{{"at": {}}}"#, 1_000_000_000 + at);
-            let event_at = quarantine.event_time(None, payload.as_bytes(), now);
+            let event_at = quarantine.event_time(None, || None, payload.as_bytes(), now);
             assert_eq!(event_at.is_ok(), is_near, "{at}: {event_at:?}");
-            let event_at = lenient.event_time(None, payload.as_bytes(), now).expect("let in");
+            let event_at = lenient.event_time(None, || None, payload.as_bytes(), now).expect("let in");
             assert_eq!(event_at.is_some(), is_near, "{at}");
         }
         for payload in [&b"{}"[..], b"", b"\xff", b"{\"at\": ", b"{\"at\": \"x\"}", b"[]"] {
-            let reason = quarantine.event_time(None, payload, now).expect_err("no time");
+            let reason = quarantine.event_time(None, || None, payload, now).expect_err("no time");
             assert_eq!((&*reason.keyword, &*reason.pointer), ("event_time", "/at"));
-            assert_eq!(lenient.event_time(None, payload, now), Ok(None));
+            assert_eq!(lenient.event_time(None, || None, payload, now), Ok(None));
         }
     }
 
@@ -392,5 +408,21 @@ mod tests {
         let rule = rule(json!({"pointer": "/x".repeat(EVENT_TIME_POINTER_PARTS_MAX), "max_skew_s": 0}));
         assert!(rule.setting().is_some());
         assert_eq!(EventTimeRule::from_text(Some("{\"newer\": 1}")), EventTimeRule::default());
+    }
+
+    #[test]
+    fn the_time_of_a_shape_counts_where_nothing_else_says_one() {
+        let shaped = || Some(NOON);
+        let none = EventTimeRule::default();
+        assert_eq!(none.event_time(None, shaped, b"", 0), Ok(Some(NOON)));
+        assert_eq!(none.event_time(Some("7"), shaped, b"", 0), Ok(Some(7_000_000)));
+        assert_eq!(none.event_time(None, || Some(i64::MAX), b"", 0), Ok(None));
+        let named = rule(json!({"pointer": "/at", "format": "unix_s", "on_error": "quarantine"}));
+        assert_eq!(named.event_time(None, shaped, br#"{"at": 8}"#, 0), Ok(Some(8_000_000)));
+        assert_eq!(named.event_time(None, shaped, b"t v=1", 0), Ok(Some(NOON)));
+        assert!(named.event_time(None, shaped, br#"{"at": "noon"}"#, 0).is_err());
+        let near = rule(json!({"max_skew_s": 10, "on_error": "quarantine"}));
+        assert_eq!(near.event_time(None, shaped, b"", NOON), Ok(Some(NOON)));
+        assert!(near.event_time(None, shaped, b"", NOON + 11_000_000).is_err());
     }
 }

@@ -3,7 +3,8 @@
 //! A JSON object gives the numbers of its members; members of objects inside have keys joined by dots, `state.rpm` for
 //! `{"state": {"rpm": 900}}`. A payload that is itself a number is the sample of the key `""`, as in `latest`. `true`
 //! and `false` are 1 and 0, so that what is on or off can be drawn. Texts, `null`, arrays and what is in them give none.
-//! Of a key that comes twice, the first one counts. Numbers are `f64`: integers beyond 2^53 lose their last digits
+//! Payloads of other shapes ([`shape`](super::shape)) give what those have. Of a key that comes twice for one time, the first
+//! one counts. Numbers are `f64`: integers beyond 2^53 lose their last digits
 //! here, and keep them in the payload.
 
 use std::borrow::Cow;
@@ -13,6 +14,7 @@ use std::ops::Range;
 use serde::de::{Deserializer, MapAccess, Visitor};
 use serde_json::value::RawValue;
 
+use super::shape::{ShapedPayload, ShapedValue};
 use crate::limits::{SAMPLE_DEPTH_MAX, SAMPLE_KEY_BYTES_MAX, SAMPLES_PER_RECORD_MAX};
 use crate::message::TimeMicros;
 
@@ -35,6 +37,8 @@ pub struct SampleReader {
     keys: String,
     /// The key of the object that is being read.
     path: String,
+    /// The time that the payload says for what is being read.
+    at: Option<TimeMicros>,
 }
 
 /// A sample whose key is in [`SampleReader::keys`].
@@ -52,17 +56,19 @@ impl SampleReader {
     #[allow(dead_code, reason = "for sinks that do not parse payloads otherwise")]
     pub fn read(
         &mut self,
+        topic: &str,
         content_type: &str,
         payload: &[u8],
         received_at: TimeMicros,
     ) -> impl Iterator<Item = Sample<'_>> {
-        self.read_parsed(content_type, std::str::from_utf8(payload).ok(), None, received_at)
+        self.read_parsed(topic, content_type, std::str::from_utf8(payload).ok(), None, received_at)
     }
 
     /// As [`SampleReader::read`], of a payload that is `text`, if it is one, and whose `members` are known if it is a JSON
     /// object: then it is not parsed again.
     pub fn read_parsed(
         &mut self,
+        topic: &str,
         content_type: &str,
         text: Option<&str>,
         members: Option<&[JsonMember<'_>]>,
@@ -71,8 +77,12 @@ impl SampleReader {
         self.found.clear();
         self.keys.clear();
         self.path.clear();
+        self.at = None;
         if let Some(text) = text {
-            self.read_text(content_type, text, members, received_at);
+            let shaped = ShapedPayload { topic, content_type, text, received_at };
+            if !shaped.read(&mut |key, value, at| self.read_shaped(key, value, at)) {
+                self.read_text(text, members);
+            }
         }
         self.found.iter().map(|found| Sample {
             key: &self.keys[found.key.clone()],
@@ -81,14 +91,28 @@ impl SampleReader {
         })
     }
 
-    /// Reads a payload in the shape that its media type and its beginning say.
-    fn read_text(
-        &mut self,
-        _content_type: &str,
-        text: &str,
-        members: Option<&[JsonMember<'_>]>,
-        _received_at: TimeMicros,
-    ) {
+    /// Reads a value of a payload that is of a shape.
+    fn read_shaped(&mut self, key: &str, value: ShapedValue<'_>, at: Option<TimeMicros>) {
+        if key.len() > SAMPLE_KEY_BYTES_MAX {
+            return;
+        }
+        self.path.clear();
+        self.path.push_str(key);
+        self.at = at;
+        match value {
+            ShapedValue::Json(text) if may_have_sample(text) => self.read_json(text, 1),
+            ShapedValue::Json(_) | ShapedValue::Text(_) => {}
+            ShapedValue::Number(number) => self.add(number),
+            #[expect(clippy::cast_precision_loss, reason = "as in JSON: the payload keeps the last digits")]
+            ShapedValue::Integer(number) => self.add(number as f64),
+            #[expect(clippy::cast_precision_loss, reason = "likewise")]
+            ShapedValue::Unsigned(number) => self.add(number as f64),
+            ShapedValue::Boolean(is_on) => self.add(f64::from(is_on)),
+        }
+    }
+
+    /// Reads a payload that is of no other shape.
+    fn read_text(&mut self, text: &str, members: Option<&[JsonMember<'_>]>) {
         match members {
             Some(members) => members.iter().for_each(|(name, value)| self.read_member(name, value, 0)),
             None => self.read_json(text.trim_ascii(), 0),
@@ -100,11 +124,11 @@ impl SampleReader {
         match text.as_bytes().first() {
             Some(b'-' | b'0'..=b'9') => {
                 if let Some(value) = json_number(text, depth > 0) {
-                    self.add(value, None);
+                    self.add(value);
                 }
             }
-            Some(b't') if text == "true" => self.add(1.0, None),
-            Some(b'f') if text == "false" => self.add(0.0, None),
+            Some(b't') if text == "true" => self.add(1.0),
+            Some(b'f') if text == "false" => self.add(0.0),
             Some(b'{') if depth <= SAMPLE_DEPTH_MAX => {
                 let (found, keys) = (self.found.len(), self.keys.len());
                 let mut json = serde_json::Deserializer::from_str(text);
@@ -135,10 +159,11 @@ impl SampleReader {
     }
 
     /// Adds a sample under the present path.
-    fn add(&mut self, value: f64, at: Option<TimeMicros>) {
+    fn add(&mut self, value: f64) {
         if self.found.len() >= SAMPLES_PER_RECORD_MAX || !value.is_finite() {
             return;
         }
+        let at = self.at;
         let digest = key_digest(&self.path, at);
         let is_there = |found: &FoundSample| {
             found.digest == digest && found.at == at && self.keys[found.key.clone()] == *self.path
@@ -148,7 +173,7 @@ impl SampleReader {
         }
         let begin = self.keys.len();
         self.keys.push_str(&self.path);
-        self.found.push(FoundSample { key: begin..self.keys.len(), digest, value, at });
+        self.found.push(FoundSample { key: begin..self.keys.len(), digest, value, at: self.at });
     }
 }
 
@@ -232,8 +257,8 @@ mod tests {
     fn read(payload: &[u8]) -> Vec<(String, f64)> {
         let mut reader = SampleReader::default();
         // What an earlier payload left does not show.
-        drop(reader.read("", br#"{"old": 1, "t": 99}"#, 0));
-        reader.read("", payload, 0).map(|sample| (sample.key.to_owned(), sample.value)).collect()
+        drop(reader.read("t", "", br#"{"ts": 5, "values": {"old": 1, "t": 99}}"#, 0));
+        reader.read("t", "", payload, 0).map(|sample| (sample.key.to_owned(), sample.value)).collect()
     }
 
     fn samples(of: &[(&str, f64)]) -> Vec<(String, f64)> {
@@ -305,6 +330,62 @@ mod tests {
         assert_eq!(read(nested(SAMPLE_DEPTH_MAX + 1).as_bytes()).len(), 1);
         assert_eq!(read(nested(SAMPLE_DEPTH_MAX + 2).as_bytes()).len(), 0);
         assert_eq!(read(nested(100_000).as_bytes()).len(), 0);
+    }
+
+    #[test]
+    fn each_shape_gives_its_numbers_with_their_times() {
+        let line = br#"cpu,host=a idle=98.5,n=3i,big=1u,on=f,note="5" 1700000000000000000"#;
+        let thingsboard =
+            br#"[{"ts": 1, "values": {"t": 1, "o": {"x": true}, "s": "2"}}, {"ts": 2, "values": {"t": 3}}]"#;
+        let senml = br#"[{"bn":"a/","n":"t","v":1.5,"t":-2},{"n":"t","v":2},{"n":"on","vb":true},{"n":"s","vs":"3"}]"#;
+        let at = Some(1_700_000_000_000_000);
+        let mut reader = SampleReader::default();
+        for (topic, content_type, payload, expected) in [
+            (
+                "cpu/host=a",
+                "text/plain; precision=ns",
+                &line[..],
+                &[("idle", 98.5, at), ("n", 3.0, at), ("big", 1.0, at), ("on", 0.0, at)][..],
+            ),
+            (
+                "x",
+                "",
+                line,
+                &[
+                    ("cpu/host=a/idle", 98.5, at),
+                    ("cpu/host=a/n", 3.0, at),
+                    ("cpu/host=a/big", 1.0, at),
+                    ("cpu/host=a/on", 0.0, at),
+                ],
+            ),
+            (
+                "x",
+                "application/json",
+                thingsboard,
+                &[("t", 1.0, Some(1_000)), ("o.x", 1.0, Some(1_000)), ("t", 3.0, Some(2_000))],
+            ),
+            (
+                "x",
+                "application/senml+json",
+                senml,
+                &[("a/t", 1.5, Some(8_000_000)), ("a/t", 2.0, None), ("a/on", 1.0, None)],
+            ),
+        ] {
+            let found: Vec<_> = reader
+                .read(topic, content_type, payload, 10_000_000)
+                .map(|sample| (sample.key.to_owned(), sample.value, sample.at))
+                .collect();
+            let expected: Vec<_> =
+                expected.iter().map(|&(key, value, at)| (key.to_owned(), value, at)).collect();
+            assert_eq!(found, expected, "{topic} {content_type}");
+        }
+        // Two hosts on one topic are two series.
+        let lines = b"cpu,host=a idle=1 5\ncpu,host=b idle=2 5\ncpu,host=a idle=3 6";
+        let keys: Vec<_> = reader
+            .read("x", "text/plain; precision=s", lines, 0)
+            .map(|sample| sample.key.to_owned())
+            .collect();
+        assert_eq!(keys, ["cpu/host=a/idle", "cpu/host=b/idle", "cpu/host=a/idle"]);
     }
 
     /// The same by way of a `Value`, of which each member is there once.

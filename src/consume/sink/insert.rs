@@ -61,11 +61,12 @@ pub(super) fn insert_records<'a>(
         ])?;
         let is_object = text.is_some_and(|text| read_members(text, &mut members));
         if keeps_samples {
-            let RecordRef { offset, received_at, event_at, content_type, .. } = record;
+            let RecordRef { offset, received_at, event_at, topic, content_type, .. } = record;
             let sampled = SampledRecord {
                 offset,
                 received_at,
                 event_at,
+                topic,
                 content_type,
                 text,
                 members: is_object.then_some(&*members),

@@ -2,7 +2,8 @@
 //! changes a thousand times in it is written once.
 //!
 //! A payload that is a JSON object gives a value to each of its top-level keys; any other payload is
-//! itself the value of the key `""`. Of a member that an object has twice, the first one counts: SQLite's JSON
+//! itself the value of the key `""`. Payloads of other shapes (`src/values/shape`) give the values that those have, the one with
+//! the latest time where a key has several. Of a member that an object has twice, the first one counts: SQLite's JSON
 //! functions read that one in the payloads and values of every view. A topic keeps its [`LATEST_KEYS_PER_TOPIC_MAX`] newest keys: one
 //! more replaces the key whose value is oldest.
 
@@ -22,12 +23,15 @@ use crate::limits::{
     LATEST_KEY_BYTES_MAX, LATEST_KEYS_PER_TOPIC_MAX, LATEST_LOOK_BACK_MAX, LATEST_VALUE_BYTES_MAX,
 };
 use crate::message::{Offset, RecordRef, TimeMicros};
+use crate::values::ShapedPayload;
 use crate::values::samples::{JsonMember, MemberName};
 
 /// The newest values, by the topic's row id.
 #[derive(Default)]
 pub(super) struct NewestValues<'a> {
     topics: HashMap<i64, NewestTopic<'a>>,
+    /// The values of the present payload, if it is of another shape; kept for its allocation.
+    shaped: Vec<ShapedEntry>,
 }
 
 /// The newest values of one topic.
@@ -59,10 +63,9 @@ pub(super) enum KeptValue<'a> {
 }
 
 /// A value as the payload has it.
-#[derive(Clone, Copy)]
 enum PayloadValue<'a> {
     /// JSON or other text.
-    Text(&'a str),
+    Text(Cow<'a, str>),
     /// A payload that is not text.
     Bytes(&'a [u8]),
 }
@@ -78,14 +81,22 @@ impl<'a> NewestValues<'a> {
     ) {
         let topic = self.topics.entry(topic_id).or_default();
         topic.offset = record.offset;
+        if let Some(text) = text
+            && read_shaped(&shaped_payload(record, text), &mut self.shaped)
+        {
+            for (place, ShapedEntry { key, json, .. }) in self.shaped.drain(..).enumerate() {
+                topic.set(place, Cow::Owned(key), PayloadValue::Text(Cow::Owned(json)), record);
+            }
+            return;
+        }
         if let Some(members) = members {
             for (place, (key, value)) in members.drain(..).enumerate() {
-                topic.set(place, key, PayloadValue::Text(value), record);
+                topic.set(place, key, PayloadValue::Text(Cow::Borrowed(value)), record);
             }
             return;
         }
         match text {
-            Some(text) => topic.set(0, Cow::Borrowed(""), PayloadValue::Text(text), record),
+            Some(text) => topic.set(0, Cow::Borrowed(""), PayloadValue::Text(Cow::Borrowed(text)), record),
             None => topic.set(0, Cow::Borrowed(""), PayloadValue::Bytes(record.payload), record),
         }
     }
@@ -148,7 +159,9 @@ pub(super) fn forget_moved(connection: &Connection, topic_id: i64) -> rusqlite::
         .collect::<rusqlite::Result<HashSet<String>>>()?;
     set_latest_offset(connection, topic_id)?;
     let mut entries = connection.prepare_cached(
-        "SELECT offset, received_us, payload FROM entries WHERE topic_id = ?1 ORDER BY offset DESC LIMIT ?2",
+        "SELECT e.offset, e.received_us, e.payload, o.content_type, t.topic
+         FROM entries e JOIN origins o ON o.id = e.origin_id JOIN topics t ON t.id = e.topic_id
+         WHERE e.topic_id = ?1 ORDER BY e.offset DESC LIMIT ?2",
     )?;
     let mut rows = entries.query([topic_id, i64::try_from(LATEST_LOOK_BACK_MAX).unwrap_or(i64::MAX)])?;
     while !wanted.is_empty()
@@ -164,8 +177,9 @@ pub(super) fn forget_moved(connection: &Connection, topic_id: i64) -> rusqlite::
 pub(super) fn restore_moved(connection: &Connection, topic_id: i64) -> rusqlite::Result<()> {
     set_latest_offset(connection, topic_id)?;
     let mut entries = connection.prepare_cached(
-        "SELECT offset, received_us, payload FROM entries
-         WHERE topic_id = ?1 AND offset IN (SELECT offset FROM temp.moved) ORDER BY offset",
+        "SELECT e.offset, e.received_us, e.payload, o.content_type, t.topic
+         FROM entries e JOIN origins o ON o.id = e.origin_id JOIN topics t ON t.id = e.topic_id
+         WHERE e.topic_id = ?1 AND e.offset IN (SELECT offset FROM temp.moved) ORDER BY e.offset",
     )?;
     let mut rows = entries.query([topic_id])?;
     while let Some(row) = rows.next()? {
@@ -184,7 +198,7 @@ fn set_latest_offset(connection: &Connection, topic_id: i64) -> rusqlite::Result
     Ok(())
 }
 
-/// Writes those values of one record (`offset, received_us, payload`) that are `wanted` and newer than the
+/// Writes those values of one record (`offset, received_us, payload, content_type, topic`) that are `wanted` and newer than the
 /// present ones.
 fn put_values(
     connection: &Connection,
@@ -204,9 +218,17 @@ fn put_values(
     let values = match payload {
         ValueRef::Text(_) => {
             let text = payload.as_str()?;
-            match read_members(text, &mut members) {
-                true => members.into_iter().map(|(key, value)| (key, PayloadValue::Text(value))).collect(),
-                false => vec![(Cow::Borrowed(""), PayloadValue::Text(text))],
+            let (content_type, topic) = (row.get_ref(3)?.as_str()?, row.get_ref(4)?.as_str()?);
+            let mut shaped = Vec::new();
+            if read_shaped(&ShapedPayload { topic, content_type, text, received_at }, &mut shaped) {
+                let owned =
+                    |entry: ShapedEntry| (Cow::Owned(entry.key), PayloadValue::Text(Cow::Owned(entry.json)));
+                shaped.into_iter().map(owned).collect()
+            } else if read_members(text, &mut members) {
+                let borrowed = |(key, value)| (key, PayloadValue::Text(Cow::Borrowed(value)));
+                members.into_iter().map(borrowed).collect()
+            } else {
+                vec![(Cow::Borrowed(""), PayloadValue::Text(Cow::Borrowed(text)))]
             }
         }
         payload => vec![(Cow::Borrowed(""), PayloadValue::Bytes(payload.as_bytes()?))],
@@ -274,18 +296,18 @@ impl<'a> NewestTopic<'a> {
 
 impl<'a> NewestEntry<'a> {
     /// The value as it is kept.
-    pub(super) fn kept(&self) -> KeptValue<'a> {
+    pub(super) fn kept(&self) -> KeptValue<'_> {
         self.value.kept()
     }
 }
 
 impl<'a> PayloadValue<'a> {
-    fn kept(self) -> KeptValue<'a> {
+    fn kept(&self) -> KeptValue<'_> {
         match self {
             PayloadValue::Text(text) if text.len() <= LATEST_VALUE_BYTES_MAX => {
                 KeptValue::Json(match render::portable_json(text) {
                     Some(json) => Cow::Borrowed(json),
-                    None => Cow::Owned(serde_json::Value::from(text).to_string()),
+                    None => Cow::Owned(serde_json::Value::from(&**text).to_string()),
                 })
             }
             PayloadValue::Bytes(bytes) if bytes.len() <= LATEST_VALUE_BYTES_MAX => KeptValue::Bytes(bytes),
@@ -294,7 +316,7 @@ impl<'a> PayloadValue<'a> {
     }
 
     /// The form in `latest_values`: JSON, a BLOB, or NULL for a value that is too long.
-    fn to_sql(self) -> ToSqlOutput<'a> {
+    fn to_sql(&self) -> ToSqlOutput<'_> {
         match self.kept() {
             KeptValue::Json(Cow::Borrowed(json)) => ToSqlOutput::Borrowed(ValueRef::Text(json.as_bytes())),
             KeptValue::Json(Cow::Owned(json)) => ToSqlOutput::Owned(types::Value::Text(json)),
@@ -302,6 +324,37 @@ impl<'a> PayloadValue<'a> {
             KeptValue::TooLong => ToSqlOutput::Owned(types::Value::Null),
         }
     }
+}
+
+fn shaped_payload<'a>(record: &RecordRef<'a>, text: &'a str) -> ShapedPayload<'a> {
+    let RecordRef { topic, content_type, received_at, .. } = *record;
+    ShapedPayload { topic, content_type, text, received_at }
+}
+
+/// A value of a payload that is of another shape than JSON's.
+struct ShapedEntry {
+    key: String,
+    json: String,
+    at: TimeMicros,
+}
+
+/// Reads the values of a payload of another shape, of each key the one with the latest time. Returns whether it is of one.
+fn read_shaped(payload: &ShapedPayload<'_>, values: &mut Vec<ShapedEntry>) -> bool {
+    values.clear();
+    let mut places: HashMap<String, usize> = HashMap::new();
+    payload.read(&mut |key, value, at| {
+        let at = at.unwrap_or(payload.received_at);
+        match places.get(key) {
+            Some(&place) if at >= values[place].at => {
+                (values[place].json, values[place].at) = (value.to_json(), at)
+            }
+            Some(_) => {}
+            None => {
+                places.insert(key.to_owned(), values.len());
+                values.push(ShapedEntry { key: key.to_owned(), json: value.to_json(), at });
+            }
+        }
+    })
 }
 
 /// Reads the members of a JSON object. Returns whether `text` is one. Values are parsed only as far as

@@ -54,11 +54,22 @@ impl FromRequestParts<Arc<HttpFrontState>> for Caller {
     type Rejection = Problem;
 
     async fn from_request_parts(parts: &mut Parts, shared: &Arc<HttpFrontState>) -> Result<Self, Problem> {
+        Self::identify(parts, shared, presented_key(&parts.headers))
+    }
+}
+
+impl Caller {
+    /// Who sent a request that presents `key`.
+    pub(super) fn identify(
+        parts: &Parts,
+        shared: &HttpFrontState,
+        key: Result<&[u8], GrantDenial>,
+    ) -> Result<Self, Problem> {
         let Some(peer) = parts.extensions.get::<HttpPeer>() else {
             return Err(Problem::internal(&"a request without the address it came from"));
         };
         let (authorizer, from) = (shared.parts.intake.authorizer(), peer.addr.ip());
-        let key = presented_key(&parts.headers).map_err(|denied| match denied {
+        let key = key.map_err(|denied| match denied {
             GrantDenial::Ambiguous => authorizer.reject_ambiguous(from),
             other => other.into(),
         })?;

@@ -21,7 +21,7 @@ use super::persistence::{announce_keep_alive, wants_to_persist};
 use super::request_form::{check_host, note_authority};
 use super::server::HttpPeer;
 use super::stream::StreamReader;
-use super::{HttpFrontState, credentials};
+use super::{HttpFrontState, credentials, influx};
 use crate::front::problem::{Problem, RefusedRequest};
 use crate::limits::HTTP_ANSWER_PIECE_BYTES;
 use crate::message::{DatasourceId, Transport};
@@ -60,7 +60,8 @@ pub(super) async fn wrap_request<F: Future<Output = Response>>(
     let memory = RequestMemory::of_stranger(stranger);
     request.extensions_mut().insert(memory.clone());
     let method = request.method().clone();
-    let datasource = datasource_in(request.uri().path()).to_owned();
+    let datasource = influx::datasource_named(request.uri())
+        .unwrap_or_else(|| datasource_in(request.uri().path()).to_owned());
     let has_body = !request.body().is_end_stream();
     let http1 = request.version() < Version::HTTP_2;
     let persists = wants_to_persist(request.version(), request.headers());
@@ -79,8 +80,9 @@ pub(super) async fn wrap_request<F: Future<Output = Response>>(
     let mut response = match host.and_then(|()| credentials::refuse_key_in_url(request.uri())) {
         Ok(()) => answer(request).await,
         Err(problem) => {
+            let response = influx::in_dialect_of(request.uri().path(), problem);
             drop(request);
-            problem.into_response()
+            response
         }
     };
     drop(unanswered);

@@ -19,6 +19,7 @@ mod deletion;
 mod endpoints;
 mod event_time;
 mod frame_meter;
+mod influx;
 mod ingest;
 mod keys;
 mod leaks;
@@ -370,6 +371,11 @@ fn routes() -> Vec<(Method, &'static str, MethodRouter<Arc<HttpFrontState>>)> {
     vec![
         route(post.clone(), "/v1/ingest/{datasource}", ingest::to_datasource),
         route(post.clone(), "/v1/ingest/{datasource}/{*topic}", ingest::to_topic),
+        route(post.clone(), "/api/v2/write", influx::write_v2),
+        route(post.clone(), "/write", influx::write_v1),
+        route(post.clone(), "/query", influx::query),
+        route(get.clone(), "/ping", influx::ping),
+        route(get.clone(), "/health", influx::health),
         route(post.clone(), "/v1/datasources", manage::create),
         route(get.clone(), "/v1/datasources", manage::list),
         route(get.clone(), "/v1/datasources/{datasource}", manage::show),
@@ -414,9 +420,14 @@ fn routes() -> Vec<(Method, &'static str, MethodRouter<Arc<HttpFrontState>>)> {
 
 /// The routes that are for devices and readers. All others are the administration's: where it has a listener of its own,
 /// they are not found at any other.
-const DEVICE_ROUTES: [(Method, &str); 13] = [
+const DEVICE_ROUTES: [(Method, &str); 18] = [
     (Method::POST, "/v1/ingest/{datasource}"),
     (Method::POST, "/v1/ingest/{datasource}/{*topic}"),
+    (Method::POST, "/api/v2/write"),
+    (Method::POST, "/write"),
+    (Method::POST, "/query"),
+    (Method::GET, "/ping"),
+    (Method::GET, "/health"),
     (Method::GET, "/v1/datasources/{datasource}/schema"),
     (Method::GET, "/v1/datasources/{datasource}/records"),
     (Method::GET, "/v1/datasources/{datasource}/latest"),

@@ -35,6 +35,7 @@ pub(super) struct SampledRecord<'a> {
     pub(super) offset: Offset,
     pub(super) received_at: TimeMicros,
     pub(super) event_at: Option<TimeMicros>,
+    pub(super) topic: &'a str,
     pub(super) content_type: &'a str,
     /// Its payload, if that is text.
     pub(super) text: Option<&'a str>,
@@ -68,11 +69,9 @@ impl NewSamples {
     /// Adds the samples of the next record.
     pub(super) fn observe(&mut self, topic_id: i64, record: &SampledRecord<'_>, open: &OpenChunks) {
         let (offset, record_at) = (sql_offset(record.offset), record.event_at.unwrap_or(record.received_at));
-        let mut samples = self
-            .reader
-            .read_parsed(record.content_type, record.text, record.members, record.received_at)
-            .enumerate()
-            .peekable();
+        let SampledRecord { topic, content_type, text, members, received_at, .. } = *record;
+        let read = self.reader.read_parsed(topic, content_type, text, members, received_at);
+        let mut samples = read.enumerate().peekable();
         if samples.peek().is_none() {
             return;
         }
@@ -219,8 +218,8 @@ pub(super) fn trim_up_to(connection: &Connection, topic_id: i64, last: i64) -> r
 /// Puts back the samples of a topic's records that are in `temp.moved` and in `entries`, in chunks of their own.
 pub(super) fn restore_moved(connection: &Connection, topic_id: i64) -> rusqlite::Result<()> {
     let mut select = connection.prepare_cached(
-        "SELECT e.offset, e.received_us, e.event_us, o.content_type, e.payload
-         FROM entries e JOIN origins o ON o.id = e.origin_id
+        "SELECT e.offset, e.received_us, e.event_us, o.content_type, e.payload, t.topic
+         FROM entries e JOIN origins o ON o.id = e.origin_id JOIN topics t ON t.id = e.topic_id
          WHERE e.topic_id = ?1 AND e.offset IN (SELECT offset FROM temp.moved) ORDER BY e.offset",
     )?;
     let mut rows = select.query([topic_id])?;
@@ -230,6 +229,7 @@ pub(super) fn restore_moved(connection: &Connection, topic_id: i64) -> rusqlite:
             offset: offset_from_sql(row.get(0)?),
             received_at: row.get(1)?,
             event_at: row.get(2)?,
+            topic: row.get_ref(5)?.as_str()?,
             content_type: row.get_ref(3)?.as_str()?,
             text: std::str::from_utf8(row.get_ref(4)?.as_bytes()?).ok(),
             members: None,

@@ -50,7 +50,7 @@ fn samples_of_entries(connection: &Connection) -> Vec<Row> {
     let (mut reader, mut samples) = (SampleReader::default(), Vec::new());
     while let Some(row) = rows.next().expect("reads") {
         let payload: Vec<u8> = row.get(3).expect("a payload");
-        for sample in reader.read("", &payload, 0) {
+        for sample in reader.read("t", "", &payload, 0) {
             let number = |column| row.get::<_, i64>(column).expect("a number");
             samples.push((number(0), sample.key.to_owned(), number(1), number(2), sample.value.to_bits()));
         }
