@@ -15,5 +15,7 @@ mod openapi;
 mod proxied;
 mod records;
 mod series;
+mod stream;
+mod tail;
 mod tls;
 mod wire;

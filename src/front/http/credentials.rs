@@ -63,15 +63,18 @@ impl FromRequestParts<Arc<HttpFrontState>> for Caller {
             other => other.into(),
         })?;
         let grant = authorizer.identify_from(key, from)?;
-        if peer.keys.enter(grant.key()) {
-            if let Err(refusal) = shared.parts.intake.check_connections(&grant) {
+        let intake = &shared.parts.intake;
+        let (is_first, account) = peer.keys.enter(grant.key(), || intake.memory_account(&grant));
+        if is_first {
+            if let Err(refusal) = intake.check_connections(&grant) {
                 peer.keys.leave(grant.key_id());
                 return Err(refusal.into());
             }
             peer.entry.present(grant.key_id());
-            peer.payer.set(shared.parts.intake.processor().of_grant(&grant));
+            peer.payer.set(intake.processor().of_grant(&grant));
+            peer.payer.change_lane().await;
         }
-        let charge = shared.parts.intake.memory_account(&grant).charge(HTTP_REQUEST_BYTES)?;
+        let charge = account.charge(HTTP_REQUEST_BYTES)?;
         if let Some(memory) = parts.extensions.get::<RequestMemory>() {
             memory.charge_to_key(charge);
         }

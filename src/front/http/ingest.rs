@@ -14,16 +14,18 @@
 use std::sync::Arc;
 
 use axum::Json;
-use axum::extract::{Request, State};
-use axum::http::HeaderMap;
+use axum::extract::{FromRequestParts, Request, State};
 use axum::http::header::CONTENT_TYPE;
+use axum::http::{HeaderMap, Method};
 use axum::response::{IntoResponse, Response};
 use serde::Serialize;
 
 use super::body::{self, ReceivedBody};
+use super::cors::wrap_page;
 use super::credentials::Caller;
 use super::limits::rate_headers;
 use super::messages::RequestMessages;
+use super::middleware::wrap_request;
 use super::{HttpFrontState, PathParameters, event_time, run_blocking};
 use crate::auth::usage::KeyClient;
 use crate::auth::{Grant, Scope};
@@ -72,6 +74,49 @@ pub(super) async fn to_topic(
     request: Request,
 ) -> Result<Response, Problem> {
     ingest(&shared, caller, &datasource, topic, request).await
+}
+
+/// A request for ingest that needs no router: all of its path is as it is meant.
+pub(super) struct IngestRoute {
+    /// The route, as the router names it.
+    name: &'static str,
+    datasource: String,
+    topic: String,
+}
+
+impl IngestRoute {
+    /// The route of a request; `None` if it is for the router.
+    pub(super) fn of(method: &Method, path: &str) -> Option<Self> {
+        let rest = path.strip_prefix("/v1/ingest/").filter(|_| method == Method::POST)?;
+        let is_plain = |byte: u8| byte.is_ascii_alphanumeric() || b"-._~/".contains(&byte);
+        let (name, datasource, topic) = match rest.split_once('/') {
+            None => ("/v1/ingest/{datasource}", rest, TOPIC_DEFAULT),
+            Some((datasource, topic)) => ("/v1/ingest/{datasource}/{*topic}", datasource, topic),
+        };
+        let is_whole = !datasource.is_empty() && !topic.is_empty() && rest.bytes().all(is_plain);
+        is_whole.then(|| Self { name, datasource: datasource.to_owned(), topic: topic.to_owned() })
+    }
+
+    /// Answers the request as the router does, without its layers: each of them is a future on the heap, and a copy of
+    /// the request.
+    pub(super) async fn answer(self, shared: Arc<HttpFrontState>, request: Request) -> Response {
+        let Self { name, datasource, topic } = self;
+        let shared = &shared;
+        // Boxed, because what is around it would be copied with it.
+        let handle = |request: Request| {
+            Box::pin(async move {
+                let (mut parts, body) = request.into_parts();
+                let answered = match Caller::from_request_parts(&mut parts, shared).await {
+                    Ok(caller) => {
+                        ingest(shared, caller, &datasource, topic, Request::from_parts(parts, body)).await
+                    }
+                    Err(problem) => Err(problem),
+                };
+                answered.into_response()
+            })
+        };
+        wrap_request(shared, name, request, |request| wrap_page(shared, name, request, handle)).await
+    }
 }
 
 async fn ingest(
@@ -349,5 +394,34 @@ impl Upload {
         let places = self.body.bytes.len().min(HTTP_MESSAGES_MAX);
         let charge = self.account.charge(places * PLACE_BYTES)?;
         Ok((charge, RequestMessages::split(&self.content_type, &self.body.bytes)?))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_path_with_nothing_to_decode_needs_no_router() {
+        let of = |path| {
+            IngestRoute::of(&Method::POST, path).map(|route| (route.name, route.datasource, route.topic))
+        };
+        let found =
+            |name, datasource: &str, topic: &str| Some((name, datasource.to_owned(), topic.to_owned()));
+        let (short, long) = ("/v1/ingest/{datasource}", "/v1/ingest/{datasource}/{*topic}");
+        assert_eq!(of("/v1/ingest/press-4"), found(short, "press-4", TOPIC_DEFAULT));
+        assert_eq!(of("/v1/ingest/press-4/a/b.c"), found(long, "press-4", "a/b.c"));
+        assert_eq!(of("/v1/ingest/press-4//a/"), found(long, "press-4", "/a/"));
+        for path in [
+            "/v1/ingest/",
+            "/v1/ingest/press-4/",
+            "/v1/ingest//a",
+            "/v1/ingest/press%2D4",
+            "/v1/ingest/a/b%2Fc",
+            "/v1/datasources",
+        ] {
+            assert_eq!(of(path), None, "{path}");
+        }
+        assert!(IngestRoute::of(&Method::PUT, "/v1/ingest/press-4").is_none());
     }
 }
