@@ -107,6 +107,10 @@ impl SqliteSink {
             samples::remove_up_to(&transaction, *topic, last)?;
         }
         let forgot_topics = forget_empty_topics(&transaction, row, &topics)?;
+        if limits.bytes.is_none() {
+            // What is removed now is not subtracted.
+            transaction.execute("DELETE FROM stored_sizes WHERE datasource_id = ?1", [row])?;
+        }
         sizes.subtract(row, bytes);
         sizes.write(&transaction)?;
         transaction.commit()?;
@@ -498,11 +502,17 @@ mod tests {
         store(&mut sink, &[at(6, 6)]);
         prune(&mut sink, limits(2), 9);
         assert_eq!((offsets(&sink), counted(&sink)), (vec![5, 6], Some(2 * 72)));
+        // What another limit removes in between is not counted any more.
+        store(&mut sink, &[at(7, 7), at(8, 8)]);
+        prune(&mut sink, AGED, 67);
+        assert_eq!((offsets(&sink), counted(&sink)), (vec![7, 8], None));
+        prune(&mut sink, limits(2), 67);
+        assert_eq!(offsets(&sink), [7, 8]);
         // One byte less is one record less.
         prune(&mut sink, StoredLimits { age_us: None, bytes: Some(2 * 72 - 1) }, 9);
-        assert_eq!(offsets(&sink), [6]);
+        assert_eq!(offsets(&sink), [8]);
         let row = row_id_of_scope(sink.connection(), &press()).expect("reads").expect("there");
-        assert_eq!(read_removed_below(sink.connection(), row).expect("reads"), Some(6));
+        assert_eq!(read_removed_below(sink.connection(), row).expect("reads"), Some(8));
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! When storage removes what is over its limits: in turns between its transactions, so that it never waits for that. While
 //! records come in a turn takes no longer than they took; otherwise it is short, and the next round of the thread goes on.
 
+use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -18,8 +19,10 @@ const RETENTION_PAUSE_PER_DATASOURCE: Duration = Duration::from_millis(1);
 /// Where retention is.
 #[derive(Default)]
 pub(super) struct RetentionTurns {
-    /// What is still to be looked at, and what comes after that.
-    left: Vec<(DatasourceId, StoredLimits)>,
+    /// What is still to be looked at, each in its turn: one of which much is to be removed holds up no other.
+    left: VecDeque<(DatasourceId, StoredLimits)>,
+    /// When the limits were asked for.
+    asked_at: Option<Instant>,
     stage: RetentionStage,
     /// When the next look begins.
     next_look: Option<Instant>,
@@ -65,10 +68,12 @@ impl RetentionTurns {
             if self.next_look.is_some_and(|at| begun < at) {
                 return Ok(());
             }
-            self.left = limits();
+            self.left = limits().into();
+            self.asked_at = Some(begun);
             self.count = u32::try_from(self.left.len()).unwrap_or(u32::MAX);
             (self.stage, self.has_removed) = (RetentionStage::Records, false);
         }
+        self.renew_limits(limits);
         let most = storing.max(RETENTION_TURN_MAX);
         while self.step(sink)? {
             if begun.elapsed() >= most {
@@ -81,6 +86,22 @@ impl RetentionTurns {
         Ok(())
     }
 
+    /// Brings the limits of a long look up to date: what an operator has just raised is not removed.
+    fn renew_limits(&mut self, limits: &StoredLimitsSource) {
+        if self.left.is_empty() || self.asked_at.is_some_and(|at| at.elapsed() < RETENTION_INTERVAL) {
+            return;
+        }
+        let now: HashMap<_, _> = limits().into_iter().collect();
+        self.left.retain_mut(|(scope, limits)| match now.get(scope) {
+            Some(renewed) => {
+                *limits = *renewed;
+                true
+            }
+            None => false,
+        });
+        self.asked_at = Some(Instant::now());
+    }
+
     /// One transaction. Returns whether there may be more to do.
     fn step(&mut self, sink: &mut SqliteSink) -> Result<bool, SinkError> {
         match self.stage {
@@ -88,21 +109,19 @@ impl RetentionTurns {
             RetentionStage::Samples => return self.trim(sink),
             RetentionStage::Records | RetentionStage::Waiting => {}
         }
-        let Some((scope, limits)) = self.left.last() else {
+        let Some((scope, limits)) = self.left.pop_front() else {
             if self.has_removed {
                 sink.prune_time_index()?;
             }
             self.begin_trimming();
             return Ok(true);
         };
-        match sink.prune_some(scope, *limits, now_micros())? {
-            PruneStep::More => {
-                self.has_removed = true;
-                if self.to_trim.last() != Some(scope) {
-                    self.to_trim.push(scope.clone());
-                }
+        if sink.prune_some(&scope, limits, now_micros())? == PruneStep::More {
+            self.has_removed = true;
+            if self.to_trim.last() != Some(&scope) {
+                self.to_trim.push(scope.clone());
             }
-            PruneStep::Done => drop(self.left.pop()),
+            self.left.push_back((scope, limits));
         }
         Ok(true)
     }
