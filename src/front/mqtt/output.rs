@@ -182,7 +182,8 @@ mod tests {
     #[test]
     fn what_is_sent_is_dropped_by_whole_packets() {
         let packet = |body: usize| {
-            let length = [0x80 | (body & 0x7f) as u8, 0x80 | (body >> 7 & 0x7f) as u8, (body >> 14) as u8];
+            let seven_bits = |shift: u32| u8::try_from(body >> shift & 0x7f).expect("seven bits");
+            let length = [0x80 | seven_bits(0), 0x80 | seven_bits(7), seven_bits(14)];
             [&[0x30][..], &length, &vec![b'x'; body]].concat()
         };
         let (first, second) = (packet(MQTT_UNSENT_BYTES_MAX), packet(100_000));
