@@ -90,6 +90,12 @@ impl Default for StorageConfig {
 
 impl LogConfig {
     pub(super) fn check(&self) -> Result<(), ConfigError> {
+        if self.backend == LogBackend::Jetstream {
+            // There are no segments.
+            let is_enough = self.retention_bytes >= 1 << 20;
+            let rule = "it has to be at least 1 MiB";
+            return require(is_enough, "log.retention_bytes", self.retention_bytes, rule);
+        }
         require(
             (1 << 20..=1 << 30).contains(&self.segment_bytes),
             "log.segment_bytes",

@@ -12,7 +12,7 @@ use serde::de::{DeserializeSeed, Deserializer, MapAccess, SeqAccess, Visitor};
 use serde_json::value::RawValue;
 
 use crate::consume::query::StoredRecord;
-use crate::message::{Offset, TimeMicros, Transport};
+use crate::message::{Offset, RecordRef, TimeMicros, Transport};
 pub use crate::time::{Rfc3339, parse_time};
 
 /// How deep a payload may nest and still be shown as JSON. `serde_json` reads 128 levels and few parsers
@@ -137,6 +137,22 @@ pub fn write_csv_line(record: &StoredRecord, out: &mut impl Write) -> io::Result
     match record.event_at {
         Some(at) => writeln!(out, ",{}", Rfc3339(at)),
         None => writeln!(out, ","),
+    }
+}
+
+/// As [`record_json`], of a record in the log.
+pub fn log_record_json<'a>(record: &RecordRef<'a>) -> RecordJson<'a> {
+    let payload = PayloadJson::from_bytes(record.payload);
+    RecordJson {
+        offset: record.offset,
+        topic: record.topic,
+        payload_encoding: payload.encoding(),
+        payload,
+        content_type: content_type_if_given(record.content_type),
+        key_id: record.key_id.to_string(),
+        transport: record.transport,
+        received_at: Rfc3339(record.received_at),
+        event_at: record.event_at.map(Rfc3339),
     }
 }
 

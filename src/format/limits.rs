@@ -146,6 +146,16 @@ pub const HTTP_ANSWER_PIECE_BYTES: usize = 64 << 10;
 pub const QUERY_PIECE_BYTES: usize = 512 << 10;
 /// Records that are scanned for one piece of a page: a piece is one turn of its tenant.
 pub const QUERY_PIECE_SCANNED: usize = 20_000;
+/// What a stream over HTTP hands over at a time, about, in bytes.
+pub const STREAM_CHUNK_BYTES: usize = 32 << 10;
+/// What it hands over until others have their turn, in bytes.
+pub const STREAM_BYTES_PER_TURN: usize = 128 << 10;
+/// The shortest time between two heartbeats of a stream.
+pub const STREAM_HEARTBEAT_MIN: std::time::Duration = std::time::Duration::from_millis(100);
+/// How long the last event of a stream may take that was told to end.
+pub const STREAM_END_WAIT_MAX: std::time::Duration = std::time::Duration::from_secs(1);
+/// How long a stream's client takes nothing until it counts as one that stands still.
+pub const STREAM_STILL: std::time::Duration = std::time::Duration::from_secs(10);
 /// The largest body that is parsed on the task that read it; larger ones go to a blocking thread.
 pub const HTTP_INLINE_BYTES_MAX: usize = 64 << 10;
 /// Bytes read and discarded of a request that was answered before its end.
@@ -266,6 +276,8 @@ pub const SLOW_IN_FLIGHT_BYTES_MAX: usize = 128 << 10;
 pub const SLOW_LANE_NICE: u8 = 10;
 /// What a new connection may use of the processors before it shares the place of its tenant, in nanoseconds.
 pub const NEWCOMER_NS: u64 = 200_000;
+/// What is read of a new HTTP connection in one of its turns while others wait to be let in.
+pub const NEWCOMER_READ_BYTES: usize = 256;
 /// Packets of an MQTT connection that are decoded before others have their turn.
 pub const MQTT_PACKETS_PER_TURN_MAX: usize = 1_024;
 /// Decoded bytes of an HTTP body after which others have their turn.
@@ -330,7 +342,7 @@ pub const STALLED_BYTES_PER_TENANT_MAX: u64 = 32 << 20;
 /// The same of all datasources.
 pub const STALLED_BYTES_MAX: u64 = 96 << 20;
 /// Output to subscribers of one datasource that they have not taken, beyond [`OUTPUT_FREE_BYTES`] each.
-pub const OUTPUT_BYTES_PER_TENANT_MAX: usize = 32 << 20;
+pub const OUTPUT_BYTES_PER_TENANT_MAX: usize = 24 << 20;
 /// The same of all datasources.
 pub const OUTPUT_BYTES_MAX: usize = 96 << 20;
 /// What each subscriber may have in its output whatever the others have.
@@ -492,6 +504,8 @@ const _: () = assert!(HTTP_BODY_BYTES_MAX < IN_FLIGHT_BYTES_MAX);
 // A request of the largest body, with the draft that is made of it, is within one share; three shares and what
 // strangers may have are within the whole with its reserve.
 const _: () = assert!(3 * HTTP_BODY_BYTES_MAX + HTTP_MESSAGES_MAX * 100 <= MEMORY_SHARE_BYTES_MAX);
+// Of its share, a key may have half for what it is sent: clients that take nothing leave some of that.
+const _: () = assert!(OUTPUT_BYTES_PER_TENANT_MAX < MEMORY_SHARE_BYTES_MAX / 2);
 const _: () = assert!(MEMORY_SHARE_BYTES_MAX <= MEMORY_BYTES_MAX / 3);
 const _: () = assert!(MEMORY_BYTES_PER_ADDRESS_MAX <= MEMORY_STRANGERS_BYTES_MAX / 2);
 const _: () = assert!(QUERY_RECORDS_DEFAULT <= QUERY_RECORDS_MAX);

@@ -410,7 +410,16 @@ impl Intake {
                 key.connections().wait_until_empty().await;
             }
         };
-        let ((), gone) = tokio::join!(self.0.log.barrier(), tokio::time::timeout(REVOCATION_WAIT_MAX, gone));
+        let fenced = async {
+            self.0.log.barrier().await;
+            let ids = dead.iter().map(|key| key.id).collect();
+            if tokio::time::timeout(REVOCATION_WAIT_MAX, self.0.log.fence(ids)).await.is_err() {
+                warn!(
+                    "the end of a key is not in the log yet; what gateways that were paused still have comes in"
+                );
+            }
+        };
+        let ((), gone) = tokio::join!(fenced, tokio::time::timeout(REVOCATION_WAIT_MAX, gone));
         if gone.is_err() {
             let left: usize = dead.iter().map(|key| key.connection_count()).sum();
             warn!(left, "connections of a dead key are slow to close; nothing they send is let in");

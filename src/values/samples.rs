@@ -8,7 +8,6 @@
 
 use std::borrow::Cow;
 use std::fmt;
-use std::hash::{BuildHasher, RandomState};
 use std::ops::Range;
 
 use serde::de::{Deserializer, MapAccess, Visitor};
@@ -36,14 +35,12 @@ pub struct SampleReader {
     keys: String,
     /// The key of the object that is being read.
     path: String,
-    /// Makes the digests by which keys are compared: a sender cannot make keys that collide.
-    hasher: RandomState,
 }
 
 /// A sample whose key is in [`SampleReader::keys`].
 struct FoundSample {
     key: Range<usize>,
-    /// Of the key and `at`.
+    /// [`key_digest`].
     digest: u64,
     value: f64,
     at: Option<TimeMicros>,
@@ -52,17 +49,30 @@ struct FoundSample {
 impl SampleReader {
     /// The samples of a payload, in its order: at most [`SAMPLES_PER_RECORD_MAX`], the first ones. The times that a
     /// payload states may be relative to `received_at`.
+    #[allow(dead_code, reason = "for sinks that do not parse payloads otherwise")]
     pub fn read(
         &mut self,
         content_type: &str,
         payload: &[u8],
         received_at: TimeMicros,
     ) -> impl Iterator<Item = Sample<'_>> {
+        self.read_parsed(content_type, std::str::from_utf8(payload).ok(), None, received_at)
+    }
+
+    /// As [`SampleReader::read`], of a payload that is `text`, if it is one, and whose `members` are known if it is a JSON
+    /// object: then it is not parsed again.
+    pub fn read_parsed(
+        &mut self,
+        content_type: &str,
+        text: Option<&str>,
+        members: Option<&[JsonMember<'_>]>,
+        received_at: TimeMicros,
+    ) -> impl Iterator<Item = Sample<'_>> {
         self.found.clear();
         self.keys.clear();
         self.path.clear();
-        if let Ok(text) = std::str::from_utf8(payload) {
-            self.read_text(content_type, text, received_at);
+        if let Some(text) = text {
+            self.read_text(content_type, text, members, received_at);
         }
         self.found.iter().map(|found| Sample {
             key: &self.keys[found.key.clone()],
@@ -72,8 +82,17 @@ impl SampleReader {
     }
 
     /// Reads a payload in the shape that its media type and its beginning say.
-    fn read_text(&mut self, _content_type: &str, text: &str, _received_at: TimeMicros) {
-        self.read_json(text.trim_ascii(), 0);
+    fn read_text(
+        &mut self,
+        _content_type: &str,
+        text: &str,
+        members: Option<&[JsonMember<'_>]>,
+        _received_at: TimeMicros,
+    ) {
+        match members {
+            Some(members) => members.iter().for_each(|(name, value)| self.read_member(name, value, 0)),
+            None => self.read_json(text.trim_ascii(), 0),
+        }
     }
 
     /// Reads a JSON value whose key is the present path. What is not JSON to its end gives nothing.
@@ -120,14 +139,29 @@ impl SampleReader {
         if self.found.len() >= SAMPLES_PER_RECORD_MAX || !value.is_finite() {
             return;
         }
-        let digest = self.hasher.hash_one((self.path.as_str(), at));
-        if self.found.iter().any(|found| found.digest == digest) {
+        let digest = key_digest(&self.path, at);
+        let is_there = |found: &FoundSample| {
+            found.digest == digest && found.at == at && self.keys[found.key.clone()] == *self.path
+        };
+        if self.found.iter().any(is_there) {
             return;
         }
         let begin = self.keys.len();
         self.keys.push_str(&self.path);
         self.found.push(FoundSample { key: begin..self.keys.len(), digest, value, at });
     }
+}
+
+/// A member of a JSON object: its name, and its value as it is written.
+pub type JsonMember<'a> = (Cow<'a, str>, &'a str);
+
+/// Tells most keys apart, so that few are compared as a whole.
+fn key_digest(key: &str, at: Option<TimeMicros>) -> u64 {
+    let bytes = key.as_bytes();
+    let part = |bytes: &[u8]| bytes.iter().fold(0_u64, |part, byte| part << 8 | u64::from(*byte));
+    let (begin, end) = (&bytes[..bytes.len().min(8)], &bytes[bytes.len().saturating_sub(8)..]);
+    let of_key = part(begin) ^ part(end).rotate_left(23) ^ (bytes.len() as u64) << 57;
+    of_key ^ at.map_or(0, |at| at.cast_unsigned().rotate_left(11) | 1)
 }
 
 /// Whether a JSON value may hold a number: by its first byte.

@@ -20,7 +20,7 @@ fn headgate(args: &[&str]) -> Command {
 }
 
 /// The command against a gateway of this test, with the admin key of its data directory.
-fn to(gateway: &Gateway, args: &[&str]) -> Command {
+pub fn to(gateway: &Gateway, args: &[&str]) -> Command {
     let mut command = headgate(args);
     command.env("HEADGATE_URL", format!("http://{}", gateway.http)).env("HEADGATE_DATA_DIR", gateway.dir());
     command
@@ -40,14 +40,14 @@ fn run(command: &mut Command) -> Output {
 }
 
 /// What a command that has to succeed prints.
-fn prints(command: &mut Command) -> String {
+pub fn prints(command: &mut Command) -> String {
     let output = run(command);
     assert_eq!(output.status.code(), Some(0), "{command:?}: {}", String::from_utf8_lossy(&output.stderr));
     String::from_utf8(output.stdout).expect("text")
 }
 
 /// What a command that has to fail says: one line, and nothing on standard output.
-fn fails(command: &mut Command) -> String {
+pub fn fails(command: &mut Command) -> String {
     let output = run(command);
     assert_eq!(output.status.code(), Some(1), "{command:?}: {}", String::from_utf8_lossy(&output.stdout));
     assert_eq!(String::from_utf8_lossy(&output.stdout), "", "{command:?}");

@@ -193,6 +193,34 @@ fn a_redrive_is_once_across_kills_and_beyond_the_window_of_message_ids() {
     assert_eq!(gateway.records("press-4").len(), 6);
 }
 
+/// The first redrive is not known to storage yet when the next one reads what is in quarantine, and its id is forgotten
+/// when that comes to the log.
+#[test]
+fn redrives_at_the_same_time_let_each_message_in_once_also_when_its_id_is_forgotten() {
+    const MESSAGES: usize = 300;
+    let dir = scratch();
+    let gateway = Setup::on(dir.path()).set("intake.dedup_ids_max", 1).start();
+    let source = gateway.create("press-4");
+    put_schema(&gateway, "press-4", &json!({"type": "number"}));
+    for n in 0..MESSAGES {
+        let body = format!("\"{n}\"");
+        let headers = [("content-type", "application/json")];
+        let answer = gateway.request("POST", "/v1/ingest/press-4", &source.key, &headers, body.as_bytes());
+        assert_eq!(answer.status, 422, "{}", answer.text());
+    }
+    put_schema(&gateway, "press-4", &json!({"type": ["number", "string"]}));
+    let redriven: u64 = std::thread::scope(|scope| {
+        let all: Vec<_> = (0..6).map(|_| scope.spawn(|| redrive(&gateway, "press-4", &json!({})))).collect();
+        all.into_iter().map(|one| one.join().expect("no panic")["redriven"].as_u64().expect("a number")).sum()
+    });
+    gateway.settle();
+    let mut records = payloads(&gateway.records("press-4"));
+    assert_eq!(redriven, MESSAGES as u64);
+    records.sort_unstable();
+    records.dedup();
+    assert_eq!((records.len(), gateway.records("press-4").len()), (MESSAGES, MESSAGES));
+}
+
 /// A sender repeats what it has no answer to. The repetition is not kept beside the first one, so that no redrive
 /// lets both in, and what the sender changes is.
 #[test]

@@ -19,6 +19,7 @@ use super::replica::{RegistryReplica, RegistryRevision};
 use super::rows::{REGISTRY_ROWS_FORMAT, RegistryRow, digest_range};
 use super::usage::KeyUsage;
 use crate::message::{DatasourceId, Incarnation, KeyId, Offset, TimeMicros, now_micros};
+use crate::time::cluster_micros;
 
 /// Why a key has ended, as stored in the registry's file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -211,7 +212,7 @@ impl<'a> RegistryTransaction<'a> {
                  AND (expires_at IS NULL OR expires_at > ?3) AND ',' || scopes || ',' LIKE '%,admin,%'",
         )?;
         let (its, others): (i64, i64) =
-            select.query_row(params![first, last, now_micros()], |row| Ok((row.get(0)?, row.get(1)?)))?;
+            select.query_row(params![first, last, cluster_micros()], |row| Ok((row.get(0)?, row.get(1)?)))?;
         Ok(its > 0 && others == 0)
     }
 

@@ -6,7 +6,7 @@ use rusqlite::{Connection, params};
 
 use super::ids::{RememberedIds, RowIds};
 use super::incarnations;
-use super::newest::NewestValues;
+use super::newest::{NewestValues, read_members};
 use super::quarantined;
 use super::retention::StoredSizes;
 use super::samples::{NewSamples, SampledRecord};
@@ -25,6 +25,8 @@ pub(super) fn insert_records<'a>(
 ) -> rusqlite::Result<()> {
     let mut newest = NewestValues::default();
     let mut samples = NewSamples::default();
+    // Of the present record; kept for its allocation.
+    let mut members = Vec::new();
     let mut times = TimeIndexRow::default();
     let mut entry = transaction.prepare_cached(
         "INSERT INTO entries (offset, datasource_id, topic_id, origin_id, received_us, payload, event_us)
@@ -57,12 +59,20 @@ pub(super) fn insert_records<'a>(
             ToSqlOutput::Borrowed(payload),
             record.event_at,
         ])?;
-        newest.observe(row.topic, &record, text);
+        let is_object = text.is_some_and(|text| read_members(text, &mut members));
         if keeps_samples {
-            let RecordRef { offset, received_at, event_at, content_type, payload, .. } = record;
-            let record = SampledRecord { offset, received_at, event_at, content_type, payload };
-            samples.observe(row.topic, &record, &ids.open_chunks);
+            let RecordRef { offset, received_at, event_at, content_type, .. } = record;
+            let sampled = SampledRecord {
+                offset,
+                received_at,
+                event_at,
+                content_type,
+                text,
+                members: is_object.then_some(&*members),
+            };
+            samples.observe(row.topic, &sampled, &ids.open_chunks);
         }
+        newest.observe(row.topic, &record, text, is_object.then_some(&mut members));
     }
     samples.write(transaction, &mut ids.open_chunks)?;
     times.write(transaction)?;

@@ -22,13 +22,12 @@ use crate::limits::{
     LATEST_KEY_BYTES_MAX, LATEST_KEYS_PER_TOPIC_MAX, LATEST_LOOK_BACK_MAX, LATEST_VALUE_BYTES_MAX,
 };
 use crate::message::{Offset, RecordRef, TimeMicros};
+use crate::values::samples::{JsonMember, MemberName};
 
 /// The newest values, by the topic's row id.
 #[derive(Default)]
 pub(super) struct NewestValues<'a> {
     topics: HashMap<i64, NewestTopic<'a>>,
-    /// The members of the present object; kept for its allocation.
-    members: Vec<(Cow<'a, str>, &'a str)>,
 }
 
 /// The newest values of one topic.
@@ -59,16 +58,23 @@ enum PayloadValue<'a> {
 }
 
 impl<'a> NewestValues<'a> {
-    /// Adds the next record; `text` is its payload, if it is text.
-    pub(super) fn observe(&mut self, topic_id: i64, record: &RecordRef<'a>, text: Option<&'a str>) {
+    /// Adds the next record; `text` is its payload, if it is text, and `members` are its members, if it is a JSON object.
+    pub(super) fn observe(
+        &mut self,
+        topic_id: i64,
+        record: &RecordRef<'a>,
+        text: Option<&'a str>,
+        members: Option<&mut Vec<JsonMember<'a>>>,
+    ) {
         let topic = self.topics.entry(topic_id).or_default();
         topic.offset = record.offset;
-        match text {
-            Some(text) if read_members(text, &mut self.members) => {
-                for (place, (key, value)) in self.members.drain(..).enumerate() {
-                    topic.set(place, key, PayloadValue::Text(value), record);
-                }
+        if let Some(members) = members {
+            for (place, (key, value)) in members.drain(..).enumerate() {
+                topic.set(place, key, PayloadValue::Text(value), record);
             }
+            return;
+        }
+        match text {
             Some(text) => topic.set(0, Cow::Borrowed(""), PayloadValue::Text(text), record),
             None => topic.set(0, Cow::Borrowed(""), PayloadValue::Bytes(record.payload), record),
         }
@@ -264,7 +270,7 @@ impl<'a> PayloadValue<'a> {
 
 /// Reads the members of a JSON object. Returns whether `text` is one. Values are parsed only as far as
 /// needed to find their end.
-fn read_members<'a>(text: &'a str, members: &mut Vec<(Cow<'a, str>, &'a str)>) -> bool {
+pub(super) fn read_members<'a>(text: &'a str, members: &mut Vec<JsonMember<'a>>) -> bool {
     members.clear();
     if !text.trim_start().starts_with('{') {
         return false;
@@ -273,7 +279,7 @@ fn read_members<'a>(text: &'a str, members: &mut Vec<(Cow<'a, str>, &'a str)>) -
     (&mut json).deserialize_map(MembersVisitor(members)).and_then(|()| json.end()).is_ok()
 }
 
-struct MembersVisitor<'m, 'a>(&'m mut Vec<(Cow<'a, str>, &'a str)>);
+struct MembersVisitor<'m, 'a>(&'m mut Vec<JsonMember<'a>>);
 
 impl<'a> Visitor<'a> for MembersVisitor<'_, 'a> {
     type Value = ();
@@ -283,34 +289,9 @@ impl<'a> Visitor<'a> for MembersVisitor<'_, 'a> {
     }
 
     fn visit_map<A: MapAccess<'a>>(self, mut map: A) -> Result<(), A::Error> {
-        while let Some((MemberKey(key), value)) = map.next_entry::<MemberKey<'a>, &'a RawValue>()? {
-            self.0.push((key, value.get()));
+        while let Some((MemberName(name), value)) = map.next_entry::<MemberName<'a>, &'a RawValue>()? {
+            self.0.push((name, value.get()));
         }
         Ok(())
-    }
-}
-
-/// A key, borrowed unless it is written with escapes.
-struct MemberKey<'a>(Cow<'a, str>);
-
-impl<'a> serde::Deserialize<'a> for MemberKey<'a> {
-    fn deserialize<D: Deserializer<'a>>(deserializer: D) -> Result<Self, D::Error> {
-        struct MemberKeyVisitor;
-        impl<'a> Visitor<'a> for MemberKeyVisitor {
-            type Value = MemberKey<'a>;
-
-            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str("a key")
-            }
-
-            fn visit_borrowed_str<E>(self, key: &'a str) -> Result<MemberKey<'a>, E> {
-                Ok(MemberKey(Cow::Borrowed(key)))
-            }
-
-            fn visit_str<E>(self, key: &str) -> Result<MemberKey<'a>, E> {
-                Ok(MemberKey(Cow::Owned(key.to_owned())))
-            }
-        }
-        deserializer.deserialize_str(MemberKeyVisitor)
     }
 }

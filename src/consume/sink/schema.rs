@@ -265,6 +265,7 @@ const ADD_EVENT_TIME: &str = concat!(
     JOIN json_each(c.samples) k
     JOIN json_each(k.value) s;
 
+    -- That a record's topic is of its datasource lets SQLite begin with the topic, if both names are given.
     DROP VIEW records;
     CREATE VIEW records AS
     SELECT e.offset, d.datasource, t.topic, e.payload, o.content_type, o.key_id, o.transport,
@@ -275,7 +276,7 @@ const ADD_EVENT_TIME: &str = concat!(
     " AS event_at, e.event_us
     FROM entries e
     LEFT JOIN datasources d ON d.id = e.datasource_id
-    LEFT JOIN topics t ON t.id = e.topic_id
+    LEFT JOIN topics t ON t.id = e.topic_id AND t.datasource_id = e.datasource_id
     LEFT JOIN origins o ON o.id = e.origin_id;
 
     DROP VIEW quarantine;

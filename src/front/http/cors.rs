@@ -19,18 +19,19 @@ use super::HttpFrontState;
 use crate::config::CorsOrigin;
 
 /// The paths that pages may use, with the method of each.
-const CORS_ROUTES: [(Method, &str); 7] = [
+const CORS_ROUTES: [(Method, &str); 8] = [
     (Method::POST, "/v1/ingest/{datasource}"),
     (Method::POST, "/v1/ingest/{datasource}/"),
     (Method::POST, "/v1/ingest/{datasource}/{*topic}"),
     (Method::GET, "/v1/datasources/{datasource}/records"),
     (Method::GET, "/v1/datasources/{datasource}/latest"),
     (Method::GET, "/v1/datasources/{datasource}/series"),
+    (Method::GET, "/v1/datasources/{datasource}/stream"),
     (Method::GET, "/v1/datasources/{datasource}/schema"),
 ];
 /// What a page may send beside what every page may.
 const CORS_REQUEST_HEADERS: &str =
-    "authorization, x-api-key, content-type, content-encoding, idempotency-key, event-time";
+    "authorization, x-api-key, content-type, content-encoding, idempotency-key, event-time, last-event-id";
 /// What a page may see of an answer beside what every page may.
 const CORS_ANSWER_HEADERS: &str = "retry-after, www-authenticate, x-ratelimit-limit, x-ratelimit-remaining, x-ratelimit-reset, \
      headgate-stored-from, headgate-stored-from-time, headgate-removed-below";

@@ -72,6 +72,7 @@ impl FromRequestParts<Arc<HttpFrontState>> for Caller {
             }
             peer.entry.present(grant.key_id());
             peer.payer.set(intake.processor().of_grant(&grant));
+            peer.payer.change_lane().await;
         }
         let charge = account.charge(HTTP_REQUEST_BYTES)?;
         if let Some(memory) = parts.extensions.get::<RequestMemory>() {

@@ -20,6 +20,7 @@ use super::lent::BodyLender;
 use super::persistence::{announce_keep_alive, wants_to_persist};
 use super::request_form::{check_host, note_authority};
 use super::server::HttpPeer;
+use super::stream::StreamReader;
 use super::{HttpFrontState, credentials};
 use crate::front::problem::{Problem, RefusedRequest};
 use crate::limits::HTTP_ANSWER_PIECE_BYTES;
@@ -114,6 +115,10 @@ pub(super) async fn wrap_request<F: Future<Output = Response>>(
     }
     headers.insert(X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
     headers.entry(CACHE_CONTROL).or_insert(HeaderValue::from_static("no-store"));
+    if let Some(reader) = response.extensions_mut().remove::<Arc<StreamReader>>() {
+        reader.hold(held);
+        return response;
+    }
     let stall_max = Duration::from_millis(shared.parts.config.body_ms_max);
     answer::hold_until_taken(response, held, stall_max)
 }
@@ -140,6 +145,9 @@ fn charge_answer(
             AnswerHold { memory, stranger: None, under_way: None }
         }
         RequestHolder::Stranger(stranger) => {
+            if let Some(peer) = peer.filter(|peer| peer.keys.are_none()) {
+                peer.payer.end_welcome();
+            }
             let address = peer.map_or(IpAddr::V4(Ipv4Addr::UNSPECIFIED), |peer| peer.addr.ip());
             let account = shared.parts.intake.memory().account_of_stranger(address);
             let bytes = STRANGER_ANSWER_BYTES + answer::known_bytes(response).min(HTTP_ANSWER_PIECE_BYTES);

@@ -44,6 +44,7 @@ mod server;
 mod sessions;
 mod socket;
 mod stranger_pace;
+mod stream;
 mod transfer;
 mod waiting;
 mod websocket;
@@ -71,6 +72,7 @@ use self::arrival::HttpPort;
 use self::body::BodyLimits;
 use self::credentials::Caller;
 use self::server::{HttpCrowd, HttpPeer, ServedRoutes};
+use self::stream::StreamReaders;
 use crate::auth::failures::AuthFailures;
 use crate::auth::{Datasource, Key, Registry};
 use crate::backup::BackupDesk;
@@ -180,12 +182,14 @@ pub async fn serve(listeners: HttpListeners, parts: HttpFrontParts, drain: Cance
         crowd: crowd.clone(),
         parses: Arc::new(Semaphore::new(PARSES_PER_PROCESSOR_MAX * crate::shares::processors())),
         setting_schemas: Mutex::new(()),
+        redriving: tokio::sync::Mutex::default(),
         leak_reports: AuthFailures::new(&config::AuthConfig {
             failures_burst: LEAK_REPORTS_BURST,
             failures_per_s: LEAK_REPORTS_PER_S,
             failures_exempt: Vec::new(),
         }),
         limiting: Mutex::new(()),
+        streams: StreamReaders::new(config.stream_heartbeat(), Duration::from_millis(config.body_ms_max)),
         drain: drain.clone(),
         keep_alive: persistence::keep_alive_value(config.keep_alive_s_max),
         parts,
@@ -207,11 +211,17 @@ pub async fn serve(listeners: HttpListeners, parts: HttpFrontParts, drain: Cance
             }
         }
     };
-    tokio::join!(
-        serve(Some(plain), plain_port, of_devices.clone(), crowd.clone()),
-        serve(tls, tls_port.clone(), of_devices, crowd),
-        serve(admin, tls_port, all, admin_crowd),
-    );
+    let serving = async {
+        tokio::join!(
+            serve(Some(plain), plain_port, of_devices.clone(), crowd.clone()),
+            serve(tls, tls_port.clone(), of_devices, crowd),
+            serve(admin, tls_port, all, admin_crowd),
+        );
+    };
+    tokio::select! {
+        () = serving => {}
+        never = shared.streams.watch(shared.parts.log.withheld()) => match never {},
+    }
 }
 
 /// What every handler may use.
@@ -227,6 +237,10 @@ struct HttpFrontState {
     limiting: Mutex<()>,
     /// Held while the schemas of a datasource are read and set, so that no version number is used twice.
     setting_schemas: Mutex<()>,
+    /// The streams that are open.
+    streams: Arc<StreamReaders>,
+    /// Held from where quarantine is read until what is sent again of it is in the log, so that it is sent again once.
+    redriving: tokio::sync::Mutex<()>,
     drain: CancellationToken,
     /// What says in answers how long a connection may be idle.
     keep_alive: HeaderValue,
@@ -377,6 +391,7 @@ fn routes() -> Vec<(Method, &'static str, MethodRouter<Arc<HttpFrontState>>)> {
         route(get.clone(), "/v1/datasources/{datasource}/records", records::records),
         route(get.clone(), "/v1/datasources/{datasource}/latest", query::latest),
         route(get.clone(), "/v1/datasources/{datasource}/series", series::series),
+        route(get.clone(), "/v1/datasources/{datasource}/stream", stream::read),
         route(get.clone(), "/v1/datasources/{datasource}/sessions", sessions::list),
         route(get.clone(), "/v1/connect", endpoints::show),
         route(get.clone(), "/v1/refusals", refusals::list),
@@ -397,13 +412,14 @@ fn routes() -> Vec<(Method, &'static str, MethodRouter<Arc<HttpFrontState>>)> {
 
 /// The routes that are for devices and readers. All others are the administration's: where it has a listener of its own,
 /// they are not found at any other.
-const DEVICE_ROUTES: [(Method, &str); 12] = [
+const DEVICE_ROUTES: [(Method, &str); 13] = [
     (Method::POST, "/v1/ingest/{datasource}"),
     (Method::POST, "/v1/ingest/{datasource}/{*topic}"),
     (Method::GET, "/v1/datasources/{datasource}/schema"),
     (Method::GET, "/v1/datasources/{datasource}/records"),
     (Method::GET, "/v1/datasources/{datasource}/latest"),
     (Method::GET, "/v1/datasources/{datasource}/series"),
+    (Method::GET, "/v1/datasources/{datasource}/stream"),
     (Method::GET, "/v1/connect"),
     (Method::POST, "/v1/leaks"),
     (Method::GET, "/mqtt"),

@@ -54,7 +54,8 @@ pub(super) async fn ready(State(shared): State<Arc<HttpFrontState>>) -> Response
     ];
     let registry = parts.intake.authorizer().registry().trouble();
     let rules = parts.intake.authorizer().registry().unread_rules();
-    let warnings = [registry, rules, storage, nats.or_else(callout), egress, sessions, retained, lost];
+    let log = parts.log.warning();
+    let warnings = [registry, rules, log, storage, nats.or_else(callout), egress, sessions, retained, lost];
     readiness_response(reasons, warnings.into_iter().chain(aside).flatten().collect())
 }
 
@@ -77,9 +78,13 @@ pub(super) async fn metrics(State(shared): State<Arc<HttpFrontState>>) -> Respon
     gauge("headgate_log_bytes", parts.log.bytes());
     gauge("headgate_memory_held_bytes", parts.intake.memory().held_bytes() as u64);
     gauge("headgate_http_strangers", shared.crowd.stranger_count() as u64);
+    let (streams, still) = shared.streams.counts();
+    gauge("headgate_stream_readers", streams as u64);
+    gauge("headgate_stream_readers_still", still as u64);
     gauge("headgate_keys", parts.intake.authorizer().registry().key_count() as u64);
     parts.metrics.set_counter("headgate_dedup_evicted_total", parts.log.evicted_ids());
     parts.metrics.set_counter("headgate_log_lost_records_total", parts.log.lost_records());
+    parts.metrics.set_counter("headgate_log_fenced_records_total", parts.log.fenced_records());
     parts.metrics.set_counter("headgate_refusals_unlisted_total", parts.intake.refusals().unlisted());
     if let Some(nats) = &parts.nats {
         gauge("headgate_nats_connected", u64::from(nats.trouble().is_none()));

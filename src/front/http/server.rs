@@ -367,7 +367,7 @@ impl ConnectionServer {
         let keys = Arc::new(PresentedKeys::default());
         let clock = RequestClock::start();
         let mut deadline = RequestDeadline::new(clock.clone(), &self.config);
-        let builder = connection_builder(payer.clone());
+        let (builder, paying) = (connection_builder(payer.clone()), payer.clone());
         let service = {
             let from = HttpPeer {
                 addr: peer,
@@ -417,7 +417,7 @@ impl ConnectionServer {
             })
         };
         let stall_max = Duration::from_millis(self.config.body_ms_max);
-        let socket = HttpSocket::new(stream, stall_max, unread, clock.clone(), fault.clone());
+        let socket = HttpSocket::new(stream, stall_max, unread, clock.clone(), paying, fault.clone());
         let mut served = pin!(builder.serve_connection_with_upgrades(TokioIo::new(socket), service));
         let mut asked_to_close = pin!(async {
             tokio::select! {
@@ -426,7 +426,7 @@ impl ConnectionServer {
             }
         });
         let mut makes_room = pin!(poll_fn(|cx| eviction.poll_due(cx)));
-        let mut leaving = false;
+        let (mut leaving, mut is_asked) = (false, false);
         let mut passed = pin!(poll_fn(|cx| deadline.poll_passed(cx)));
         loop {
             let is_closing = closing.load(Ordering::Relaxed);
@@ -448,13 +448,20 @@ impl ConnectionServer {
                         return;
                     }
                     leaving = true;
+                    clock.streams().close(false);
+                    clock.await_stream_ends();
                     if !closing.swap(true, Ordering::Relaxed) {
                         served.as_mut().graceful_shutdown();
                     }
                 }
-                // An idle connection ends at once, a busy one when its requests are answered.
-                () = asked_to_close.as_mut(), if !is_closing => {
-                    closing.store(true, Ordering::Relaxed);
+                // An idle connection ends at once, a busy one when its requests are answered. A stream is told to end.
+                () = asked_to_close.as_mut(), if !is_asked => {
+                    is_asked = true;
+                    clock.streams().close(self.drain.is_cancelled());
+                    clock.await_stream_ends();
+                    if closing.swap(true, Ordering::Relaxed) {
+                        continue;
+                    }
                     served.as_mut().graceful_shutdown();
                 }
                 part = passed.as_mut() => {

@@ -32,7 +32,9 @@ pub(super) async fn read_from_servers(
         let mut messages = shared.stream.get(from, messages_max, bytes_max).await.map_err(away)?;
         messages.retain(|message| message.sequence < end);
         match messages.first() {
-            Some(first) if first.sequence == from => return Ok(gather_batches(&messages, from, &shared)),
+            Some(first) if first.sequence == from => {
+                return Ok(gather_batches(&messages, from, &shared, |_| ()));
+            }
             found => {
                 let state = shared.stream.state().await.map_err(away)?;
                 shared.note_state(&state);
@@ -40,7 +42,7 @@ pub(super) async fn read_from_servers(
                     return Err(LogReadError::Removed { wanted: from, first: state.first });
                 }
                 if found.is_some() {
-                    return Ok(gather_batches(&messages, from, &shared));
+                    return Ok(gather_batches(&messages, from, &shared, |_| ()));
                 }
                 if state.messages == 0 || state.first >= end {
                     return Ok(vec![Batch::nothing_below(end)]);
@@ -73,6 +75,11 @@ pub(super) async fn shared_id_content_at(
     for _ in 0..LAGGING_SERVER_RETRY.0 {
         let messages = shared.stream.get(first, 1, 0).await.map_err(away)?;
         if let Some(found) = messages.iter().find(|message| message.sequence == first) {
+            if shared.fences.shut_out(found) {
+                let words = "an earlier message with this id came behind the end of its key and is no record: try again \
+                             when the id is forgotten (intake.dedup_window_s)";
+                return Err(AppendError::Away(words.into()));
+            }
             return Ok(Some(SharedIdContent::read(found)));
         }
         // A server that has a later one has not missed it: it was deleted.

@@ -12,6 +12,7 @@ use super::sample_chunk::{ChunkBase, ChunkSample, NewChunk, without_offsets};
 use super::schema::{offset_from_sql, sql_offset};
 use crate::message::{Offset, TimeMicros};
 use crate::values::SampleReader;
+use crate::values::samples::JsonMember;
 
 /// A chunk of this many bytes takes no more samples of later transactions: with its row it fills a page, which a change
 /// writes as a whole.
@@ -35,7 +36,10 @@ pub(super) struct SampledRecord<'a> {
     pub(super) received_at: TimeMicros,
     pub(super) event_at: Option<TimeMicros>,
     pub(super) content_type: &'a str,
-    pub(super) payload: &'a [u8],
+    /// Its payload, if that is text.
+    pub(super) text: Option<&'a str>,
+    /// The members of its payload, if that is a JSON object and they are known.
+    pub(super) members: Option<&'a [JsonMember<'a>]>,
 }
 
 /// The samples of the records of one transaction.
@@ -64,8 +68,11 @@ impl NewSamples {
     /// Adds the samples of the next record.
     pub(super) fn observe(&mut self, topic_id: i64, record: &SampledRecord<'_>, open: &OpenChunks) {
         let (offset, record_at) = (sql_offset(record.offset), record.event_at.unwrap_or(record.received_at));
-        let mut samples =
-            self.reader.read(record.content_type, record.payload, record.received_at).enumerate().peekable();
+        let mut samples = self
+            .reader
+            .read_parsed(record.content_type, record.text, record.members, record.received_at)
+            .enumerate()
+            .peekable();
         if samples.peek().is_none() {
             return;
         }
@@ -224,7 +231,8 @@ pub(super) fn restore_moved(connection: &Connection, topic_id: i64) -> rusqlite:
             received_at: row.get(1)?,
             event_at: row.get(2)?,
             content_type: row.get_ref(3)?.as_str()?,
-            payload: row.get_ref(4)?.as_bytes()?,
+            text: std::str::from_utf8(row.get_ref(4)?.as_bytes()?).ok(),
+            members: None,
         };
         samples.observe(topic_id, &record, &open);
     }

@@ -92,12 +92,16 @@ impl ModelRun {
         self.sink.store(records.into_iter(), self.end, false).expect("stored");
     }
 
+    fn up_to(&mut self, most: Offset) -> Offset {
+        let most = usize::try_from(most).expect("small");
+        self.random.below(most + 1) as u64
+    }
+
     fn change(&mut self) {
         let key_id = KEYS[self.random.below(KEYS.len())];
         let change = match self.random.below(4) {
             0 | 1 => {
-                let since =
-                    record(self.random.below(1 + self.end as usize) as u64, "press-4", "a", b"").received_at;
+                let since = record(self.up_to(self.end), "press-4", "a", b"").received_at;
                 WithheldChange::Withhold(WithheldRule {
                     datasource: Self::press(),
                     key_id,
@@ -119,7 +123,7 @@ impl ModelRun {
         if self.random.percent(50) {
             self.store();
         }
-        let first_offset = self.end - self.random.below(3).min(self.end as usize) as u64;
+        let first_offset = self.end - self.up_to(self.end.min(2));
         self.incarnation += 1;
         let begun = IncarnationStep::Begun { first_offset, since: TimeMicros::MIN };
         self.rules.push(WithheldChange::Incarnation(Self::press(), self.incarnation, begun));
@@ -132,7 +136,7 @@ impl ModelRun {
     }
 
     fn set_back(&mut self, path: &std::path::Path) {
-        self.end -= self.random.below(6).min(self.end as usize) as u64;
+        self.end -= self.up_to(self.end.min(5));
         self.sink.set_aside_from(self.end, path).expect("set aside");
     }
 }
