@@ -53,7 +53,6 @@ struct FoundSample {
 impl SampleReader {
     /// The samples of a payload, in its order: at most [`SAMPLES_PER_RECORD_MAX`], the first ones. The times that a
     /// payload states may be relative to `received_at`.
-    #[allow(dead_code, reason = "for sinks that do not parse payloads otherwise")]
     pub fn read(
         &mut self,
         topic: &str,

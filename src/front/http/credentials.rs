@@ -54,13 +54,13 @@ impl FromRequestParts<Arc<HttpFrontState>> for Caller {
     type Rejection = Problem;
 
     async fn from_request_parts(parts: &mut Parts, shared: &Arc<HttpFrontState>) -> Result<Self, Problem> {
-        Self::identify(parts, shared, presented_key(&parts.headers))
+        Self::identify(parts, shared, presented_key(&parts.headers)).await
     }
 }
 
 impl Caller {
     /// Who sent a request that presents `key`.
-    pub(super) fn identify(
+    pub(super) async fn identify(
         parts: &Parts,
         shared: &HttpFrontState,
         key: Result<&[u8], GrantDenial>,

@@ -20,7 +20,7 @@ impl PostgresSink {
         let mut reader = std::mem::take(&mut self.reader);
         let mut sampled = std::mem::take(&mut self.sampled);
         let mut added = Ok(());
-        for sample in reader.read(record.content_type, record.payload, record.received_at) {
+        for sample in reader.read(record.topic, record.content_type, record.payload, record.received_at) {
             match self.series_id(topic, sample.key) {
                 Ok(series) => sampled.push((series, sample.value, sample.at)),
                 Err(error) => added = Err(error),

@@ -100,7 +100,7 @@ async fn write(
     let (parts, body) = request.into_parts();
     let presented = influx_key(&parts.headers);
     let key = presented.as_deref().map_err(Clone::clone);
-    let caller = Caller::identify(&parts, shared, key)?;
+    let caller = Caller::identify(&parts, shared, key).await?;
     let query = WriteQuery::read(&parts.uri)?;
     let datasource = named_datasource(&caller.0, query.datasource(dialect), dialect)?.to_owned();
     let destination = IngestDestination {
@@ -150,7 +150,8 @@ struct StatementQuery {
 async fn create_database(shared: &HttpFrontState, request: Request) -> Result<Response, Problem> {
     let (parts, body) = request.into_parts();
     let presented = influx_key(&parts.headers);
-    let Caller(grant, _) = Caller::identify(&parts, shared, presented.as_deref().map_err(Clone::clone))?;
+    let Caller(grant, _) =
+        Caller::identify(&parts, shared, presented.as_deref().map_err(Clone::clone)).await?;
     let Query(StatementQuery { q }) = Query::try_from_uri(&parts.uri)?;
     let statement = match q {
         // The client for Python may announce gzip then, and send nothing.
