@@ -2,7 +2,7 @@
 //! the last record that it has had, on whatever gateway answers at `HEADGATE_URL` then.
 
 use std::io::{self, BufRead, BufReader, IsTerminal, Read, Write};
-use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, TryRecvError, sync_channel};
+use std::sync::mpsc::{Receiver, SyncSender, TryRecvError, sync_channel};
 use std::thread;
 use std::time::Duration;
 
@@ -229,10 +229,7 @@ impl TailProgress<'_> {
     }
 
     fn wait_line(&self, waiting: &Receiver<String>) -> Option<String> {
-        match waiting.recv_timeout(self.silence_max) {
-            Ok(line) => Some(line),
-            Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => None,
-        }
+        waiting.recv_timeout(self.silence_max).ok()
     }
 
     /// Takes one line. Returns whether it was the last one that was wanted.

@@ -3,7 +3,7 @@
 //! The key is that of the field where the topic is the line's series, as it is for lines that came over HTTP, or ends with
 //! it. Elsewhere one topic may have lines of many series: there the key begins with the series, `cpu/host=a/idle`.
 
-use headgate_format::line::{FieldValue, PointError, PointLine, PointLines, TimePrecision, unescape_name};
+use headgate_format::line::{FieldValue, PointLine, PointLines, TimePrecision, unescape_name};
 use serde_json::value::RawValue;
 
 use super::{ShapedPayload, ShapedValue, ShapedValueVisitor};
@@ -28,8 +28,11 @@ pub(super) fn read(payload: &ShapedPayload<'_>, visit: &mut ShapedValueVisitor<'
 pub(super) fn event_time(payload: &ShapedPayload<'_>) -> Option<TimeMicros> {
     let precision = TimePrecision::from_media_type(payload.content_type).ok()?;
     let lines = PointLines::new(payload.text.as_bytes(), precision.unwrap_or_default()).ok()?;
-    let times = lines.map(|point| point.map(|point| point.micros()));
-    times.fold(Ok(None), |latest, at| Ok(latest?.max(at?))).unwrap_or_else(|_: PointError| None)
+    let mut latest = None;
+    for point in lines {
+        latest = latest.max(point.ok()?.micros());
+    }
+    latest
 }
 
 /// Calls `visit` with the fields of points.

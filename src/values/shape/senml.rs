@@ -26,7 +26,8 @@ pub(super) fn read(
     is_announced: bool,
     visit: &mut ShapedValueVisitor<'_>,
 ) -> bool {
-    if !is_announced && !(payload.text.contains("\"n\"") || payload.text.contains("\"bn\"")) {
+    let may_be = is_announced || payload.text.contains("\"n\"") || payload.text.contains("\"bn\"");
+    if !may_be {
         return false;
     }
     // The whole payload is of the shape before any of it is told.

@@ -28,7 +28,6 @@ fn a_stream_ends_with_its_key_and_keeps_nobody_waiting_who_ends_it() {
     let answer = gateway.request("DELETE", &path, &admin, &[], &[]);
     let took = began.elapsed();
     assert_eq!(answer.status, 204, "{}", answer.text());
-    println!("the key was dead, with all its streams closed, after {took:?}");
     assert!(took < Duration::from_secs(4), "{took:?}: whoever does not read is not waited for");
     assert_eq!(idle.end(), "key_dead");
     let mut left = lying.socket();

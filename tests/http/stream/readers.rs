@@ -124,7 +124,6 @@ fn a_thousand_readers_get_what_comes_in_and_cost_little_while_nothing_does() {
         })
         .collect();
     let each = memory().saturating_sub(before) / READERS;
-    println!("an idle reader takes {each} bytes");
     assert!(each < 48 << 10, "{each}");
     post_numbers(&gateway, &source.key, 0..3);
     for stream in &mut readers {

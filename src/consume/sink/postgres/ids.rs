@@ -21,14 +21,16 @@ pub(super) struct RecordNameIds {
     pub(super) origin: i32,
 }
 
+type IdsByName = HashMap<Box<str>, i32>;
+
 /// The remembered row ids.
 #[derive(Default)]
 pub(super) struct RememberedNames {
     /// By what `datasources` calls it: its id, and those of its topics.
-    datasources: HashMap<Box<str>, (i32, HashMap<Box<str>, i32>)>,
-    origins: HashMap<(KeyId, Transport), HashMap<Box<str>, i32>>,
+    datasources: HashMap<Box<str>, (i32, IdsByName)>,
+    origins: HashMap<(KeyId, Transport), IdsByName>,
     /// By topic.
-    series: HashMap<i32, HashMap<Box<str>, i32>>,
+    series: HashMap<i32, IdsByName>,
     remembered: usize,
 }
 
