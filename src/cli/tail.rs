@@ -279,7 +279,7 @@ fn read_lines(stream: impl Read, lines: &SyncSender<String>) {
 
 /// A record in one line, without control characters, which could move the cursor.
 fn shown(offset: Offset, record: &StreamLine<'_>, coloured: bool) -> String {
-    let payload = record.payload.map_or("", RawValue::get);
+    let payload = record.payload.map_or("null", RawValue::get);
     let payload = serde_json::from_str::<String>(payload).unwrap_or_else(|_| payload.to_owned());
     let clean = |text: &str| -> String {
         text.chars().map(|c| if c.is_control() { char::REPLACEMENT_CHARACTER } else { c }).collect()

@@ -208,6 +208,16 @@ fn removable(
         }
         over = over.saturating_sub(bytes);
     }
+    if removable == 0
+        && records.len() == PRUNE_RECORDS_PER_TRANSACTION
+        && let Some(age) = age_us
+    {
+        // All are of a clock that was ahead. What is before offsets that are old as a whole is old too.
+        let old_below: Option<i64> = connection
+            .prepare_cached("SELECT max(first_offset) FROM time_index WHERE newest_us < ?1")?
+            .query_row([now.saturating_sub(age)], |row| row.get(0))?;
+        removable = records.partition_point(|record| Some(record.offset) < old_below);
+    }
     records.truncate(removable);
     Ok(records)
 }

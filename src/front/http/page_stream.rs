@@ -17,6 +17,7 @@ use serde::Serialize;
 use super::credentials::Caller;
 use super::query::stored_records_query;
 use super::{HttpFrontState, run_reading};
+use crate::auth::Grant;
 use crate::consume::query::{PageBudget, QueryError, RecordsReader};
 use crate::front::problem::Problem;
 use crate::limits::HTTP_ANSWER_PIECE_BYTES;
@@ -136,6 +137,8 @@ struct PageReading<S> {
     tenant: Arc<TenantShare>,
     source: S,
     budget: PageBudget,
+    /// Under which it is read: a page may take hours.
+    grant: Grant,
     is_begun: bool,
     are_lines: bool,
 }
@@ -189,7 +192,8 @@ pub(super) async fn answer_page(
     let tenant = shared.parts.subscribers.shares.share(caller.0.datasource());
     let PageFrame { content_type, head, are_lines } = frame;
     let shared = shared.clone();
-    let reading = PageReading { shared, tenant, source, budget, is_begun: false, are_lines };
+    let grant = caller.0.clone();
+    let reading = PageReading { shared, tenant, source, budget, grant, is_begun: false, are_lines };
     let (reading, mut first) = reading.read(&head).await?;
     let body = match first.chunks.len() {
         0 | 1 if first.is_last => Body::from(first.chunks.pop_front().unwrap_or_default()),
@@ -222,6 +226,9 @@ impl<S: PageSource> PageSending<S> {
             self.memory.set_held(0);
             let room = tokio::time::timeout(PIECE_ROOM_WAIT_MAX, account.wait_room_to_send()).await;
             room.map_err(|_| io::Error::other("the key's share of the memory is used up"))?;
+            if !reading.grant.holds() {
+                return Err(io::Error::other("the key was revoked or has expired"));
+            }
             let read = reading.read("").await;
             let (reading, piece) =
                 read.map_err(|_| io::Error::other("the rest of the page cannot be read"))?;

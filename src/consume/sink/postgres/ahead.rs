@@ -46,7 +46,11 @@ pub(super) fn put_right(
     if !is_ahead {
         return Ok(None);
     }
-    set_aside(sink, log_end).map(Some)
+    // As long as its statements may take: a wait that ends earlier would begin all of it again, for ever.
+    sink.connection.set_answer_wait_max(super::RECONCILE_WAIT_MAX);
+    let said = set_aside(sink, log_end);
+    sink.connection.reset_answer_wait_max();
+    said.map(Some)
 }
 
 /// Moves the records from `end` on into tables of their own, and the cursor back to `end`, in one transaction.

@@ -76,8 +76,13 @@ impl PostgresSink {
         let datasource = self.ensure_datasource(&scope, name)?;
         let topic = ensure_topic(&self.connection, datasource, record.topic)?;
         let origin = self.connection.query_one(
-            "INSERT INTO origins (key_id, transport, content_type) VALUES ($1, $2, $3)
-             ON CONFLICT (key_id, transport, content_type) DO UPDATE SET key_id = excluded.key_id RETURNING id",
+            // What is there takes no new id: there are only so many.
+            "WITH found AS (SELECT id FROM origins
+                 WHERE key_id = $1::text AND transport = $2::text AND content_type = $3::text),
+             made AS (INSERT INTO origins (key_id, transport, content_type) SELECT $1::text, $2::text, $3::text
+                 WHERE NOT EXISTS (SELECT FROM found)
+                 ON CONFLICT (key_id, transport, content_type) DO UPDATE SET key_id = excluded.key_id RETURNING id)
+             SELECT id FROM found UNION ALL SELECT id FROM made",
             &[&record.key_id.to_string(), &record.transport.as_str(), &text_of(record.content_type)],
         )?;
         let origin = origin.get(0);
@@ -89,6 +94,39 @@ impl PostgresSink {
         Ok(RecordNameIds { datasource, topic, origin })
     }
 
+    /// Learns the row ids of those of a topic's keys that are not remembered, with one statement: a record may have
+    /// hundreds that nobody has seen before.
+    pub(super) fn learn_series(&mut self, topic: i32, keys: &[&str]) -> Result<(), PostgresError> {
+        let known = self.names.series.get(&topic);
+        let is_unknown = |key: &&str| known.is_none_or(|known| !known.contains_key(*key));
+        let unknown: Vec<&str> = keys.iter().copied().filter(is_unknown).collect();
+        if unknown.is_empty() {
+            return Ok(());
+        }
+        let texts: Vec<String> = unknown.iter().map(|key| text_of(key).into_owned()).collect();
+        let rows = self.connection.query(
+            "WITH wanted AS (SELECT DISTINCT key FROM unnest($2::text[]) AS w (key)),
+             found AS (SELECT s.id, s.key FROM series s JOIN wanted w ON w.key = s.key WHERE s.topic_id = $1::int),
+             made AS (INSERT INTO series (topic_id, key) SELECT $1::int, w.key FROM wanted w
+                 WHERE NOT EXISTS (SELECT FROM found f WHERE f.key = w.key)
+                 ON CONFLICT (topic_id, key) DO UPDATE SET key = excluded.key RETURNING id, key)
+             SELECT id, key FROM found UNION ALL SELECT id, key FROM made",
+            &[&topic, &texts],
+        )?;
+        let ids: HashMap<String, i32> = rows.iter().map(|row| (row.get(1), row.get(0))).collect();
+        if self.names.remembered + unknown.len() > REMEMBERED_NAMES_MAX {
+            self.names.clear();
+        }
+        self.names.remembered += unknown.len();
+        let series = self.names.series.entry(topic).or_default();
+        for (key, text) in unknown.into_iter().zip(&texts) {
+            if let Some(id) = ids.get(text) {
+                series.insert(key.into(), *id);
+            }
+        }
+        Ok(())
+    }
+
     /// The row id of a topic's samples under a key.
     pub(super) fn series_id(&mut self, topic: i32, key: &str) -> Result<i32, PostgresError> {
         if let Some(id) = self.names.series.get(&topic).and_then(|keys| keys.get(key)) {
@@ -96,8 +134,11 @@ impl PostgresSink {
         }
         self.names.make_room();
         let row = self.connection.query_one(
-            "INSERT INTO series (topic_id, key) VALUES ($1, $2)
-             ON CONFLICT (topic_id, key) DO UPDATE SET key = excluded.key RETURNING id",
+            "WITH found AS (SELECT id FROM series WHERE topic_id = $1::int AND key = $2::text),
+             made AS (INSERT INTO series (topic_id, key) SELECT $1::int, $2::text
+                 WHERE NOT EXISTS (SELECT FROM found)
+                 ON CONFLICT (topic_id, key) DO UPDATE SET key = excluded.key RETURNING id)
+             SELECT id FROM found UNION ALL SELECT id FROM made",
             &[&topic, &text_of(key)],
         )?;
         let id = row.get(0);
@@ -113,8 +154,11 @@ pub(super) fn ensure_topic(
     topic: &str,
 ) -> Result<i32, PostgresError> {
     let row = connection.query_one(
-        "INSERT INTO topics (datasource_id, topic, latest_offset) VALUES ($1, $2, -1)
-         ON CONFLICT (datasource_id, topic) DO UPDATE SET topic = excluded.topic RETURNING id",
+        "WITH found AS (SELECT id FROM topics WHERE datasource_id = $1::int AND topic = $2::text),
+         made AS (INSERT INTO topics (datasource_id, topic, latest_offset) SELECT $1::int, $2::text, -1
+             WHERE NOT EXISTS (SELECT FROM found)
+             ON CONFLICT (datasource_id, topic) DO UPDATE SET topic = excluded.topic RETURNING id)
+         SELECT id FROM found UNION ALL SELECT id FROM made",
         &[&datasource, &text_of(topic)],
     )?;
     Ok(row.get(0))

@@ -91,9 +91,14 @@ impl PostgresSink {
         let is_leaked = left_out.covers(record.datasource, record.key_id, record.received_at, record.offset);
         let text = std::str::from_utf8(record.payload).ok();
         if record.flags.contains(RecordFlags::QUARANTINED) || is_leaked {
-            let is_plain = is_plain || !is_leaked;
-            add_quarantined(&mut rows.quarantined, record, ids, |row| {
-                add_payload(row, record.payload, text, self.form, is_plain);
+            add_quarantined(&mut rows.quarantined, record, ids, |row| match is_leaked {
+                true => add_payload(row, record.payload, text, self.form, is_plain),
+                // What failed a schema or a limit was never shown to PostgreSQL.
+                false => {
+                    row.null();
+                    row.bytes(record.payload);
+                    row.null();
+                }
             });
             return match is_leaked && !record.flags.contains(RecordFlags::QUARANTINED) {
                 true => self.add_samples(&mut rows.withheld_samples, record, ids.topic),

@@ -51,13 +51,13 @@ impl JsonScan<'_> {
                     self.at += 1;
                     self.skip_space();
                     let is_object = byte == b'{';
+                    if open.len() >= JSON_DEPTH_MAX {
+                        self.beyond.get_or_insert("it is nested too deep");
+                    }
                     if self.peek()? == byte + 2 {
                         self.at += 1;
                     } else {
                         open.push(is_object);
-                        if open.len() > JSON_DEPTH_MAX {
-                            self.beyond.get_or_insert("it is nested too deep");
-                        }
                         if is_object {
                             self.name()?;
                         }

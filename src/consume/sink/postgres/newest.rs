@@ -10,8 +10,8 @@ use crate::consume::sink::schema::{offset_from_sql, sql_offset};
 use crate::limits::{LATEST_KEYS_PER_TOPIC_MAX, LATEST_LOOK_BACK_MAX};
 use crate::message::{KeyId, RecordFlags, RecordRef, Transport};
 
-/// How many records are read at once when values are looked for.
-const LOOK_BACK_PAGE_RECORDS: i64 = 2_000;
+/// How many records are read at once when values are looked for: each may be as large as a payload may be.
+const LOOK_BACK_PAGE_RECORDS: i64 = 64;
 
 /// Rows of `latest_values`, by columns.
 #[derive(Default)]
@@ -116,9 +116,10 @@ impl PostgresSink {
             let (mut below, mut looked_at) = (i64::MAX, 0);
             while !wanted.is_empty() && looked_at < LATEST_LOOK_BACK_MAX {
                 let rows = self.connection.query(
-                    "SELECT log_offset, (extract(epoch FROM received_at) * 1000000)::bigint,
-                         coalesce(payload_bytes, convert_to(payload::text, 'UTF8'))
-                     FROM entries WHERE topic_id = $1 AND log_offset < $2 ORDER BY log_offset DESC LIMIT $3",
+                    "SELECT e.log_offset, (extract(epoch FROM e.received_at) * 1000000)::bigint,
+                         coalesce(e.payload_bytes, convert_to(e.payload::text, 'UTF8')), o.content_type, t.topic
+                     FROM entries e JOIN origins o ON o.id = e.origin_id JOIN topics t ON t.id = e.topic_id
+                     WHERE e.topic_id = $1 AND e.log_offset < $2 ORDER BY e.log_offset DESC LIMIT $3",
                     &[&topic, &below, &LOOK_BACK_PAGE_RECORDS],
                 )?;
                 let Some(last) = rows.last() else { break };
@@ -141,8 +142,9 @@ impl PostgresSink {
             loop {
                 let rows = self.connection.query(
                     "SELECT e.log_offset, (extract(epoch FROM e.received_at) * 1000000)::bigint,
-                         coalesce(e.payload_bytes, convert_to(e.payload::text, 'UTF8'))
+                         coalesce(e.payload_bytes, convert_to(e.payload::text, 'UTF8')), o.content_type, t.topic
                      FROM entries e JOIN moved m ON m.log_offset = e.log_offset
+                     JOIN origins o ON o.id = e.origin_id JOIN topics t ON t.id = e.topic_id
                      WHERE e.topic_id = $1 AND e.log_offset > $2 ORDER BY e.log_offset LIMIT $3",
                     &[topic, &from, &LOOK_BACK_PAGE_RECORDS],
                 )?;
@@ -154,7 +156,7 @@ impl PostgresSink {
         self.forget_oldest(&topics)
     }
 
-    /// Writes the values of records of one topic (offset, time, payload) whose keys are wanted. The rows are in order, whichever.
+    /// Writes the values of records of one topic (offset, time, payload, media type, topic) whose keys are wanted. The rows are in order, whichever.
     fn put_rows(
         &self,
         topic: i32,
@@ -167,9 +169,9 @@ impl PostgresSink {
             let record = RecordRef {
                 offset: offset_from_sql(row.get(0)),
                 datasource: "",
-                topic: "",
+                topic: row.get(4),
                 payload: &payload,
-                content_type: "",
+                content_type: row.get(3),
                 properties: b"",
                 key_id: KeyId([0; 6]),
                 transport: Transport::Mqtt,

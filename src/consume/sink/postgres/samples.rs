@@ -19,13 +19,19 @@ impl PostgresSink {
         }
         let mut reader = std::mem::take(&mut self.reader);
         let mut sampled = std::mem::take(&mut self.sampled);
-        let mut added = Ok(());
-        for sample in reader.read(record.topic, record.content_type, record.payload, record.received_at) {
-            match self.series_id(topic, sample.key) {
-                Ok(series) => sampled.push((series, sample.value, sample.at)),
-                Err(error) => added = Err(error),
+        let found: Vec<_> =
+            reader.read(record.topic, record.content_type, record.payload, record.received_at).collect();
+        let keys: Vec<&str> = found.iter().map(|sample| sample.key).collect();
+        let mut added = self.learn_series(topic, &keys);
+        if added.is_ok() {
+            for sample in &found {
+                match self.series_id(topic, sample.key) {
+                    Ok(series) => sampled.push((series, sample.value, sample.at)),
+                    Err(error) => added = Err(error),
+                }
             }
         }
+        drop(found);
         for (series, value, at) in sampled.drain(..) {
             rows.begin(4);
             rows.timestamptz(at.or(record.event_at).unwrap_or(record.received_at));

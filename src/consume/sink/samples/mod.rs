@@ -215,6 +215,9 @@ pub(super) fn trim_up_to(connection: &Connection, topic_id: i64, last: i64) -> r
     take_out(connection, topic_id, (last, last), |offset| offset <= last)
 }
 
+/// Chunks that are gathered before they are written, when records come back.
+const RESTORED_CHUNKS_MAX: usize = 256;
+
 /// Puts back the samples of a topic's records that are in `temp.moved` and in `entries`, in chunks of their own.
 pub(super) fn restore_moved(connection: &Connection, topic_id: i64) -> rusqlite::Result<()> {
     let mut select = connection.prepare_cached(
@@ -235,6 +238,10 @@ pub(super) fn restore_moved(connection: &Connection, topic_id: i64) -> rusqlite:
             members: None,
         };
         samples.observe(topic_id, &record, &open);
+        // What is gathered is bounded, however many records come back.
+        if samples.full.len() >= RESTORED_CHUNKS_MAX {
+            std::mem::take(&mut samples).write(connection, &mut open)?;
+        }
     }
     drop(rows);
     samples.write(connection, &mut open)

@@ -20,6 +20,9 @@ use super::source::StreamSource;
 use super::table::{ConnectionStreams, StreamReaders};
 use crate::message::DatasourceId;
 
+/// The largest piece that is handed over at once.
+const STREAM_PIECE_BYTES: usize = 16 << 10;
+
 /// Why a stream ends.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u8)]
@@ -108,7 +111,8 @@ pub(in super::super) struct StreamReader {
 }
 
 enum StreamPlace {
-    Open(Box<StreamSource>),
+    /// With what of its last chunk was not handed over.
+    Open(Box<StreamSource>, Bytes),
     /// It has ended with an event that says why.
     Finished,
     /// It has ended without one: its client does not take any.
@@ -138,7 +142,7 @@ impl StreamReader {
             connection: peer.clock.streams().clone(),
             number: table.next_number(),
             scope: source.scope().clone(),
-            place: Mutex::new(StreamPlace::Open(Box::new(source))),
+            place: Mutex::new(StreamPlace::Open(Box::new(source), Bytes::new())),
             told: AtomicU8::new(0),
             task: AtomicWaker::new(),
             unsent: AtomicUsize::new(0),
@@ -155,7 +159,7 @@ impl StreamReader {
 
     /// What the request is charged for is held until the stream ends.
     pub(in super::super) fn hold(&self, hold: AnswerHold) {
-        if let StreamPlace::Open(source) = &mut *self.place.lock() {
+        if let StreamPlace::Open(source, _) = &mut *self.place.lock() {
             source.hold(hold);
         }
     }
@@ -168,7 +172,7 @@ impl StreamReader {
     /// Tells it to end. The first reason counts.
     pub(super) fn tell(&self, why: StreamEnd) {
         if self.told.compare_exchange(0, why as u8, Ordering::AcqRel, Ordering::Acquire).is_ok() {
-            self.told_ms.store(self.table.now_ms(), Ordering::Release);
+            self.told_ms.store(self.table.now_ms().max(1), Ordering::Release);
             self.task.wake();
         }
     }
@@ -206,16 +210,22 @@ impl StreamReader {
         // A client that takes what it is sent asks for more at each heartbeat.
         let unasked = since(&self.asked_ms).saturating_sub(heartbeat);
         let untaken = if self.unsent_bytes() > 0 { since(&self.taken_ms) } else { Duration::ZERO };
-        StreamStanding { still: unasked.max(untaken), told: self.told().map(|_| since(&self.told_ms)) }
+        StreamStanding { still: unasked.max(untaken), told: self.told_since(now_ms) }
+    }
+
+    /// How long ago it was told to end, if it was.
+    fn told_since(&self, now_ms: u64) -> Option<Duration> {
+        let told_ms = self.told_ms.load(Ordering::Acquire);
+        (told_ms > 0).then(|| Duration::from_millis(now_ms.saturating_sub(told_ms)))
     }
 
     /// Lets go of everything, because its client does not take it.
     pub(super) fn give_up(&self, why: StreamEnd) {
         let mut place = self.place.lock();
-        let StreamPlace::Open(_) = &*place else { return };
+        let StreamPlace::Open(..) = &*place else { return };
         let source = std::mem::replace(&mut *place, StreamPlace::GivenUp);
         drop(place);
-        if let StreamPlace::Open(source) = &source {
+        if let StreamPlace::Open(source, _) = &source {
             source.note_end(why);
         }
         self.task.wake();
@@ -225,30 +235,33 @@ impl StreamReader {
         self.asked_ms.store(self.table.now_ms(), Ordering::Release);
         self.task.register(cx.waker());
         let mut place = self.place.lock();
-        let source = match &mut *place {
-            StreamPlace::Open(source) => source,
+        let (source, rest) = match &mut *place {
+            StreamPlace::Open(source, rest) => (source, rest),
             StreamPlace::Finished => return Poll::Ready(None),
             StreamPlace::GivenUp => {
                 let stalled = io::Error::new(io::ErrorKind::TimedOut, "the client does not take its stream");
                 return Poll::Ready(Some(Err(stalled)));
             }
         };
-        let bytes = match ready!(source.poll_chunk(self, cx)) {
-            Some(bytes) => bytes,
-            None => {
+        if rest.is_empty() {
+            let Some(bytes) = ready!(source.poll_chunk(self, cx)) else {
                 *place = StreamPlace::Finished;
                 return Poll::Ready(None);
+            };
+            if self.unsent.fetch_add(bytes.len(), Ordering::AcqRel) == 0 {
+                self.taken_ms.store(self.table.now_ms(), Ordering::Release);
             }
-        };
-        if self.unsent.fetch_add(bytes.capacity(), Ordering::AcqRel) == 0 {
-            self.taken_ms.store(self.table.now_ms(), Ordering::Release);
+            *rest = bytes.into();
         }
-        let chunk = StreamChunk { bytes, reader: self.clone() };
+        // A small copy: HTTP/2 keeps the piece that its client gives no room for, and what is given up must not stay in
+        // memory with it. And each piece that is taken counts as progress.
+        let piece = rest.split_to(rest.len().min(STREAM_PIECE_BYTES));
+        let chunk = StreamChunk { bytes: piece.to_vec(), reader: self.clone() };
         Poll::Ready(Some(Ok(Bytes::from_owner(chunk))))
     }
 }
 
-/// A part of a stream, until it has left the gateway.
+/// A piece of a stream, until it has left the gateway.
 struct StreamChunk {
     bytes: Vec<u8>,
     reader: Arc<StreamReader>,
@@ -263,7 +276,7 @@ impl AsRef<[u8]> for StreamChunk {
 impl Drop for StreamChunk {
     fn drop(&mut self) {
         let reader = &self.reader;
-        reader.unsent.fetch_sub(self.bytes.capacity(), Ordering::AcqRel);
+        reader.unsent.fetch_sub(self.bytes.len(), Ordering::AcqRel);
         reader.taken_ms.store(reader.table.now_ms(), Ordering::Release);
         if reader.awaits_room.swap(false, Ordering::SeqCst) {
             reader.task.wake();
@@ -298,7 +311,7 @@ impl Drop for StreamBody {
         reader.table.leave(reader.number);
         reader.connection.leave(reader.number);
         let left = std::mem::replace(&mut *reader.place.lock(), StreamPlace::Finished);
-        if let StreamPlace::Open(source) = &left {
+        if let StreamPlace::Open(source, _) = &left {
             source.note_end(match reader.told() {
                 Some(why) => why,
                 None if reader.table.is_left_lying(reader) => StreamEnd::NotRead,

@@ -159,7 +159,10 @@ impl StreamSource {
         if is_beat_due {
             self.write_heartbeat(routed, &mut out);
         }
-        if outcome == FillOutcome::Stopped || !out.is_empty() {
+        if outcome == FillOutcome::Drained && out.is_empty() {
+            // It has nothing to write: it keeps no place among those that wait for room.
+            self.cover.suspend(unsent);
+        } else {
             self.pause();
         }
         self.hand_over(reader, unsent, out, cx)
@@ -182,7 +185,8 @@ impl StreamSource {
             return Poll::Ready(Some(out));
         }
         self.turn_bytes = 0;
-        if self.cover.is_needed() && reader.unsent_bytes() != unsent {
+        // A piece may have left before anybody asked to be woken by it.
+        if reader.unsent_bytes() != unsent {
             cx.waker().wake_by_ref();
         }
         Poll::Pending
