@@ -412,7 +412,12 @@ impl Intake {
         };
         let fenced = async {
             self.0.log.barrier().await;
-            let ids = dead.iter().map(|key| key.id).collect();
+            // An end that is not durable may turn out to be none: a grace that was undone elsewhere, the last admin key.
+            let registry = self.0.authorizer.registry();
+            let is_final = |key: &&Arc<Key>| {
+                !key.holds() && registry.describe_unwritten(&key.datasource, Some(key.id)).is_none()
+            };
+            let ids = dead.iter().filter(is_final).map(|key| key.id).collect();
             if tokio::time::timeout(REVOCATION_WAIT_MAX, self.0.log.fence(ids)).await.is_err() {
                 warn!(
                     "the end of a key is not in the log yet; what gateways that were paused still have comes in"

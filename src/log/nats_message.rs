@@ -104,6 +104,12 @@ pub fn header_text(headers: &HeaderMap, name: HeaderName) -> Option<&str> {
     headers.get(name).map(|value| value.as_str())
 }
 
+/// Whether a record was sent again, or marked, by an admin: it did not come in under the key that it names.
+pub(super) fn is_redriven(headers: &HeaderMap) -> bool {
+    let flags = header_text(headers, RECORD_FLAGS_HEADER).and_then(|text| text.parse().ok());
+    flags.is_some_and(|flags| RecordFlags(flags).contains(RecordFlags::REDRIVEN))
+}
+
 /// The last parsed time: neighbouring messages usually have the same time, and parsing one is
 /// expensive.
 #[derive(Debug, Default)]

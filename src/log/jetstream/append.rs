@@ -185,7 +185,10 @@ impl JetstreamAppender {
         if !self.waiting.is_empty() && self.got_on_at + FOLLOWER_STALL_MAX <= now {
             // Without the follower, fences before these records may be unknown; without the registry too, a key's end.
             match self.shared.may_be_behind() {
-                true => self.got_on_at = now,
+                true => {
+                    self.got_on_at = now;
+                    self.give_up_waiting(now);
+                }
                 false => self.release_waiting(Offset::MAX),
             }
         }
@@ -341,7 +344,7 @@ impl JetstreamAppender {
             return self.ask_earlier(place, ack.sequence);
         }
         progress.offsets[place.record as usize] = ack.sequence;
-        progress.dead |= self.shared.fences.is_behind(progress.section.key_id, ack.sequence);
+        progress.dead |= self.shared.fences.shuts_out(&progress.section, ack.sequence);
         let known = ack.duplicate && !place.again;
         if !ack.duplicate && !progress.dead {
             let begins = progress.places[place.record as usize];
@@ -542,6 +545,26 @@ impl JetstreamAppender {
         {
             let _ = self.barriers.pop_front().map(|(_, reply)| reply.send(()));
         }
+    }
+
+    /// Fails the appends that have waited long enough for the follower: nobody knows whether a key has ended before their
+    /// records.
+    fn give_up_waiting(&mut self, now: Instant) {
+        let closing = self.closing;
+        let over: Vec<_> = self
+            .waiting
+            .iter()
+            .filter(|(_, open)| closing || open.give_up_at <= now)
+            .map(|(place, _)| *place)
+            .collect();
+        for place in over {
+            if let Some(mut open) = self.waiting.remove(&place) {
+                let words = "this gateway has lost NATS and does not know whether a key had ended before";
+                open.error = Some(AppendError::Unknown(words.into()));
+                open.answer(&self.shared.fences);
+            }
+        }
+        self.pass_barriers();
     }
 
     /// Answers the appends that the follower has reached: all below `next_offset`.

@@ -17,18 +17,21 @@ use std::time::Duration;
 use headgate_bridge_nats::StreamError;
 use headgate_bridge_nats::stream::StoredMessage;
 use tokio::sync::mpsc;
-use tokio::time::sleep;
+use tokio::time::{Instant, sleep, sleep_until};
 use tracing::warn;
 
 use super::JetstreamLogShared;
-use crate::log::nats_message::{RECORD_KEY_ID_HEADER, header_text};
-use crate::message::{KeyId, Offset};
+use crate::log::Section;
+use crate::log::nats_message::{RECORD_KEY_ID_HEADER, header_text, is_redriven};
+use crate::message::{KeyId, Offset, RecordFlags};
 use crate::subject::SubjectSpace;
 
 /// The token that stands where a datasource does in other subjects; no datasource has such an id.
 const FENCE_TOKEN: &str = "$fence";
 /// The pause before a fence is put into the stream again.
 const FENCE_RETRY_PAUSE: Duration = Duration::from_millis(200);
+/// How much longer than its window JetStream may know an id.
+const FORGOTTEN_ID_MARGIN: Duration = Duration::from_secs(5);
 
 /// The fences of the stream, and what they have shut out.
 pub(super) struct KeyFences {
@@ -38,12 +41,12 @@ pub(super) struct KeyFences {
     /// How many messages the follower has found behind a fence.
     shut_out: AtomicU64,
     /// Those messages, which are then removed from the stream.
-    removals: mpsc::UnboundedSender<Offset>,
+    removals: mpsc::UnboundedSender<(Offset, Instant)>,
 }
 
 impl KeyFences {
     /// None yet. The receiver gets the messages that are to be removed.
-    pub(super) fn new() -> (Self, mpsc::UnboundedReceiver<Offset>) {
+    pub(super) fn new() -> (Self, mpsc::UnboundedReceiver<(Offset, Instant)>) {
         let (removals, removed) = mpsc::unbounded_channel();
         let (places, count) = (RwLock::default(), AtomicUsize::new(0));
         (Self { places, count, shut_out: AtomicU64::new(0), removals }, removed)
@@ -74,7 +77,15 @@ impl KeyFences {
             return false;
         }
         let key_id = header_text(&message.headers, RECORD_KEY_ID_HEADER).and_then(|id| KeyId::parse(id).ok());
+        // What an admin sent again names the key that it once came under, and did not come in under it.
         key_id.is_some_and(|key_id| self.is_behind(key_id, message.sequence))
+            && !is_redriven(&message.headers)
+    }
+
+    /// Whether a record of a section that is stored at this offset is behind the fence of its key.
+    pub(super) fn shuts_out(&self, section: &Section, offset: Offset) -> bool {
+        let is_redriven = |place: &u32| section.record(*place).flags.contains(RecordFlags::REDRIVEN);
+        self.is_behind(section.key_id, offset) && !section.places().first().is_some_and(is_redriven)
     }
 
     /// Counts a message that is behind a fence, says so, and has it removed from the stream, for clients of NATS that
@@ -92,7 +103,7 @@ impl KeyFences {
                 "a message came behind the end of its key: it is no record"
             );
         }
-        let _ = self.removals.send(message.sequence);
+        let _ = self.removals.send((message.sequence, Instant::now()));
     }
 
     /// How many messages were found behind a fence.
@@ -142,12 +153,15 @@ pub(super) async fn fence_keys(shared: Arc<JetstreamLogShared>, keys: Vec<KeyId>
     }
 }
 
-/// Removes messages behind fences from the stream.
+/// Removes messages behind fences from the stream, when it has forgotten their ids: until then a repetition has to find
+/// that the one before it is no record.
 pub(super) async fn remove_shut_out(
     shared: Arc<JetstreamLogShared>,
-    mut removed: mpsc::UnboundedReceiver<Offset>,
+    mut removed: mpsc::UnboundedReceiver<(Offset, Instant)>,
+    window: Duration,
 ) {
-    while let Some(offset) = removed.recv().await {
+    while let Some((offset, seen)) = removed.recv().await {
+        sleep_until(seen + window + FORGOTTEN_ID_MARGIN).await;
         // Another gateway may have done it; readers pass it over also if it stays.
         let _ = shared.stream.delete(offset).await;
     }

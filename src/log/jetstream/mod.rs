@@ -208,7 +208,7 @@ impl JetstreamLog {
             tokio::spawn(retention.run()),
             tokio::spawn(watch_stream_state(shared.clone())),
             tokio::spawn(watch_reports(shared.clone(), managed_streams(config))),
-            tokio::spawn(remove_shut_out(shared.clone(), removed)),
+            tokio::spawn(remove_shut_out(shared.clone(), removed, window)),
         ];
         let (appender, runtime) = (Mutex::new(Some(appender)), Handle::current());
         Ok(Self { shared, commands, appender, follower, others, runtime })

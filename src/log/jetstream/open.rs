@@ -140,7 +140,7 @@ impl SectionProgress {
 
     /// The outcome of the section.
     fn outcome(self, fences: &KeyFences) -> SectionOutcome {
-        let is_behind = |offset: &Offset| fences.is_behind(self.section.key_id, *offset);
+        let is_behind = |offset: &Offset| fences.shuts_out(&self.section, *offset);
         let is_dead = self.dead || self.offsets.iter().any(is_behind);
         match self.found {
             Some(SectionOutcome::ExchangesFull) => SectionOutcome::ExchangesFull,

@@ -201,6 +201,11 @@ impl KvWatch {
         };
         let opened = PushFeed::open(&bucket.nats, &bucket.stream, from, connections).await;
         let (feed, info) = opened.map_err(|error| bucket.away_error(&error))?;
+        if self.pulse.was_silent() && self.pulse.caught_up.swap(false, Ordering::AcqRel) {
+            // What was written meanwhile may have been missed: begin again, and ask where the bucket ends.
+            self.pulse.note_heard();
+            return Ok(false);
+        }
         self.feed = Some(feed);
         self.pulse.note_heard();
         let nothing_more = info.num_pending == 0 && info.delivered.stream_sequence >= self.position;
