@@ -108,3 +108,30 @@ fn what_a_paused_server_still_had_is_no_record() {
         (servers.pid(follower), &others[0]),
     );
 }
+
+/// A fence judged what an admin sent again by the key that it had once come in under.
+#[test]
+fn what_was_quarantined_under_a_key_comes_in_after_its_end() {
+    let (server, dir) = (NatsServer::start(), scratch());
+    let gateway = setup(dir.path(), &[server.url()]).start();
+    let (source, admin) = (gateway.create("press-4"), gateway.admin_key());
+    let limit = |what: serde_json::Value| {
+        let patch = serde_json::json!({ "limits": { "payload_bytes": what } }).to_string();
+        let json = [("content-type", "application/json")];
+        let changed = gateway.request("PATCH", "/v1/datasources/press-4", &admin, &json, patch.as_bytes());
+        assert_eq!(changed.status, 200, "{}", changed.text());
+    };
+    limit(serde_json::json!({ "max": 1, "policy": "quarantine" }));
+    let sent = gateway.post("/v1/ingest/press-4/t", &source.key, &serde_json::json!({ "n": 1 }));
+    assert_eq!(sent.status, 422, "{}", sent.text());
+    let path = format!("/v1/datasources/press-4/keys/{}", source.key_id);
+    assert_eq!(gateway.request("DELETE", &path, &admin, &[], b"").status, 204);
+    limit(serde_json::Value::Null);
+    gateway.settle();
+    let redriven = gateway.post("/v1/datasources/press-4/quarantine/redrive", &admin, &serde_json::json!({}));
+    assert_eq!(redriven.status, 200, "{}", redriven.text());
+    let records = gateway.stored("press-4", 1);
+    assert_eq!(records[0]["payload"], serde_json::json!({ "n": 1 }));
+    gateway.settle();
+    assert_eq!(gateway.metric("headgate_log_fenced_records_total"), 0.0);
+}
