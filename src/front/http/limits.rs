@@ -24,8 +24,9 @@ use crate::quota::{LimitOwner, LimitsError, QuotaLimits, QuotaStanding};
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct DatasourcePatch {
+    /// `Some(null)` takes all of them away; so for the setting below.
+    #[serde(default, deserialize_with = "stated")]
     limits: Option<Value>,
-    /// `Some(null)` takes the setting away.
     #[serde(default, deserialize_with = "stated")]
     event_time: Option<Value>,
 }
