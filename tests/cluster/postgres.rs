@@ -44,7 +44,9 @@ fn gateways_share_it_and_one_that_stood_still_writes_nothing_twice() {
     let a = start(dir_a.path());
     wait_for("the first one to write", || {
         (sink(&a)["is_writer"] == true
-            && server.try_sql("SELECT 1 FROM sink WHERE owner IS NOT NULL").is_ok_and(|rows| !rows.is_empty()))
+            && server
+                .try_sql("SELECT 1 FROM sink WHERE owner IS NOT NULL")
+                .is_ok_and(|rows| !rows.is_empty()))
         .then_some(())
     });
     // The cluster's first gateway has made the admin key for all.
