@@ -89,6 +89,15 @@ impl Setup {
         self
     }
 
+    /// Has a cluster take these settings over, which no start does. Without a cluster there is nothing to do.
+    pub fn change_cluster(self) -> Self {
+        if self.env.get("HEADGATE_LOG__BACKEND").is_some_and(|backend| backend == "jetstream") {
+            let output = self.run(&["cluster", "change", "--yes"]);
+            assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        }
+        self
+    }
+
     /// With a variable of the environment that is no setting.
     pub fn with_env(mut self, name: &str, value: &str) -> Self {
         self.env.insert(name.to_owned(), value.to_owned());

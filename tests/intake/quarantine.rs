@@ -183,7 +183,7 @@ fn a_redrive_is_once_across_kills_and_beyond_the_window_of_message_ids() {
     assert_eq!(redrive(&gateway, "press-4", &json!({}))["redriven"], 3);
     gateway.kill();
     // A window of a second, which is over when the records are stored and it has been waited for.
-    let gateway = Setup::on(dir.path()).set("intake.dedup_window_s", 1).start();
+    let gateway = Setup::on(dir.path()).set("intake.dedup_window_s", 1).change_cluster().start();
     gateway.settle();
     let began = std::time::Instant::now();
     wait_for("the window to be over", || (began.elapsed().as_millis() > 1_500).then_some(()));
@@ -268,7 +268,7 @@ fn a_repeated_message_is_in_quarantine_once_and_comes_out_once() {
     assert_eq!((&all["redriven"], &all["duplicates"]), (&json!(3), &json!(1)), "{all}");
     assert_eq!(by_http("h", "t", "\"h\"").json()["duplicate"], true);
     gateway.kill();
-    let gateway = Setup::on(dir.path()).set("intake.dedup_window_s", 1).start();
+    let gateway = Setup::on(dir.path()).set("intake.dedup_window_s", 1).change_cluster().start();
     gateway.settle();
     let began = std::time::Instant::now();
     wait_for("the window to be over", || (began.elapsed().as_millis() > 1_500).then_some(()));
@@ -301,7 +301,7 @@ fn a_message_that_was_corrected_is_not_let_in_by_a_later_redrive() {
     assert_eq!(held.len(), 1, "the mark is no message: {held:?}");
     assert_eq!(held[0]["redriven_offset"], records[0]["offset"]);
     gateway.kill();
-    let gateway = Setup::on(dir.path()).set("intake.dedup_window_s", 1).start();
+    let gateway = Setup::on(dir.path()).set("intake.dedup_window_s", 1).change_cluster().start();
     gateway.settle();
     let began = std::time::Instant::now();
     wait_for("the window to be over", || (began.elapsed().as_millis() > 2_500).then_some(()));

@@ -140,8 +140,19 @@ struct ParsedUrl {
     root_certificate: Option<PathBuf>,
 }
 
+/// Whether each `%` begins an encoded byte: a bare one in a password would be read as something else.
+fn is_percent_encoded(url: &str) -> bool {
+    url.split('%').skip(1).all(|part| {
+        let digits = part.as_bytes().get(..2);
+        digits.is_some_and(|digits| digits.iter().all(u8::is_ascii_hexdigit))
+    })
+}
+
 impl ParsedUrl {
     fn read(url: &str) -> Result<Self, SettingsFault> {
+        if !is_percent_encoded(url) {
+            return Err(SettingsFault::Url);
+        }
         let (base, parameters) = url.split_once('?').unwrap_or((url, ""));
         let mut read = Self { url: base.to_owned(), ssl_mode: SslMode::Prefer, root_certificate: None };
         let mut others = Vec::new();
