@@ -16,7 +16,7 @@ pub(super) const STREAM_CHECK_INTERVAL: Duration = Duration::from_secs(1);
 /// How often to ask for settings, servers and time.
 const STREAM_REPORT_INTERVAL: Duration = Duration::from_secs(3);
 /// A clock that differs from the servers' by more than this is wrong, in microseconds.
-const CLOCK_DIFFERENCE_MICROS_MAX: u64 = 5_000_000;
+const CLOCK_ERROR_MICROS_MAX: u64 = 5_000_000;
 /// What differs by less is not worth a correction: an answer takes time too.
 const CLOCK_CORRECTION_MICROS_MIN: u64 = 500_000;
 /// An answer that took longer says too little about the time.
@@ -95,7 +95,7 @@ impl ServersClock {
     pub fn note(self) -> Option<String> {
         let ahead = self.0;
         set_cluster_ahead(if ahead.unsigned_abs() < CLOCK_CORRECTION_MICROS_MIN { 0 } else { ahead });
-        (ahead.unsigned_abs() > CLOCK_DIFFERENCE_MICROS_MAX).then(|| {
+        (ahead.unsigned_abs() > CLOCK_ERROR_MICROS_MAX).then(|| {
             let (seconds, order) = (ahead.unsigned_abs() / 1_000_000, if ahead < 0 { "ahead of" } else { "behind" });
             let now = Rfc3339(now_micros().saturating_add(ahead));
             format!("this machine's clock is {seconds} s {order} that of the NATS servers, where it is {now}: set it right")
