@@ -67,6 +67,8 @@ pub enum ReadSource {
     First,
     /// `records.db`.
     Sqlite,
+    /// PostgreSQL.
+    Postgres,
 }
 
 /// Where the storage consumers write.
@@ -148,8 +150,7 @@ impl SinkKind {
     /// Whether reads can be answered from it.
     const fn is_readable(self) -> bool {
         match self {
-            Self::Sqlite => true,
-            Self::Postgres => false,
+            Self::Sqlite | Self::Postgres => true,
         }
     }
 }
@@ -175,6 +176,7 @@ impl StorageConfig {
         let wanted = |kind: &SinkKind| match self.read_from {
             ReadSource::First => kind.is_readable(),
             ReadSource::Sqlite => *kind == SinkKind::Sqlite,
+            ReadSource::Postgres => *kind == SinkKind::Postgres,
         };
         self.sinks.iter().copied().find(wanted)
     }

@@ -388,6 +388,18 @@ pub const QUERY_RECORDS_MAX: usize = 10_000;
 pub const QUERY_RECORDS_DEFAULT: usize = 100;
 /// Connections to a database that are kept for the next readers.
 pub const IDLE_READERS_MAX: usize = 8;
+/// Connections to PostgreSQL for those who read, beside the one that writes, ...
+pub const POSTGRES_READERS_MAX: usize = 4;
+/// ... how many may wait for one of them at once, ...
+pub const POSTGRES_READERS_WAITING_MAX: usize = 32;
+/// ... and how long.
+pub const POSTGRES_READER_WAIT_MAX: std::time::Duration = std::time::Duration::from_secs(5);
+/// How long it may take to open one.
+pub const POSTGRES_READER_OPEN_WAIT_MAX: std::time::Duration = std::time::Duration::from_secs(5);
+/// How long PostgreSQL may take for a statement of a reader's; it gives up by itself before that.
+pub const POSTGRES_READ_WAIT_MAX: std::time::Duration = std::time::Duration::from_secs(15);
+/// How long readers leave a PostgreSQL alone that was away.
+pub const POSTGRES_READER_AWAY_PAUSE: std::time::Duration = std::time::Duration::from_millis(500);
 /// Large HTTP bodies that are parsed at once for each processor.
 pub const PARSES_PER_PROCESSOR_MAX: usize = 4;
 /// Payload bytes after which a page of a query ends, full or not.
@@ -396,6 +408,10 @@ pub const QUERY_BYTES_MAX: usize = 16 << 20;
 pub const QUERY_SCANNED_MAX: usize = 100_000;
 /// Stored records that one transaction of retention removes: storage goes on in between.
 pub const PRUNE_RECORDS_PER_TRANSACTION: usize = 2_000;
+/// The same in PostgreSQL, ...
+pub const POSTGRES_PRUNE_RECORDS_PER_TRANSACTION: usize = 5_000;
+/// ... where what a datasource takes is counted so many records at a time.
+pub const POSTGRES_COUNT_RECORDS_PER_STEP: i64 = 50_000;
 /// Topics whose samples one transaction of retention takes out of what they share with later ones.
 pub const TRIM_TOPICS_PER_TRANSACTION: u32 = 64;
 /// How often that is done: samples may outlive their records by so much.
@@ -444,6 +460,8 @@ pub const SERIES_STEP_MS_MAX: u64 = 366 * 24 * 3_600 * 1_000;
 pub const SERIES_CHUNKS_MAX: usize = 200_000;
 /// Bytes of chunks that a series reads in one turn.
 pub const SERIES_PIECE_BYTES: usize = 4 << 20;
+/// Samples of one piece of it from PostgreSQL.
+pub const SERIES_PIECE_SAMPLES: i64 = 20_000;
 /// The largest distance between event time and receipt that a datasource may ask for, in seconds: 100 years.
 pub const EVENT_TIME_SKEW_S_MAX: u64 = 100 * 366 * 24 * 3_600;
 

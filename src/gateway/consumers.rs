@@ -61,7 +61,10 @@ impl Consumers {
             storage.begin_retention(&stored_limits(opened.registry.clone()));
         }
         let storage = storage.map(Arc::new);
-        let query = (config.storage.read_from() == Some(SinkKind::Sqlite)).then(|| RecordsReader::new(dir));
+        let query = config.storage.read_from().map(|kind| match kind {
+            SinkKind::Sqlite => RecordsReader::new(dir),
+            SinkKind::Postgres => RecordsReader::of_postgres(&config.storage.postgres),
+        });
         let hold = log.hold();
         let retained = RetainedStore::start(dir, log.clone(), move |offset| hold.set(offset))?;
         let (store, groups, clients) = match &opened.cluster {

@@ -18,6 +18,7 @@ pub mod openapi;
 pub mod postgres;
 pub mod servers;
 pub mod steady;
+pub mod stores;
 pub mod threads;
 pub mod tls;
 pub mod wire;

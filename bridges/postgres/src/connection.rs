@@ -1,6 +1,7 @@
 //! A connection to one database, whose calls block.
 
 use std::future::Future;
+use std::ops::Deref;
 use std::time::Duration;
 
 use futures_util::SinkExt;
@@ -9,12 +10,13 @@ use tokio::time::timeout;
 use tokio_postgres::config::SslMode as TlsUse;
 use tokio_postgres::tls::MakeTlsConnect;
 use tokio_postgres::types::ToSql;
-use tokio_postgres::{Client, Config, Row, Socket};
+use tokio_postgres::{Client, Config, IsolationLevel, Row, Socket};
 use tokio_postgres_rustls::MakeRustlsConnect;
 
 use crate::copy_rows::CopyRows;
 use crate::fault::PostgresFault;
 use crate::settings::{PostgresSettings, SslMode};
+use crate::snapshot::{PostgresSnapshot, block_on_answer};
 use crate::tls;
 
 /// How long the server may take for one statement, unless the caller says otherwise.
@@ -25,10 +27,28 @@ const OPEN_WAIT_MAX: Duration = Duration::from_secs(30);
 /// An open connection. Dropping it closes it.
 pub struct PostgresConnection {
     client: Client,
-    /// One thread, which sends and receives while the caller computes.
-    runtime: Runtime,
+    runtime: IoRuntime,
     place: String,
     answer_wait_max: Duration,
+}
+
+/// One thread, which sends and receives while the caller computes. It may be dropped anywhere, and nobody waits for it.
+struct IoRuntime(Option<Runtime>);
+
+impl Deref for IoRuntime {
+    type Target = Runtime;
+
+    fn deref(&self) -> &Runtime {
+        self.0.as_ref().expect("it is taken when it is dropped, and not before")
+    }
+}
+
+impl Drop for IoRuntime {
+    fn drop(&mut self) {
+        if let Some(runtime) = self.0.take() {
+            runtime.shutdown_background();
+        }
+    }
 }
 
 impl PostgresConnection {
@@ -37,18 +57,26 @@ impl PostgresConnection {
     /// # Errors
     /// [`PostgresFault`].
     pub fn open(settings: &PostgresSettings) -> Result<Self, PostgresFault> {
-        let runtime = Builder::new_multi_thread()
+        Self::open_within(settings, OPEN_WAIT_MAX)
+    }
+
+    /// As [`PostgresConnection::open`], and gives up after `wait`.
+    ///
+    /// # Errors
+    /// [`PostgresFault`].
+    pub fn open_within(settings: &PostgresSettings, wait: Duration) -> Result<Self, PostgresFault> {
+        let runtime = IoRuntime(Some(Builder::new_multi_thread()
             .worker_threads(1)
             .max_blocking_threads(1)
             .thread_name("postgres-io")
             .enable_all()
-            .build()?;
+            .build()?));
         let place = settings.place.clone();
         let client = {
-            let opening = async { timeout(OPEN_WAIT_MAX, connect(settings)).await };
+            let opening = async { timeout(wait, connect(settings)).await };
             match runtime.block_on(opening) {
                 Ok(connected) => connected?,
-                Err(_) => return Err(PostgresFault::Late { place, after: OPEN_WAIT_MAX }),
+                Err(_) => return Err(PostgresFault::Late { place, after: wait }),
             }
         };
         Ok(Self { client, runtime, place, answer_wait_max: ANSWER_WAIT_MAX })
@@ -132,15 +160,22 @@ impl PostgresConnection {
         self.runtime.block_on(copying)
     }
 
+    /// What the database holds now.
+    ///
+    /// # Errors
+    /// [`PostgresFault`].
+    pub fn snapshot(&mut self) -> Result<PostgresSnapshot<'_>, PostgresFault> {
+        let Self { client, runtime, place, answer_wait_max } = self;
+        let begun = client.build_transaction().isolation_level(IsolationLevel::RepeatableRead).read_only(true);
+        let transaction = block_on_answer(runtime, place, *answer_wait_max, begun.start())?;
+        Ok(PostgresSnapshot { transaction, runtime, place, answer_wait_max: *answer_wait_max })
+    }
+
     fn answer<T>(
         &self,
         asked: impl Future<Output = Result<T, tokio_postgres::Error>>,
     ) -> Result<T, PostgresFault> {
-        let wait = self.answer_wait_max;
-        match self.runtime.block_on(async { timeout(wait, asked).await }) {
-            Ok(answered) => answered.map_err(|error| PostgresFault::of(&error, &self.place)),
-            Err(_) => Err(PostgresFault::Late { place: self.place.clone(), after: wait }),
-        }
+        block_on_answer(&self.runtime, &self.place, self.answer_wait_max, asked)
     }
 }
 

@@ -6,14 +6,14 @@
 
 use bytes::{BufMut, Bytes, BytesMut};
 
+use crate::time::timestamp_of;
+
 /// What every copy begins with: the signature, no flags, no extension.
 const COPY_HEADER: &[u8] = b"PGCOPY\n\xff\r\n\0\0\0\0\0\0\0\0\0";
 /// What every copy ends with: a row of -1 fields.
 const COPY_TRAILER: i16 = -1;
 /// About how many bytes are sent at once.
 const COPY_PIECE_BYTES: usize = 256 << 10;
-/// From the Unix epoch to PostgreSQL's, 2000-01-01, in microseconds.
-const POSTGRES_EPOCH_US: i64 = 946_684_800_000_000;
 /// The version of `jsonb`'s binary form.
 const JSONB_VERSION: u8 = 1;
 
@@ -109,13 +109,6 @@ impl CopyRows {
     }
 }
 
-/// Microseconds since PostgreSQL's epoch, within what it has days for: 4713 BC to 294276 AD.
-fn timestamp_of(unix_us: i64) -> i64 {
-    const FIRST: i64 = -211_813_488_000_000_000;
-    const LAST: i64 = 9_223_371_331_199_999_999;
-    unix_us.saturating_sub(POSTGRES_EPOCH_US).clamp(FIRST, LAST)
-}
-
 fn length(bytes: usize) -> i32 {
     // What is longer is refused by the server, which takes less than 1 GiB.
     i32::try_from(bytes).unwrap_or(i32::MAX)
@@ -138,13 +131,6 @@ mod tests {
             &[0, 3, 0, 0, 0, 8, 0, 0, 0, 0, 0, 0, 0, 7, 255, 255, 255, 255, 0, 0, 0, 2, 1, b'1', 255, 255],
         ];
         assert_eq!(bytes, expected.concat());
-    }
-
-    #[test]
-    fn times_count_from_2000_and_stay_within_the_calendar() {
-        assert_eq!(timestamp_of(POSTGRES_EPOCH_US + 5), 5);
-        assert_eq!(timestamp_of(i64::MIN), -211_813_488_000_000_000);
-        assert!(timestamp_of(i64::MAX) <= 9_223_371_331_199_999_999);
     }
 
     #[test]

@@ -3,7 +3,8 @@
 
 use rusqlite::{Connection, OptionalExtension, params};
 
-use super::{QueryError, RecordsReader, row_id_of_scope};
+use super::postgres::series::{FoundSeries, SeriesPlace};
+use super::{QueryError, RecordsReader, SqliteRecords, row_id_of_scope};
 use crate::consume::sink::sample_chunk::{ChunkBase, ChunkSample, chunk_lists, key_json, list_samples};
 use crate::limits::{SERIES_CHUNKS_MAX, SERIES_PIECE_BYTES};
 use crate::message::{DatasourceId, TimeMicros};
@@ -127,6 +128,8 @@ pub struct SeriesReading {
     steps: Vec<SeriesStep>,
     /// The chunks that are still to be read, the next one last.
     chunks: Vec<i64>,
+    /// Where it goes on in PostgreSQL, if it is read from there and there is more.
+    place: Option<SeriesPlace>,
 }
 
 /// What is known of the samples in a step.
@@ -182,15 +185,13 @@ impl SeriesReading {
     /// # Errors
     /// [`SeriesError`].
     pub fn begin(stored: &RecordsReader, query: SeriesQuery) -> Result<Self, SeriesError> {
-        let found = stored.read(|connection| {
-            let Some(topic) = topic_id(connection, &query)? else { return Ok(None) };
-            let bounds = topic_bounds(connection, topic)?;
-            let range = bounds.map(|(oldest, newest)| {
-                (query.from.unwrap_or(oldest), query.to.unwrap_or(newest.saturating_add(1)))
-            });
-            let Some((from, to)) = range else { return Ok(None) };
-            Ok(Some((from, to, chunk_ids(connection, topic, from, to)?)))
-        })?;
+        let (found, place) = match stored {
+            RecordsReader::Sqlite(stored) => (find_chunks(stored, &query)?, None),
+            RecordsReader::Postgres(stored) => match stored.find_series(&query)? {
+                Some(FoundSeries { from, to, place }) => (Some((from, to, Vec::new())), place),
+                None => (None, None),
+            },
+        };
         let (from, to, mut chunks) = match (found, query.from, query.to) {
             (Some(found), ..) => found,
             (None, Some(from), Some(to)) => (from, to, Vec::new()),
@@ -209,7 +210,7 @@ impl SeriesReading {
             return Err(SeriesError::TooManySteps { steps, points_max, least_step_us });
         }
         let steps = vec![SeriesStep::default(); usize::try_from(steps).unwrap_or(points_max)];
-        Ok(Self { query, key, from, to, step_us, steps, chunks })
+        Ok(Self { query, key, from, to, step_us, steps, chunks, place })
     }
 
     /// Reads some of its samples: about [`SERIES_PIECE_BYTES`]. Returns whether there are more. A chunk that was removed
@@ -218,6 +219,15 @@ impl SeriesReading {
     /// # Errors
     /// [`QueryError::Database`].
     pub fn read_some(&mut self, stored: &RecordsReader) -> Result<bool, QueryError> {
+        let stored = match stored {
+            RecordsReader::Sqlite(stored) => stored,
+            RecordsReader::Postgres(stored) => {
+                let Some(mut place) = self.place.take() else { return Ok(false) };
+                let has_more = stored.read_samples(&mut place, |sample| self.add_sample(sample))?;
+                self.place = has_more.then_some(place);
+                return Ok(has_more);
+            }
+        };
         stored.read(|connection| {
             let mut select = connection
                 .prepare_cached("SELECT first_offset, base_us, samples FROM sample_chunks WHERE id = ?1")?;
@@ -237,16 +247,20 @@ impl SeriesReading {
     }
 
     fn add_chunk(&mut self, base: ChunkBase, text: &str) {
-        let first_at = self.first_at();
-        let lists = chunk_lists(text).filter(|(key, _)| *key == self.key);
-        for sample in lists.flat_map(|(_, list)| list_samples(list, base)) {
-            if sample.at < self.from || sample.at >= self.to {
-                continue;
+        for (key, list) in chunk_lists(text) {
+            if *key == self.key {
+                list_samples(list, base).for_each(|sample| self.add_sample(sample));
             }
-            let step = usize::try_from((sample.at - first_at) / self.step_us).ok();
-            if let Some(step) = step.and_then(|step| self.steps.get_mut(step)) {
-                step.add(sample);
-            }
+        }
+    }
+
+    fn add_sample(&mut self, sample: ChunkSample) {
+        if sample.at < self.from || sample.at >= self.to {
+            return;
+        }
+        let step = usize::try_from((sample.at - self.first_at()) / self.step_us).ok();
+        if let Some(step) = step.and_then(|step| self.steps.get_mut(step)) {
+            step.add(sample);
         }
     }
 
@@ -289,6 +303,22 @@ impl SeriesReading {
             point
         })
     }
+}
+
+/// The range of a series and the chunks that may have samples in it. `None` if its topic has no samples.
+fn find_chunks(
+    stored: &SqliteRecords,
+    query: &SeriesQuery,
+) -> Result<Option<(TimeMicros, TimeMicros, Vec<i64>)>, QueryError> {
+    stored.read(|connection| {
+        let Some(topic) = topic_id(connection, query)? else { return Ok(None) };
+        let bounds = topic_bounds(connection, topic)?;
+        let range = bounds.map(|(oldest, newest)| {
+            (query.from.unwrap_or(oldest), query.to.unwrap_or(newest.saturating_add(1)))
+        });
+        let Some((from, to)) = range else { return Ok(None) };
+        Ok(Some((from, to, chunk_ids(connection, topic, from, to)?)))
+    })
 }
 
 fn topic_id(connection: &Connection, query: &SeriesQuery) -> rusqlite::Result<Option<i64>> {

@@ -216,6 +216,10 @@ causes! {
         "the registry cannot be changed while NATS is away: see /readyz, and ask again";
     StorageBehind "storage_behind" Unavailable:
         "storage has not caught up: see /readyz, and ask again; what was asked for holds";
+    StoreAway "store_away" Unavailable:
+        "PostgreSQL, which reads are answered from, does not answer now: see /readyz and 'headgate sinks', and ask again; messages are let in meanwhile, and nothing is lost";
+    StoreBusy "store_busy" Unavailable:
+        "PostgreSQL has too much to read at once, or takes too long for this: ask again, for a shorter range or one topic";
     BackupFailed "backup_failed" Unavailable:
         "no backup could be begun, and nothing of it is left: put right what the words name, and ask again";
     Unavailable "unavailable" Unavailable:

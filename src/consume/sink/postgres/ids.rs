@@ -165,7 +165,7 @@ pub(super) fn ensure_topic(
 }
 
 /// A text as PostgreSQL takes it: it has no NUL, which is shown as its picture.
-pub(super) fn text_of(text: &str) -> Cow<'_, str> {
+pub(in crate::consume) fn text_of(text: &str) -> Cow<'_, str> {
     match text.contains('\0') {
         false => Cow::Borrowed(text),
         true => Cow::Owned(text.replace('\0', "\u{2400}")),

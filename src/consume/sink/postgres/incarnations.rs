@@ -134,7 +134,7 @@ impl PostgresSink {
     }
 
     /// The row of the incarnation with this scope, if it has one.
-    fn row_id_of_scope(&self, scope: &DatasourceId) -> Result<Option<i32>, PostgresError> {
+    pub(super) fn row_id_of_scope(&self, scope: &DatasourceId) -> Result<Option<i32>, PostgresError> {
         let (id, incarnation) = scope.of_scope();
         let rows = self.connection.query(
             "SELECT id FROM datasources WHERE incarnation = $3 AND datasource IN ($1, $2)",
@@ -205,6 +205,7 @@ impl PostgresSink {
             "DELETE FROM latest_values WHERE topic_id IN (SELECT id FROM topics WHERE datasource_id = $1)",
             "DELETE FROM series WHERE topic_id IN (SELECT id FROM topics WHERE datasource_id = $1)",
             "DELETE FROM topics WHERE datasource_id = $1",
+            "DELETE FROM retention WHERE datasource_id = $1",
             "DELETE FROM datasources WHERE id = $1",
         ] {
             self.connection.execute(statement, &[&row])?;

@@ -1,7 +1,9 @@
 //! The rows of new records in PostgreSQL: each in `entries` or in quarantine, with its samples and the newest values that
 //! it brings.
 
-use headgate_bridge_postgres::{CopyRows, PostgresConnection};
+use std::collections::BTreeMap;
+
+use headgate_bridge_postgres::{CopyRows, PostgresConnection, PostgresTime};
 
 use super::ids::{RecordNameIds, text_of};
 use super::json_fit::{JsonFit, fit_of};
@@ -9,9 +11,9 @@ use super::{PostgresError, PostgresSink};
 use crate::consume::sink::incarnations::shown_name;
 use crate::consume::sink::newest::NewestValues;
 use crate::consume::sink::quarantined::{CAUSE_KEY, CAUSE_LIMIT, CAUSE_SCHEMA};
-use crate::consume::sink::schema::sql_offset;
+use crate::consume::sink::schema::{TIME_INDEX_OFFSETS, sql_offset};
 use crate::log::{RecordNote, WithheldSnapshot};
-use crate::message::{Offset, RecordFlags, RecordRef};
+use crate::message::{Offset, RecordFlags, RecordRef, TimeMicros};
 
 /// What a payload that no other reason explains is noted with.
 const REFUSED_NOTE: &str = "PostgreSQL has refused it";
@@ -44,6 +46,8 @@ struct NewRows<'a> {
     /// Of records in quarantine because of a leaked key.
     withheld_samples: CopyRows,
     newest: NewestValues<'a>,
+    /// The oldest and the newest time of each line of `time_index`, by its first offset.
+    times: BTreeMap<Offset, (TimeMicros, TimeMicros)>,
     /// Quarantined records that were let in, each with the offset of what was.
     let_in: Vec<(Offset, Offset)>,
 }
@@ -66,6 +70,7 @@ impl PostgresSink {
             samples: CopyRows::new(),
             withheld_samples: CopyRows::new(),
             newest: NewestValues::default(),
+            times: BTreeMap::new(),
             let_in: Vec::new(),
         };
         for record in records {
@@ -82,12 +87,16 @@ impl PostgresSink {
         is_plain: bool,
     ) -> Result<(), PostgresError> {
         let Some(ids) = self.ids_of_record(record, left_out)? else { return Ok(()) };
+        let at = record.received_at;
+        let times = rows.times.entry(record.offset - record.offset % TIME_INDEX_OFFSETS).or_insert((at, at));
+        *times = (times.0.min(at), times.1.max(at));
         if record.flags.contains(RecordFlags::QUARANTINED.with(RecordFlags::REDRIVEN)) {
             if let Some(RecordNote::Superseded { offset, by }) = RecordNote::decode(record.note) {
                 rows.let_in.push((offset, by));
             }
             return Ok(());
         }
+        self.sizes.add(ids.datasource, record.payload.len());
         let is_leaked = left_out.covers(record.datasource, record.key_id, record.received_at, record.offset);
         let text = std::str::from_utf8(record.payload).ok();
         if record.flags.contains(RecordFlags::QUARANTINED) || is_leaked {
@@ -98,6 +107,7 @@ impl PostgresSink {
                     row.null();
                     row.bytes(record.payload);
                     row.null();
+                    add_size(row, record.payload);
                 }
             });
             return match is_leaked && !record.flags.contains(RecordFlags::QUARANTINED) {
@@ -110,7 +120,7 @@ impl PostgresSink {
         {
             rows.let_in.push((offset, record.offset));
         }
-        rows.entries.begin(9);
+        rows.entries.begin(10);
         add_head(&mut rows.entries, record, ids);
         add_payload(&mut rows.entries, record.payload, text, self.form, is_plain);
         rows.newest.observe_payload(i64::from(ids.topic), record, text.filter(|text| !text.contains('\0')));
@@ -142,7 +152,7 @@ impl PostgresSink {
             }
         };
         const HEAD: &str = "log_offset, received_at, event_at, datasource_id, topic_id, origin_id";
-        const PAYLOAD: &str = "payload, payload_bytes, payload_note";
+        const PAYLOAD: &str = "payload, payload_bytes, payload_note, payload_size";
         copy("entries", &format!("{HEAD}, {PAYLOAD}"), rows.entries)?;
         copy(
             "quarantined",
@@ -162,7 +172,25 @@ impl PostgresSink {
                 &[&offsets, &by],
             )?;
         }
+        self.write_times(&rows.times)?;
         self.write_newest(rows.newest)
+    }
+
+    fn write_times(
+        &self,
+        times: &BTreeMap<Offset, (TimeMicros, TimeMicros)>,
+    ) -> Result<(), PostgresError> {
+        let firsts: Vec<i64> = times.keys().map(|first| sql_offset(*first)).collect();
+        let (oldest, newest): (Vec<_>, Vec<_>) =
+            times.values().map(|(oldest, newest)| (PostgresTime(*oldest), PostgresTime(*newest))).unzip();
+        self.connection.execute(
+            "INSERT INTO time_index (first_offset, oldest, newest)
+             SELECT * FROM unnest($1::bigint[], $2::timestamptz[], $3::timestamptz[])
+             ON CONFLICT (first_offset) DO UPDATE SET oldest = least(time_index.oldest, excluded.oldest),
+                 newest = greatest(time_index.newest, excluded.newest)",
+            &[&firsts, &oldest, &newest],
+        )?;
+        Ok(())
     }
 }
 
@@ -189,6 +217,7 @@ fn add_payload(row: &mut CopyRows, payload: &[u8], text: Option<&str>, form: Pay
             }
             row.null();
             row.null();
+            add_size(row, payload);
             return;
         }
         Some((_, JsonFit::Beyond(why))) => Some(why),
@@ -197,6 +226,12 @@ fn add_payload(row: &mut CopyRows, payload: &[u8], text: Option<&str>, form: Pay
     row.null();
     row.bytes(payload);
     add_text(row, note);
+    add_size(row, payload);
+}
+
+/// How many bytes were sent, which the column of JSON payloads may have written in another way.
+fn add_size(row: &mut CopyRows, payload: &[u8]) {
+    row.int4(i32::try_from(payload.len()).unwrap_or(i32::MAX));
 }
 
 fn add_quarantined(
@@ -210,7 +245,7 @@ fn add_quarantined(
         Some(RecordNote::Quarantined(reason)) => (CAUSE_SCHEMA, Some(reason)),
         _ => (CAUSE_KEY, None),
     };
-    row.begin(17);
+    row.begin(18);
     add_head(row, record, ids);
     add_payload(row);
     row.bytes(record.properties);

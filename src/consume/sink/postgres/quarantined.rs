@@ -8,7 +8,7 @@ use crate::log::{WithheldChange, WithheldSnapshot};
 use crate::message::KeyId;
 
 /// The columns that a record has in both tables.
-const ENTRY_COLUMNS: &str = "log_offset, received_at, event_at, datasource_id, topic_id, origin_id, payload, payload_bytes, payload_note";
+const ENTRY_COLUMNS: &str = "log_offset, received_at, event_at, datasource_id, topic_id, origin_id, payload, payload_bytes, payload_note, payload_size";
 
 impl PostgresSink {
     /// Makes the tables follow changes of the rules but for purges, in the present transaction. `left_out` holds the
