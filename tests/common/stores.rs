@@ -33,7 +33,9 @@ impl TestStore {
         match self {
             Self::Sqlite => setup,
             Self::Postgres => with_server(|server| {
-                server.stored_into(setup.set("storage.sinks", "postgres").set("storage.postgres.schema", schema_of(dir)))
+                server.stored_into(
+                    setup.set("storage.sinks", "postgres").set("storage.postgres.schema", schema_of(dir)),
+                )
             }),
         }
     }
@@ -63,7 +65,7 @@ impl TestStore {
             }
             Self::Postgres => {
                 let select =
-                    "SELECT (SELECT count(*) FROM sample_values) + (SELECT count(*) FROM withheld_samples)";
+                    "SELECT (SELECT count(*) FROM sample_rows) + (SELECT count(*) FROM withheld_samples)";
                 self.sql(dir, select)[0].parse().expect("a number")
             }
         }
@@ -85,6 +87,7 @@ fn schema_of(dir: &Path) -> String {
 }
 
 /// Makes a test of each of these functions for each store, which it is given.
+#[allow(unused_macros, reason = "not every test binary has tests of stores")]
 macro_rules! in_each_store {
     ($($test:ident,)+) => {
         mod sqlite {
@@ -95,4 +98,5 @@ macro_rules! in_each_store {
         }
     };
 }
+#[allow(unused_imports, reason = "likewise")]
 pub(crate) use in_each_store;

@@ -13,4 +13,5 @@ mod faults;
 mod log;
 mod once;
 mod postgres;
+mod postgres_reads;
 mod stores;

@@ -73,7 +73,8 @@ impl PostgresFault {
         match self {
             // Connection exceptions, who may come in, no such database, no resources, shutting down or starting.
             Self::Refused { code, .. } => {
-                ["08", "28", "3D", "53"].iter().any(|class| code.starts_with(class)) || code.starts_with("57P")
+                ["08", "28", "3D", "53"].iter().any(|class| code.starts_with(class))
+                    || code.starts_with("57P")
             }
             Self::Unreachable { .. } | Self::Late { .. } | Self::Certificate(_) | Self::Io(_) => true,
         }

@@ -11,7 +11,7 @@ mod snapshot;
 mod time;
 mod tls;
 
-pub use connection::PostgresConnection;
+pub use connection::{PendingCopy, PostgresConnection};
 pub use copy_rows::CopyRows;
 pub use fault::PostgresFault;
 pub use settings::{PostgresSettings, SettingsFault, SslMode};

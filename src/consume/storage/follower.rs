@@ -194,6 +194,12 @@ impl StorageFollower {
         let cursor = sink.cursor();
         let sync = self.synced_at.is_none_or(|at| at.elapsed() >= STORAGE_SYNC_INTERVAL);
         let first = self.log.first_offset();
+        let has_records = cursor >= first && cursor < self.log.next_offset();
+        let batches = match has_records {
+            true => self.log.read(cursor, STORAGE_TRANSACTION_BYTES)?,
+            false => Vec::new(),
+        };
+        // What was read comes after the rules that say which incarnation it is of: they are followed first.
         let withheld = self.log.withheld();
         // Also a sink that was just opened has to get the rules.
         let mut is_reconciled = true;
@@ -209,8 +215,7 @@ impl StorageFollower {
                 records = first - cursor,
                 "records that were never stored are no longer in the log: storage goes on without them"
             );
-        } else if cursor < self.log.next_offset() {
-            let batches = self.log.read(cursor, STORAGE_TRANSACTION_BYTES)?;
+        } else if has_records {
             let Some(last) = batches.last() else { return Err(StorageRoundError::NoRecords(cursor)) };
             sink.store(&mut batches.iter().flat_map(|batch| batch.records()), last.next_offset(), sync)?;
         } else if sync && sink.durable_cursor() < cursor {

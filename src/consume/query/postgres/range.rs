@@ -12,7 +12,10 @@ impl PostgresRecords {
     ///
     /// # Errors
     /// [`QueryError`].
-    pub(in crate::consume::query) fn range_of(&self, scope: &DatasourceId) -> Result<StoredRange, QueryError> {
+    pub(in crate::consume::query) fn range_of(
+        &self,
+        scope: &DatasourceId,
+    ) -> Result<StoredRange, QueryError> {
         self.read(|snapshot| {
             let end = snapshot.query_opt("SELECT next_offset FROM sink", &[])?;
             let end = end.map_or(0, |row| offset_from_sql(row.get(0)));

@@ -7,9 +7,7 @@ use std::sync::Arc;
 use headgate_bridge_postgres::{PostgresFault, PostgresSnapshot, PostgresTime, Row};
 
 use super::{PostgresRecords, row_id_of_scope, topic_id};
-use crate::consume::query::{
-    PageBudget, QueryError, RecordsOrder, RecordsPage, RecordsQuery, StoredRecord,
-};
+use crate::consume::query::{PageBudget, QueryError, RecordsOrder, RecordsPage, RecordsQuery, StoredRecord};
 use crate::consume::sink::postgres::text_of;
 use crate::consume::sink::schema::{TIME_INDEX_OFFSETS, offset_from_sql, sql_offset};
 use crate::filter::TopicFilter;

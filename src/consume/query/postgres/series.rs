@@ -1,5 +1,7 @@
 //! The samples of a series from PostgreSQL, a piece at a time.
 
+use std::sync::Arc;
+
 use headgate_bridge_postgres::{PostgresFault, PostgresSnapshot, PostgresTime};
 
 use super::records::times_to;
@@ -14,7 +16,9 @@ use crate::message::TimeMicros;
 /// Where a series goes on.
 #[derive(Debug)]
 pub(in crate::consume::query) struct SeriesPlace {
-    series: i32,
+    topic: i32,
+    /// The sets of keys that have its key, and the place of that in each.
+    key_sets: Arc<[(i32, i32)]>,
     /// The time and the offset of the last sample that was read.
     after: (TimeMicros, i64),
     to: TimeMicros,
@@ -42,11 +46,13 @@ impl PostgresRecords {
             let Some((oldest, newest)) = topic_bounds(snapshot, topic)? else { return Ok(None) };
             let from = query.from.unwrap_or(oldest);
             let to = query.to.unwrap_or(newest.saturating_add(1));
-            let series = snapshot.query_opt(
-                "SELECT id FROM series WHERE topic_id = $1 AND key = $2",
+            let rows = snapshot.query(
+                "SELECT id, array_position(keys, $2) FROM key_sets WHERE topic_id = $1 AND $2 = ANY(keys)",
                 &[&topic, &&*text_of(&query.key)],
             )?;
-            let place = series.map(|row| SeriesPlace { series: row.get(0), after: (from, -1), to });
+            let key_sets: Arc<[_]> = rows.iter().map(|row| (row.get(0), row.get(1))).collect();
+            let place =
+                (!key_sets.is_empty()).then(|| SeriesPlace { topic, key_sets, after: (from, -1), to });
             Ok(Some(FoundSeries { from, to, place }))
         })
     }
@@ -61,15 +67,25 @@ impl PostgresRecords {
         place: &mut SeriesPlace,
         mut each: impl FnMut(ChunkSample),
     ) -> Result<bool, QueryError> {
-        let SeriesPlace { series, after: (at, offset), to } = *place;
+        let SeriesPlace { topic, after: (at, offset), to, .. } = *place;
+        let (sets, positions): (Vec<i32>, Vec<i32>) = place.key_sets.iter().copied().unzip();
         // Samples of one time and record come together: the place is behind all of them.
         let row = self.read(|snapshot| {
             snapshot.query_opt(
                 "SELECT array_agg(time), array_agg(log_offset), array_agg(value) FROM (
-                     SELECT time, log_offset, value FROM sample_values
-                     WHERE series_id = $1 AND time >= $2 AND time < $3 AND (time > $2 OR log_offset > $4)
-                     ORDER BY time, log_offset FETCH FIRST $5 ROWS WITH TIES) s",
-                &[&series, &PostgresTime(at), &times_to(Some(to)), &offset, &SERIES_PIECE_SAMPLES],
+                     SELECT r.time, r.log_offset, r.numbers[k.position] AS value
+                     FROM sample_rows r JOIN unnest($5::int[], $6::int[]) AS k (id, position) ON k.id = r.key_set_id
+                     WHERE r.topic_id = $1 AND r.time >= $2 AND r.time < $3 AND (r.time > $2 OR r.log_offset > $4)
+                     ORDER BY r.time, r.log_offset FETCH FIRST $7 ROWS WITH TIES) s",
+                &[
+                    &topic,
+                    &PostgresTime(at),
+                    &times_to(Some(to)),
+                    &offset,
+                    &sets,
+                    &positions,
+                    &SERIES_PIECE_SAMPLES,
+                ],
             )
         })?;
         let Some(row) = row else { return Ok(false) };
@@ -91,10 +107,8 @@ fn topic_bounds(
     topic: i32,
 ) -> Result<Option<(TimeMicros, TimeMicros)>, PostgresFault> {
     let row = snapshot.query_opt(
-        "SELECT min(b.oldest), max(b.newest) FROM series s CROSS JOIN LATERAL (SELECT
-             (SELECT time FROM sample_values WHERE series_id = s.id ORDER BY time LIMIT 1) AS oldest,
-             (SELECT time FROM sample_values WHERE series_id = s.id ORDER BY time DESC LIMIT 1) AS newest) b
-         WHERE s.topic_id = $1",
+        "SELECT (SELECT time FROM sample_rows WHERE topic_id = $1 ORDER BY time LIMIT 1),
+             (SELECT time FROM sample_rows WHERE topic_id = $1 ORDER BY time DESC LIMIT 1)",
         &[&topic],
     )?;
     let bounds: Option<(Option<PostgresTime>, Option<PostgresTime>)> =

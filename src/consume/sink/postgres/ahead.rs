@@ -70,7 +70,7 @@ fn set_aside(sink: &mut PostgresSink, end: Offset) -> Result<String, PostgresErr
              INSERT INTO moved SELECT log_offset, topic_id FROM entries WHERE log_offset >= {from};
              DELETE FROM entries WHERE log_offset >= {from};
              DELETE FROM quarantined WHERE log_offset >= {from};
-             DELETE FROM sample_values WHERE log_offset >= {from};
+             DELETE FROM sample_rows WHERE log_offset >= {from};
              DELETE FROM withheld_samples WHERE log_offset >= {from};
              DELETE FROM time_index WHERE first_offset >= {from};
              UPDATE retention SET removed_below = {from} WHERE removed_below > {from};

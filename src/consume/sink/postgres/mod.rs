@@ -28,14 +28,14 @@ use std::time::{Duration, Instant};
 
 use headgate_bridge_postgres::{PostgresConnection, PostgresFault};
 
-pub(in crate::consume) use self::ids::text_of;
 use self::ids::RememberedNames;
+pub(in crate::consume) use self::ids::text_of;
 use self::insert::PayloadForm;
 use self::retention::CountedSizes;
 use super::schema::{offset_from_sql, sql_offset};
 use crate::config::{ConfigError, PostgresConfig};
 use crate::log::{IncarnationStep, Log, WithheldChange, WithheldRules, WithheldSnapshot};
-use crate::message::{DatasourceId, Offset, RecordRef, TimeMicros};
+use crate::message::{DatasourceId, Offset, RecordRef};
 use crate::values::SampleReader;
 
 /// How long the server may take to follow a rule about what is left out, which may be about all that is stored.
@@ -139,8 +139,6 @@ pub(in crate::consume) struct PostgresSink {
     names: RememberedNames,
     sizes: CountedSizes,
     reader: SampleReader,
-    /// The samples of the present record: its row ids and what they are.
-    sampled: Vec<(i32, f64, Option<TimeMicros>)>,
 }
 
 impl PostgresSink {
@@ -179,7 +177,6 @@ impl PostgresSink {
             names: RememberedNames::default(),
             sizes: CountedSizes::default(),
             reader: SampleReader::default(),
-            sampled: Vec::new(),
         };
         sink.read_cursor()?;
         Ok(sink)

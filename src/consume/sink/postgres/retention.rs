@@ -12,7 +12,9 @@ use headgate_bridge_postgres::PostgresTime;
 use super::{PostgresError, PostgresSink};
 use crate::consume::sink::retention::{PrunableStore, PruneStep, StoredLimits};
 use crate::consume::sink::schema::{TIME_INDEX_OFFSETS, offset_from_sql, sql_offset};
-use crate::limits::{POSTGRES_COUNT_RECORDS_PER_STEP, POSTGRES_PRUNE_RECORDS_PER_TRANSACTION, STORED_RECORD_BYTES};
+use crate::limits::{
+    POSTGRES_COUNT_RECORDS_PER_STEP, POSTGRES_PRUNE_RECORDS_PER_TRANSACTION, STORED_RECORD_BYTES,
+};
 use crate::message::{DatasourceId, TimeMicros};
 
 /// What a payload takes, in bytes. Records of format 1 do not say.
@@ -161,7 +163,8 @@ impl PostgresSink {
         age_us: Option<i64>,
         now: TimeMicros,
     ) -> Result<Vec<OldRecord>, PostgresError> {
-        let is_old = |record: &OldRecord| age_us.is_some_and(|age| record.received_at < now.saturating_sub(age));
+        let is_old =
+            |record: &OldRecord| age_us.is_some_and(|age| record.received_at < now.saturating_sub(age));
         // Of a clock that was ahead: it is at least as old as what was received after it.
         let is_of_later = |record: &OldRecord| age_us.is_some() && record.received_at > now;
         if over == 0 {
@@ -208,7 +211,7 @@ impl PostgresSink {
             let delete = format!("DELETE FROM {table} WHERE datasource_id = $1 AND log_offset <= $2");
             self.connection.execute(&delete, &[&datasource, &last])?;
         }
-        for samples in ["sample_values", "withheld_samples"] {
+        for samples in ["sample_rows", "withheld_samples"] {
             let delete = format!("DELETE FROM {samples} WHERE log_offset = ANY($1)");
             self.connection.execute(&delete, &[&offsets])?;
         }
@@ -235,16 +238,14 @@ impl PostgresSink {
             return Ok(());
         }
         self.connection.execute("DELETE FROM latest_values WHERE topic_id = ANY($1)", &[&empty])?;
-        let row = self.connection.query_one(
-            "SELECT EXISTS (SELECT FROM quarantined WHERE datasource_id = $1)",
-            &[&datasource],
-        )?;
+        let row = self
+            .connection
+            .query_one("SELECT EXISTS (SELECT FROM quarantined WHERE datasource_id = $1)", &[&datasource])?;
         if row.get(0) {
-            self.connection
-                .execute("UPDATE topics SET latest_offset = -1 WHERE id = ANY($1)", &[&empty])?;
+            self.connection.execute("UPDATE topics SET latest_offset = -1 WHERE id = ANY($1)", &[&empty])?;
             return Ok(());
         }
-        self.connection.execute("DELETE FROM series WHERE topic_id = ANY($1)", &[&empty])?;
+        self.connection.execute("DELETE FROM key_sets WHERE topic_id = ANY($1)", &[&empty])?;
         self.connection.execute("DELETE FROM topics WHERE id = ANY($1)", &[&empty])?;
         self.names.clear();
         Ok(())

@@ -10,7 +10,7 @@
 //! - `quarantine`: what is kept and not passed on, with its cause.
 //!
 //! The tables behind them have each repeating name once. A datasource that was deleted is called `press-4~1` in all of them.
-//! Rows of `entries` and `sample_values` come in the order of their offsets, so that a BRIN index, which costs next to
+//! Rows of `entries` and `sample_rows` come in the order of their offsets, so that a BRIN index, which costs next to
 //! nothing, finds a range of time or offsets.
 
 use std::cmp::Ordering;
@@ -140,11 +140,53 @@ const ADD_READING: &str = r#"
     );
 
     CREATE INDEX entries_event ON entries (topic_id, event_at, log_offset) WHERE event_at IS NOT NULL;
-    CREATE INDEX sample_values_series ON sample_values (series_id, time);
-    -- Room that retention has made is used again, so that rows are not in the order of their offsets for ever.
-    DROP INDEX sample_values_offset;
-    CREATE INDEX sample_values_offset ON sample_values (log_offset);
+    -- Which keys the numbers of a row of samples stand for, in their order. By a digest of them.
+    CREATE TABLE key_sets (
+        id       int GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+        topic_id int NOT NULL,
+        digest   bytea NOT NULL,
+        keys     text[] COLLATE "C" NOT NULL,
+        UNIQUE (topic_id, digest)
+    );
+    -- The samples of a record that are of one time. Room that retention has made is used again, so that rows are not in
+    -- the order of their offsets for ever.
+    CREATE TABLE sample_rows (
+        time       timestamptz NOT NULL,
+        log_offset bigint NOT NULL,
+        topic_id   int NOT NULL,
+        key_set_id int NOT NULL,
+        numbers    double precision[] NOT NULL
+    );
+    -- Those of records that are in quarantine because of a leaked key.
+    ALTER TABLE withheld_samples RENAME TO withheld_values;
+    CREATE TABLE withheld_samples (LIKE sample_rows);
+
+    -- Those of format 1 have a row each.
+    CREATE TEMP TABLE earlier ON COMMIT DROP AS
+    SELECT v.is_withheld, v.time, v.log_offset, s.topic_id, array_agg(s.key ORDER BY s.id) AS keys,
+        array_agg(v.value ORDER BY s.id) AS numbers
+    FROM (SELECT *, row_number() OVER (PARTITION BY is_withheld, series_id, log_offset, time) AS nth FROM (
+        SELECT false AS is_withheld, * FROM sample_values UNION ALL SELECT true, * FROM withheld_values) a) v
+    JOIN series s ON s.id = v.series_id GROUP BY v.is_withheld, v.nth, v.time, v.log_offset, s.topic_id;
+    INSERT INTO key_sets (topic_id, digest, keys)
+    SELECT DISTINCT topic_id, sha256(convert_to(keys::text, 'UTF8')), keys FROM earlier;
+    INSERT INTO sample_rows
+    SELECT e.time, e.log_offset, e.topic_id, k.id, e.numbers FROM earlier e
+    JOIN key_sets k ON k.topic_id = e.topic_id AND k.keys = e.keys WHERE NOT e.is_withheld ORDER BY e.log_offset;
+    INSERT INTO withheld_samples
+    SELECT e.time, e.log_offset, e.topic_id, k.id, e.numbers FROM earlier e
+    JOIN key_sets k ON k.topic_id = e.topic_id AND k.keys = e.keys WHERE e.is_withheld;
+
+    CREATE INDEX sample_rows_topic ON sample_rows (topic_id, time);
+    CREATE INDEX sample_rows_offset ON sample_rows (log_offset);
+    CREATE INDEX sample_rows_time ON sample_rows USING brin (time) WITH (pages_per_range = 32);
     CREATE INDEX withheld_samples_offset ON withheld_samples (log_offset);
+
+    CREATE OR REPLACE VIEW samples AS
+    SELECT d.datasource, t.topic, n.key, s.time, n.value, s.log_offset
+    FROM sample_rows s JOIN key_sets k ON k.id = s.key_set_id JOIN topics t ON t.id = s.topic_id
+    JOIN datasources d ON d.id = t.datasource_id CROSS JOIN LATERAL unnest(k.keys, s.numbers) AS n (key, value);
+    DROP TABLE sample_values, withheld_values, series;
 "#;
 
 /// Makes format 1.
