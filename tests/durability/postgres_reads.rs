@@ -62,14 +62,15 @@ fn fill(gateway: &Gateway) -> (Source, String) {
         assert_eq!(answer.status, 200, "{}", answer.text());
     }
     let lines = "cpu,host=a v=1 1795426119000000000\ncpu,host=a v=2.5 1795426179000000000";
-    assert_eq!(
-        post(gateway, &source.key, "cpu", &[("content-type", "text/plain")], lines.as_bytes()).status,
-        200
-    );
+    let headers = [("content-type", "text/plain")];
+    let answer =
+        gateway.request("POST", "/v1/ingest/press-4?precision=ns", &source.key, &headers, lines.as_bytes());
+    assert_eq!(answer.status, 200, "{}", answer.text());
     let schema = json!({ "schema": { "type": "object" } }).to_string();
     let json = [("content-type", "application/json")];
-    let path = "/v1/datasources/press-4";
-    assert_eq!(gateway.request("PATCH", path, &admin, &json, schema.as_bytes()).status, 200);
+    let path = "/v1/datasources/press-4/schema";
+    let answer = gateway.request("PUT", path, &admin, &json, schema.as_bytes());
+    assert_eq!(answer.status, 200, "{}", answer.text());
     for body in [&b"7"[..], b"\"x\"", b"\xff"] {
         assert_eq!(post(gateway, &source.key, "refused/a", &[], body).status, 422);
     }
@@ -121,7 +122,7 @@ fn questions(other_key: &str) -> Vec<String> {
             ("spindle%2Ftemp", "n"),
             ("door", "deep.x"),
             ("spindle", ""),
-            ("cpu", "v"),
+            ("cpu%2Fhost=a", "v"),
             ("no", "n"),
             ("door", "a%00"),
         ] {
@@ -326,8 +327,8 @@ fn tables_of_an_earlier_format_are_brought_up_to_date_and_read() {
         let answer = gateway.get(path, &admin);
         (answer.status == 200).then(|| answer.json())
     });
-    assert_eq!(page["records"].as_array().map(Vec::len), Some(301));
-    let shown = gateway.get("/v1/datasources/press-4/series?topic=cpu&key=v&step=1m", &admin).json();
+    assert_eq!(page["records"].as_array().map(Vec::len), Some(302));
+    let shown = gateway.get("/v1/datasources/press-4/series?topic=cpu%2Fhost=a&key=v&step=1m", &admin).json();
     assert_eq!(shown["points"].as_array().map(Vec::len), Some(2), "{shown}");
     assert_eq!(server.sql("SELECT version FROM headgate_format"), ["2"]);
     // What is removed of them is counted as they are.

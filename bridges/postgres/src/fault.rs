@@ -32,8 +32,8 @@ pub enum PostgresFault {
         /// How long it had.
         after: Duration,
     },
-    /// The file with issuers of certificates cannot be used.
-    #[error("PostgreSQL: issuers of certificates: {0}")]
+    /// A file with certificates, or with the key of one, cannot be used.
+    #[error("PostgreSQL: certificates: {0}")]
     Certificate(String),
     /// The operating system gives no thread.
     #[error("PostgreSQL: {0}")]
