@@ -51,8 +51,8 @@ impl PostgresRecords {
                 &[&topic, &&*text_of(&query.key)],
             )?;
             let key_sets: Arc<[_]> = rows.iter().map(|row| (row.get(0), row.get(1))).collect();
-            let place =
-                (!key_sets.is_empty()).then(|| SeriesPlace { topic, key_sets, after: (from, -1), to });
+            let has_samples = !key_sets.is_empty();
+            let place = has_samples.then_some(SeriesPlace { topic, key_sets, after: (from, -1), to });
             Ok(Some(FoundSeries { from, to, place }))
         })
     }
