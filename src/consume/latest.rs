@@ -100,7 +100,7 @@ impl Serialize for LatestValue {
 }
 
 /// What a value takes on a page beside its key and itself.
-const VALUE_BYTES: usize = 96;
+pub(super) const VALUE_BYTES: usize = 96;
 
 /// Fills `page` with the topics of a datasource that come after `after`.
 pub(super) fn read_latest_page(

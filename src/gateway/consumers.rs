@@ -62,6 +62,8 @@ impl Consumers {
         }
         let storage = storage.map(Arc::new);
         let query = (config.storage.read_from() == Some(SinkKind::Sqlite)).then(|| RecordsReader::new(dir));
+        let board = storage.as_ref().map(|storage| storage.latest_board().clone());
+        let query = query.map(|query| query.with_board(board.unwrap_or_default()));
         let hold = log.hold();
         let retained = RetainedStore::start(dir, log.clone(), move |offset| hold.set(offset))?;
         let (store, groups, clients) = match &opened.cluster {

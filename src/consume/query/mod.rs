@@ -18,6 +18,7 @@ use rusqlite::Connection;
 
 use self::scan::RecordsScan;
 use super::latest::{self, LatestPage};
+use super::sink::latest_board::LatestBoard;
 use super::sink::schema::RECORDS_DATABASE;
 use super::sink::sqlite::RECORDS_FILE_NAME;
 use crate::filter::{FilterError, TopicFilter};
@@ -37,6 +38,8 @@ pub(super) use row::{origin_of_row, payload_bytes_of_row};
 #[derive(Clone)]
 pub struct RecordsReader {
     readers: Arc<SqliteReaders>,
+    /// What is shown from memory.
+    board: Arc<LatestBoard>,
 }
 
 /// Which records to read.
@@ -212,7 +215,13 @@ impl RecordsReader {
     /// A reader of `dir/records.db`, which storage makes. It is opened when it is read.
     pub fn new(dir: &Path) -> Self {
         let readers = SqliteReaders::new(dir.join(RECORDS_FILE_NAME), &RECORDS_DATABASE);
-        Self { readers: Arc::new(readers) }
+        Self { readers: Arc::new(readers), board: Arc::default() }
+    }
+
+    /// Shows the newest values from `board` as far as they are there.
+    #[must_use]
+    pub fn with_board(self, board: Arc<LatestBoard>) -> Self {
+        Self { board, ..self }
     }
 
     /// One page of records.
@@ -265,6 +274,32 @@ impl RecordsReader {
             }
             Ok(page)
         })
+    }
+
+    /// As [`RecordsReader::latest_within`], each topic as the JSON that it is shown as. Returns the topic after which it goes
+    /// on, if there are more.
+    ///
+    /// # Errors
+    /// [`QueryError::Database`].
+    pub fn latest_json_within(
+        &self,
+        scope: &DatasourceId,
+        after_topic: Option<&str>,
+        budget: &mut PageBudget,
+        each: &mut dyn FnMut(&[u8]),
+    ) -> Result<Option<String>, QueryError> {
+        if let Some(next) = self.board.read(scope, after_topic, budget, each) {
+            return Ok(next);
+        }
+        let page = self.latest_within(scope, after_topic, budget)?;
+        for topic in &page.topics {
+            match serde_json::to_vec(topic) {
+                Ok(json) => each(&json),
+                // Into memory, of values that have a JSON form.
+                Err(error) => tracing::error!(%error, "a topic has no JSON form"),
+            }
+        }
+        Ok(page.next)
     }
 
     /// How many records are stored of an incarnation, how many are in quarantine, and the sum of the payloads of both in

@@ -125,8 +125,18 @@ pub struct SeriesReading {
     to: TimeMicros,
     step_us: i64,
     steps: Vec<SeriesStep>,
+    /// Of the sample that was added last.
+    present: StepBounds,
     /// The chunks that are still to be read, the next one last.
     chunks: Vec<i64>,
+}
+
+/// Where a step is among all, and the times that it covers.
+#[derive(Debug, Clone, Copy, Default)]
+struct StepBounds {
+    place: usize,
+    from: TimeMicros,
+    to: TimeMicros,
 }
 
 /// What is known of the samples in a step.
@@ -209,7 +219,8 @@ impl SeriesReading {
             return Err(SeriesError::TooManySteps { steps, points_max, least_step_us });
         }
         let steps = vec![SeriesStep::default(); usize::try_from(steps).unwrap_or(points_max)];
-        Ok(Self { query, key, from, to, step_us, steps, chunks })
+        let present = StepBounds::default();
+        Ok(Self { query, key, from, to, step_us, steps, present, chunks })
     }
 
     /// Reads some of its samples: about [`SERIES_PIECE_BYTES`]. Returns whether there are more. A chunk that was removed
@@ -237,16 +248,25 @@ impl SeriesReading {
     }
 
     fn add_chunk(&mut self, base: ChunkBase, text: &str) {
-        let first_at = self.first_at();
-        let lists = chunk_lists(text).filter(|(key, _)| *key == self.key);
-        for sample in lists.flat_map(|(_, list)| list_samples(list, base)) {
-            if sample.at < self.from || sample.at >= self.to {
-                continue;
-            }
-            let step = usize::try_from((sample.at - first_at) / self.step_us).ok();
-            if let Some(step) = step.and_then(|step| self.steps.get_mut(step)) {
-                step.add(sample);
-            }
+        if let Some((_, list)) = chunk_lists(text).find(|(key, _)| *key == self.key) {
+            list_samples(list, base).for_each(|sample| self.add_sample(sample));
+        }
+    }
+
+    fn add_sample(&mut self, sample: ChunkSample) {
+        if sample.at < self.from || sample.at >= self.to {
+            return;
+        }
+        // Most samples are in the same step as the one before: no division then.
+        if sample.at < self.present.from || sample.at >= self.present.to {
+            let first_at = self.first_at();
+            let number = (sample.at - first_at) / self.step_us;
+            let from = first_at.saturating_add(number.saturating_mul(self.step_us));
+            let to = from.saturating_add(self.step_us);
+            self.present = StepBounds { place: usize::try_from(number).unwrap_or(usize::MAX), from, to };
+        }
+        if let Some(step) = self.steps.get_mut(self.present.place) {
+            step.add(sample);
         }
     }
 

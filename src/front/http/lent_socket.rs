@@ -1,0 +1,69 @@
+//! A connection's socket while hyper has it: it is lent, and taken back by whoever goes on with the connection without
+//! hyper.
+
+use std::io;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+
+use parking_lot::Mutex;
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+
+use super::socket::HttpSocket;
+
+/// A socket that is lent. Clones are of the same one; only its connection's task uses them.
+#[derive(Clone)]
+pub(super) struct LentSocket(Arc<Mutex<Option<HttpSocket>>>);
+
+impl LentSocket {
+    pub(super) fn new(socket: HttpSocket) -> Self {
+        Self(Arc::new(Mutex::new(Some(socket))))
+    }
+
+    /// The socket, unless it was taken before. Whoever has it lent finds it not connected from then on.
+    pub(super) fn take(&self) -> Option<HttpSocket> {
+        self.0.lock().take()
+    }
+
+    fn poll_lent<T>(
+        &self,
+        poll: impl FnOnce(Pin<&mut HttpSocket>) -> Poll<io::Result<T>>,
+    ) -> Poll<io::Result<T>> {
+        match &mut *self.0.lock() {
+            Some(socket) => poll(Pin::new(socket)),
+            None => Poll::Ready(Err(io::ErrorKind::NotConnected.into())),
+        }
+    }
+}
+
+impl AsyncRead for LentSocket {
+    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        self.poll_lent(|socket| socket.poll_read(cx, buf))
+    }
+}
+
+impl AsyncWrite for LentSocket {
+    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        self.poll_lent(|socket| socket.poll_write(cx, bytes))
+    }
+
+    fn poll_write_vectored(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        slices: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        self.poll_lent(|socket| socket.poll_write_vectored(cx, slices))
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.0.lock().as_ref().is_some_and(HttpSocket::is_write_vectored)
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.poll_lent(|socket| socket.poll_flush(cx))
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.poll_lent(|socket| socket.poll_shutdown(cx))
+    }
+}
