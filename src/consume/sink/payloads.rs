@@ -2,6 +2,7 @@
 //! transaction, which storage makes when it is behind, a thread of its own reads them while the rows are inserted.
 
 use std::mem;
+use std::sync::LazyLock;
 use std::sync::mpsc::{SyncSender, sync_channel};
 use std::thread::{self, Scope, ScopedJoinHandle};
 
@@ -18,6 +19,9 @@ const BLOCK_PAYLOADS: usize = 512;
 const ALONE_PAYLOADS_MAX: usize = 4096;
 /// Blocks that wait for the other thread at most.
 const WAITING_BLOCKS_MAX: usize = 16;
+
+/// Whether a thread of its own has a processor of its own.
+static HAS_PROCESSORS: LazyLock<bool> = LazyLock::new(|| processors() > 1);
 
 /// The payload of a record that was inserted.
 pub(super) struct StoredPayload<'a> {
@@ -102,7 +106,7 @@ impl<'scope, 'env, 'a: 'scope> PayloadReading<'scope, 'env, 'a> {
         match &mut self.place {
             ReadingPlace::Here(values) => {
                 values.read_all(&block);
-                if self.count >= ALONE_PAYLOADS_MAX && processors() > 1 {
+                if self.count >= ALONE_PAYLOADS_MAX && *HAS_PROCESSORS {
                     self.begin_thread();
                 }
             }

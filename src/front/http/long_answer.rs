@@ -69,6 +69,10 @@ where
             if let Poll::Ready(ended) = connection.as_mut().poll(cx) {
                 return Poll::Ready(ended.map_err(Into::into));
             }
+            // An answer before this one may wait for its client to read.
+            if !socket.is_flushed() {
+                return Poll::Pending;
+            }
             let Some((response, version)) = offer.0.lock().take() else { return Poll::Pending };
             let Some(socket) = socket.take() else { return Poll::Ready(Ok(())) };
             *self = Self::Long(Box::new(LongAnswer::new(socket, response, version)));
