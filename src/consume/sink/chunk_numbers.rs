@@ -126,8 +126,8 @@ mod tests {
         .map(str::to_owned)
         .into();
         for _ in 0..20_000 {
-            let digit = |_| char::from(b"0123456789"[random.below(10)]);
-            let digits: String = (0..=random.below(18)).map(digit).collect();
+            let count = 1 + random.below(18);
+            let digits: String = (0..count).map(|_| char::from(b"0123456789"[random.below(10)])).collect();
             let (whole, fraction) = digits.split_at(random.below(digits.len() + 1));
             let sign = if random.percent(30) { "-" } else { "" };
             texts.push(format!("{sign}{}.{}0", if whole.is_empty() { "0" } else { whole }, fraction));
