@@ -436,6 +436,10 @@ pub const LATEST_KEY_BYTES_MAX: usize = 256;
 pub const LATEST_LOOK_BACK_MAX: usize = 100_000;
 /// The largest value that `latest` copies; of a longer one it gives only the place.
 pub const LATEST_VALUE_BYTES_MAX: usize = 64 << 10;
+/// What the newest values of one datasource may take in memory to be shown from there, ...
+pub const LATEST_BOARD_BYTES_MAX: usize = 8 << 20;
+/// ... and of how many datasources they are: of those that are asked for again and again.
+pub const LATEST_BOARD_DATASOURCES_MAX: usize = 8;
 /// Numbers of one payload that become samples. Enough for a wide reading; more would make one message cost what hundreds do.
 pub const SAMPLES_PER_RECORD_MAX: usize = 256;
 /// Bytes of a sample's key, with the names of the objects that it is in.

@@ -61,8 +61,9 @@ impl Consumers {
             storage.begin_retention(&stored_limits(opened.registry.clone()));
         }
         let storage = storage.map(Arc::new);
+        let board = storage.as_ref().map(|storage| storage.latest_board().clone()).unwrap_or_default();
         let query = config.storage.read_from().map(|kind| match kind {
-            SinkKind::Sqlite => RecordsReader::new(dir),
+            SinkKind::Sqlite => RecordsReader::new(dir).with_board(board),
             SinkKind::Postgres => RecordsReader::of_postgres(&config.storage.postgres),
         });
         let hold = log.hold();

@@ -5,10 +5,13 @@
 //! has the rest.
 
 mod ahead;
+mod chunk_numbers;
 mod ids;
 pub(in crate::consume) mod incarnations;
 mod insert;
+pub(in crate::consume) mod latest_board;
 mod newest;
+mod payloads;
 pub(in crate::consume) mod postgres;
 pub mod quarantined;
 pub mod retention;

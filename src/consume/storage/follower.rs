@@ -14,8 +14,12 @@ use crate::scheduler::lower_priority;
 
 /// About how much of the log one transaction takes.
 const STORAGE_TRANSACTION_BYTES: usize = 8 << 20;
-/// The least time between the starts of two small transactions.
+/// The least time between the starts of two small transactions, ...
 const SMALL_TRANSACTION_INTERVAL_MIN: Duration = Duration::from_millis(20);
+/// ... which is so many times as long as the first one takes: a transaction writes the newest values of each of its topics, so
+/// that fewer of them leave the processors to others. But a record is to be read back soon.
+const SMALL_TRANSACTION_INTERVAL_TIMES: u32 = 3;
+const SMALL_TRANSACTION_INTERVAL_MAX: Duration = Duration::from_millis(100);
 /// A transaction of fewer records than this is small.
 const SMALL_TRANSACTION_RECORDS: u64 = 4096;
 /// How often a transaction is synced, so that the log may remove what it holds.
@@ -138,7 +142,10 @@ impl StorageFollower {
             StorageRound::AtTail => NextRound::AtTail,
             StorageRound::OtherWriter => NextRound::After(OTHER_WRITER_INTERVAL),
             StorageRound::Stored { records } if records < SMALL_TRANSACTION_RECORDS => {
-                NextRound::After(SMALL_TRANSACTION_INTERVAL_MIN.saturating_sub(begun.elapsed()))
+                let took = begun.elapsed();
+                let interval = (took * SMALL_TRANSACTION_INTERVAL_TIMES)
+                    .clamp(SMALL_TRANSACTION_INTERVAL_MIN, SMALL_TRANSACTION_INTERVAL_MAX);
+                NextRound::After(interval.saturating_sub(took))
             }
             StorageRound::Stored { .. } | StorageRound::Purged => NextRound::Again,
         })
