@@ -29,6 +29,7 @@ mod schema;
 mod serve;
 mod session;
 mod signals;
+mod sinks;
 mod transfer;
 mod trust;
 
@@ -85,6 +86,8 @@ enum CliCommand {
     Records(records::RecordsArgs),
     /// Print what was refused lately, why, and what to do about it
     Refusals(refusals::RefusalsArgs),
+    /// Print where records are stored, how far each sink is, and what is wrong with it
+    Sinks(sinks::SinksArgs),
     /// Publish a payload, or a line of standard input or of a file each, over MQTT
     Publish(publish::PublishArgs),
     /// Load a gateway over MQTT and report acknowledged messages per second and latency
@@ -123,6 +126,7 @@ pub fn run(cli: Cli) -> ExitCode {
         CliCommand::Audit(args) => audit::run(args, &mut out),
         CliCommand::Records(args) => records::run(args, &mut out),
         CliCommand::Refusals(args) => refusals::run(args, &mut out),
+        CliCommand::Sinks(args) => sinks::run(args, &mut out),
         CliCommand::Publish(args) => publish::run(args, &mut out),
         CliCommand::Bench(args) => bench::run(args, &mut out),
         CliCommand::Backup(args) => backup::run(args, &mut out),

@@ -36,6 +36,7 @@ impl EnvironmentSettings {
         for (name, value) in variables {
             let Some(name) = name.to_str().filter(|name| has_prefix(name)) else { continue };
             let path = name[ENV_PREFIX.len()..].to_lowercase().replace("__", ".");
+            let path = ConfigShape::present_name(&path).to_owned();
             if value.is_empty() || COMMAND_ENV_VARS.contains(&path.as_str()) {
                 continue;
             }

@@ -1,6 +1,9 @@
 //! `[log]` and `[storage]`: where records are kept.
 
-use serde::{Deserialize, Serialize};
+use std::fmt;
+
+use serde::de::IntoDeserializer;
+use serde::{Deserialize, Deserializer, Serialize};
 
 use super::{ConfigError, require};
 use crate::limits;
@@ -52,17 +55,29 @@ pub struct LogConfig {
 pub enum SinkKind {
     /// `records.db` in the data directory.
     Sqlite,
-    /// None beside the log; `records` and `latest` are then not served.
-    None,
 }
 
-/// Where the storage consumer writes.
+/// Which sink reads are answered from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ReadSource {
+    /// The first one that can be read.
+    First,
+    /// `records.db`.
+    Sqlite,
+}
+
+/// Where the storage consumers write.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct StorageConfig {
-    /// The kind of database.
-    pub sink: SinkKind,
-    /// The niceness of the storage thread (0 to 19): when all processors are busy, devices come first and
+    /// The kinds of database, each at most once. Without any there is the log alone, and `records` and `latest` are not
+    /// served. A lone `none` says the same.
+    #[serde(deserialize_with = "read_sinks")]
+    pub sinks: Vec<SinkKind>,
+    /// Which of them reads are answered from.
+    pub read_from: ReadSource,
+    /// The niceness of the storage threads (0 to 19): when all processors are busy, devices come first and
     /// storage catches up later.
     pub nice: u8,
 }
@@ -82,7 +97,7 @@ impl Default for LogConfig {
 
 impl Default for StorageConfig {
     fn default() -> Self {
-        Self { sink: SinkKind::Sqlite, nice: 10 }
+        Self { sinks: vec![SinkKind::Sqlite], read_from: ReadSource::First, nice: 10 }
     }
 }
 
@@ -103,8 +118,62 @@ impl LogConfig {
     }
 }
 
+impl SinkKind {
+    /// Its name in settings, metrics and answers.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Sqlite => "sqlite",
+        }
+    }
+
+    /// Whether reads can be answered from it.
+    const fn is_readable(self) -> bool {
+        match self {
+            Self::Sqlite => true,
+        }
+    }
+}
+
+impl fmt::Display for SinkKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+/// Reads the list of sinks, in which a lone `none` is an empty list.
+fn read_sinks<'de, D: Deserializer<'de>>(list: D) -> Result<Vec<SinkKind>, D::Error> {
+    let words = Vec::<String>::deserialize(list)?;
+    match words.as_slice() {
+        [none] if none == "none" => Ok(Vec::new()),
+        words => words.iter().map(|word| SinkKind::deserialize(word.as_str().into_deserializer())).collect(),
+    }
+}
+
 impl StorageConfig {
+    /// The sink that reads are answered from, if there is one.
+    pub fn read_from(&self) -> Option<SinkKind> {
+        let wanted = |kind: &SinkKind| match self.read_from {
+            ReadSource::First => kind.is_readable(),
+            ReadSource::Sqlite => *kind == SinkKind::Sqlite,
+        };
+        self.sinks.iter().copied().find(wanted)
+    }
+
     pub(super) fn check(&self) -> Result<(), ConfigError> {
+        let is_twice = |place: usize| self.sinks[..place].contains(&self.sinks[place]);
+        let named: Vec<_> = self.sinks.iter().map(|kind| kind.as_str()).collect();
+        require(
+            !(0..self.sinks.len()).any(is_twice),
+            "storage.sinks",
+            named.join(","),
+            "it has to name each sink once",
+        )?;
+        require(
+            self.read_from == ReadSource::First || self.read_from().is_some(),
+            "storage.read_from",
+            "another one",
+            "it has to be one of storage.sinks, or \"first\"",
+        )?;
         require(self.nice <= 19, "storage.nice", self.nice, "it has to be between 0 and 19")
     }
 }

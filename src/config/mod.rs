@@ -73,7 +73,7 @@ pub struct Config {
     pub intake: IntakeConfig,
     /// The durable log.
     pub log: LogConfig,
-    /// Where the storage consumer writes.
+    /// Where the storage consumers write.
     pub storage: StorageConfig,
     /// Which NATS is used, and what for.
     pub nats: NatsConfig,

@@ -11,6 +11,9 @@ use super::{Config, ConfigError};
 /// How many letters a name may differ in to be taken for a misspelt one.
 const MISSPELT_LETTERS_MAX: usize = 2;
 
+/// Settings that are known by an earlier name too, each with the present one in the same section.
+const RENAMED_SETTINGS: [(&str, &str); 1] = [("storage.sink", "storage.sinks")];
+
 /// The settings, with their defaults.
 pub(super) struct ConfigShape(Dict);
 
@@ -39,6 +42,11 @@ impl ConfigShape {
     /// Whether `path` is a setting.
     pub(super) fn is_setting(&self, path: &str) -> bool {
         self.find(path).is_some_and(|value| !matches!(value, Value::Dict(..)))
+    }
+
+    /// What a setting is called now.
+    pub(super) fn present_name(path: &str) -> &str {
+        RENAMED_SETTINGS.iter().find(|(earlier, _)| *earlier == path).map_or(path, |(_, present)| present)
     }
 
     fn find(&self, path: &str) -> Option<&Value> {
@@ -80,6 +88,8 @@ impl ConfigShape {
         let mut conformed = Dict::new();
         for (name, value) in said {
             let path = join(section, &name);
+            let present = Self::present_name(&path).rsplit('.').next().unwrap_or_default();
+            let name = if present == name { name } else { present.to_owned() };
             let fault = |fault: String| ConfigError::Setting {
                 key: path.clone(),
                 source_name: source.to_owned(),
@@ -99,7 +109,9 @@ impl ConfigShape {
                     conform_value(&name, value, expected).map_err(|rule| fault(rule.to_owned()))?
                 }
             };
-            conformed.insert(name, value);
+            if conformed.insert(name, value).is_some() {
+                return Err(fault(format!("{path} and an earlier name of it are set both")));
+            }
         }
         Ok(conformed)
     }

@@ -35,6 +35,30 @@ fn a_certificate_needs_its_key_and_client_certificates_need_both() {
     }
 }
 
+#[test]
+fn sinks_are_a_list_and_the_earlier_name_for_one_of_them_is_understood() {
+    let sinks = |text: &str| load_text(&format!("[storage]\n{text}\n")).map(|config| config.storage.sinks);
+    for (text, expected) in [
+        ("sinks = [\"sqlite\"]", vec![SinkKind::Sqlite]),
+        ("sinks = \"sqlite\"", vec![SinkKind::Sqlite]),
+        ("sink = \"sqlite\"", vec![SinkKind::Sqlite]),
+        ("sink = \"none\"", vec![]),
+        ("sinks = []", vec![]),
+        ("nice = 3", vec![SinkKind::Sqlite]),
+    ] {
+        assert_eq!(sinks(text).expect(text), expected, "{text}");
+    }
+    for (text, expected) in [
+        ("sinks = [\"sqlite\", \"sqlite\"]", "each sink once"),
+        ("sinks = [\"postgre\"]", "storage.sinks"),
+        ("sink = \"none\"\nsinks = [\"sqlite\"]", "storage.sinks"),
+        ("sinks = []\nread_from = \"sqlite\"", "storage.read_from"),
+    ] {
+        let error = sinks(text).expect_err(text).to_string();
+        assert!(error.contains(expected), "{text}: {error}");
+    }
+}
+
 fn load_text(text: &str) -> Result<Config, ConfigError> {
     let dir = tempfile::tempdir().expect("temporary directory");
     let file = dir.path().join("headgate.toml");

@@ -11,7 +11,7 @@ use super::opened::OpenedLog;
 use crate::config::{Config, LogBackend, SinkKind};
 use crate::consume::egress::Egress;
 use crate::consume::query::RecordsReader;
-use crate::consume::storage::StorageConsumer;
+use crate::consume::storage::StorageSinks;
 use crate::consume::subscriber::Subscribers;
 use crate::consume::subscriber::retained::RetainedStore;
 use crate::consume::subscriber::sessions::{SessionStore, StoredSessions};
@@ -23,7 +23,7 @@ use crate::message::Offset;
 #[derive(Clone)]
 pub(super) struct Consumers {
     pub(super) subscribers: Arc<Subscribers>,
-    pub(super) storage: Option<Arc<StorageConsumer>>,
+    pub(super) storage: Option<Arc<StorageSinks>>,
     pub(super) egress: Option<Arc<Egress>>,
     /// What storage has stored, for queries.
     pub(super) query: Option<RecordsReader>,
@@ -48,16 +48,13 @@ impl Consumers {
         opened: &OpenedLog,
     ) -> anyhow::Result<(Self, StartingClients)> {
         let (dir, log) = (&config.data_dir, &opened.log);
-        let (storage, query) = match config.storage.sink {
-            SinkKind::Sqlite => {
-                let (at, settings, followed) = (dir.clone(), config.storage.clone(), log.clone());
-                // It may read the log, which in a cluster blocks.
-                let storage =
-                    spawn_blocking(move || StorageConsumer::start(&at, &settings, followed)).await??;
-                (Some(Arc::new(storage)), Some(RecordsReader::new(dir)))
-            }
-            SinkKind::None => (None, None),
-        };
+        let (at, settings, followed) = (dir.clone(), config.storage.clone(), log.clone());
+        // It may read the log, which in a cluster blocks.
+        let storage = spawn_blocking(move || StorageSinks::start(&at, &settings, &followed)).await??;
+        let storage = storage.map(Arc::new);
+        let query = config.storage.read_from().map(|kind| match kind {
+            SinkKind::Sqlite => RecordsReader::new(dir),
+        });
         let hold = log.hold();
         let retained = RetainedStore::start(dir, log.clone(), move |offset| hold.set(offset))?;
         let (store, groups, clients) = match &opened.cluster {

@@ -53,7 +53,7 @@ pub fn repair(config: &Config, order: RepairOrder) -> anyhow::Result<Vec<String>
     // Opening cuts what was never acknowledged, as every start does.
     let log =
         EmbeddedLog::open(dir, &config.log, &config.intake).map_err(|error| explain_log_error(dir, error))?;
-    if config.storage.sink == SinkKind::Sqlite {
+    if config.storage.sinks.contains(&SinkKind::Sqlite) {
         steps.extend(storage::repair(dir, &log, order.apply)?);
     }
     steps.extend(retained::repair(dir, &log, order.apply)?);

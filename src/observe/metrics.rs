@@ -120,6 +120,11 @@ impl Metrics {
         metrics::with_local_recorder(&self.recorder, || metrics::gauge!(name).set(value));
     }
 
+    /// Sets a gauge with a label whose value is read only when metrics are rendered.
+    pub fn set_labelled_gauge(&self, name: &'static str, label: (&'static str, &'static str), value: f64) {
+        metrics::with_local_recorder(&self.recorder, || metrics::gauge!(name, label.0 => label.1).set(value));
+    }
+
     /// Sets a counter that is counted elsewhere.
     pub fn set_counter(&self, name: &'static str, value: u64) {
         metrics::with_local_recorder(&self.recorder, || metrics::counter!(name).absolute(value));
@@ -222,7 +227,10 @@ fn describe_log_and_consumers() {
         "headgate_log_lost_records_total",
         "Records that are lost to damage of the log and were passed over (log.accept_corruption)"
     );
-    describe_gauge!("headgate_storage_cursor", "The first offset that is not stored yet");
+    describe_gauge!("headgate_storage_cursor", "The first offset that is not stored in every sink yet");
+    describe_gauge!("headgate_sink_cursor", "The first offset that is not stored in this sink yet");
+    describe_gauge!("headgate_sink_lag_records", "Records of the log that are not stored in this sink yet");
+    describe_gauge!("headgate_sink_up", "Whether this sink takes records: 1, or 0");
     describe_gauge!("headgate_egress_cursor", "The first offset that is not on the NATS stream yet");
     describe_gauge!("headgate_egress_lag_records", "Records that are not on the NATS stream yet");
     describe_counter!("headgate_egress_sent_total", "Records that were sent to the NATS stream");

@@ -593,6 +593,30 @@ fn without_storage_messages_are_kept_and_records_are_not_served() {
 }
 
 #[test]
+fn each_sink_says_how_far_it_is() {
+    let dir = scratch();
+    let gateway = Setup::on(dir.path()).start();
+    let source = gateway.create("press-4");
+    let (_, _, last) = ingest(&gateway, &source, &[], b"1");
+    let sinks = wait_for("the record is stored", || {
+        let sinks = gateway.get("/v1/sinks", &gateway.admin_key()).json();
+        (sinks["sinks"][0]["cursor"] == json!(last + 1)).then_some(sinks)
+    });
+    let sink = &sinks["sinks"][0];
+    assert_eq!(
+        (&sink["sink"], &sink["is_read"], &sink["is_writer"]),
+        (&json!("sqlite"), &json!(true), &json!(true))
+    );
+    assert_eq!(
+        (&sink["lag"], &sink["trouble"], &sink["last_error"]),
+        (&json!(0), &Value::Null, &Value::Null)
+    );
+    assert_eq!(gateway.metric("headgate_sink_cursor{sink=\"sqlite\"}"), (last + 1) as f64);
+    assert_eq!(gateway.metric("headgate_sink_up{sink=\"sqlite\"}"), 1.0);
+    problem(&gateway.get("/v1/sinks", &source.key), 403, "missing_scope");
+}
+
+#[test]
 fn what_is_not_there_and_what_is_not_allowed_are_problems_too() {
     let dir = scratch();
     let gateway = Gateway::start(dir.path());

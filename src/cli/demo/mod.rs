@@ -29,7 +29,7 @@ use super::out::{CommandOutput, grouped, latency};
 use super::replay::Tally;
 use super::signals::{self, Signals};
 use super::{datasource, records, serve};
-use crate::config::{Config, SinkKind};
+use crate::config::Config;
 use crate::gateway::Gateway;
 use crate::observe::trace;
 
@@ -62,8 +62,8 @@ pub(super) fn run(mut args: DemoArgs, out: &mut CommandOutput) -> anyhow::Result
     // The directory lives until the gateway has stopped.
     let (mut config, _temporary) = configure(args)?;
     ensure!(
-        config.storage.sink != SinkKind::None,
-        "the demo reads back from storage; storage.sink is \"none\""
+        config.storage.read_from().is_some(),
+        "the demo reads back from storage; storage.sinks names none that can be read"
     );
     trace::init(&config.trace)?;
     let nats = nats::find(named_nats, &mut config)?;

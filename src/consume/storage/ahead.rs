@@ -9,7 +9,8 @@ use std::path::Path;
 
 use tracing::warn;
 
-use super::{StorageError, begin_anew};
+use super::StorageError;
+use super::sqlite_place::begin_anew;
 use crate::consume::sink::sqlite::{RECORDS_FILE_NAME, SqliteSink};
 use crate::log::Log;
 use crate::message::Offset;

@@ -1,14 +1,13 @@
-//! The thread that follows the log into `records.db`.
+//! The thread that follows the log into a sink.
 
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use tracing::{error, warn};
 
-use super::{StorageError, StorageProgress, WAS_DAMAGED, begin_anew, open_right, unopened_words};
+use super::record_sink::{OpenedSink, RecordSink, SinkFault, SinkPlace};
+use super::{StorageError, StorageProgress, unopened_words};
 use crate::consume::follower::{Consumer, NextRound};
-use crate::consume::sink::sqlite::{SinkError, SqliteSink};
 use crate::log::{Log, LogReadError};
 use crate::message::Offset;
 use crate::scheduler::lower_priority;
@@ -21,14 +20,16 @@ const SMALL_TRANSACTION_INTERVAL_MIN: Duration = Duration::from_millis(20);
 const SMALL_TRANSACTION_RECORDS: u64 = 4096;
 /// How often a transaction is synced, so that the log may remove what it holds.
 const STORAGE_SYNC_INTERVAL: Duration = Duration::from_secs(1);
+/// How often a gateway that does not write looks how far the one that does is.
+const OTHER_WRITER_INTERVAL: Duration = Duration::from_millis(250);
 
 /// Why a round of the thread failed.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum StorageRoundError {
     #[error(transparent)]
-    Sink(#[from] SinkError),
+    Sink(#[from] SinkFault),
     #[error("{}", unopened_words(.0))]
-    Unopened(SinkError),
+    Unopened(SinkFault),
     #[error(transparent)]
     Start(StorageError),
     #[error(transparent)]
@@ -39,11 +40,11 @@ pub(super) enum StorageRoundError {
 
 /// The thread.
 pub(super) struct StorageFollower {
-    path: PathBuf,
+    place: Box<dyn SinkPlace>,
     log: Arc<dyn Log>,
-    /// `None` after an error that leaves its state in doubt, and until the database was opened at all.
-    sink: Option<SqliteSink>,
-    /// Where the log ended at the start, until the database was opened.
+    /// `None` after an error that leaves its state in doubt, and until the sink was opened at all.
+    sink: Option<Box<dyn RecordSink>>,
+    /// Where the log ended at the start, until the sink was opened.
     unopened: Option<Offset>,
     shared: Arc<StorageProgress>,
     synced_at: Option<Instant>,
@@ -59,6 +60,8 @@ enum StorageRound {
     /// Nothing is to be stored, and a purge has more to remove.
     Purged,
     AtTail,
+    /// Another gateway writes into the sink.
+    OtherWriter,
 }
 
 impl Consumer for StorageFollower {
@@ -68,6 +71,48 @@ impl Consumer for StorageFollower {
         if let Some(nice) = self.nice.take() {
             lower_priority(nice);
         }
+        let done = self.try_round();
+        if let Err(error) = &done {
+            self.shared.note_error(error.to_string());
+        }
+        done
+    }
+
+    fn cursor(&self) -> Offset {
+        *self.shared.cursor.borrow()
+    }
+
+    fn may_recover(&self) -> bool {
+        self.unopened.is_none()
+    }
+
+    fn end(self) {
+        let Some(mut sink) = self.sink else { return };
+        match sink.finish() {
+            Ok(()) => self.shared.hold.set(sink.durable_cursor()),
+            Err(error) => {
+                warn!(%error, sink = self.place.kind().as_str(), "what is stored could not be tidied up")
+            }
+        }
+    }
+}
+
+impl StorageFollower {
+    /// A thread, not started yet, that continues at the cursor of `sink` and lowers its priority by `nice`. Without a
+    /// sink it opens that, as a start at `log_end` would.
+    pub(super) fn new(
+        place: Box<dyn SinkPlace>,
+        sink: Option<Box<dyn RecordSink>>,
+        log: Arc<dyn Log>,
+        log_end: Offset,
+        shared: Arc<StorageProgress>,
+        nice: u8,
+    ) -> Self {
+        let unopened = sink.is_none().then_some(log_end);
+        Self { place, log, sink, unopened, shared, synced_at: None, nice: Some(nice) }
+    }
+
+    fn try_round(&mut self) -> Result<NextRound, StorageRoundError> {
         let begun = Instant::now();
         if let Some(log_end) = self.unopened {
             self.open_late(log_end)?;
@@ -86,6 +131,7 @@ impl Consumer for StorageFollower {
         }
         Ok(match round? {
             StorageRound::AtTail => NextRound::AtTail,
+            StorageRound::OtherWriter => NextRound::After(OTHER_WRITER_INTERVAL),
             StorageRound::Stored { records } if records < SMALL_TRANSACTION_RECORDS => {
                 NextRound::After(SMALL_TRANSACTION_INTERVAL_MIN.saturating_sub(begun.elapsed()))
             }
@@ -93,44 +139,11 @@ impl Consumer for StorageFollower {
         })
     }
 
-    fn cursor(&self) -> Offset {
-        *self.shared.cursor.borrow()
-    }
-
-    fn may_recover(&self) -> bool {
-        self.unopened.is_none()
-    }
-
-    /// Copies the write-ahead log into the one file, if nobody else reads it.
-    fn end(self) {
-        let Some(mut sink) = self.sink else { return };
-        match sink.checkpoint() {
-            Ok(_) => self.shared.hold.set(sink.durable_cursor()),
-            Err(error) => warn!(%error, "the write-ahead log of records.db stays beside it"),
-        }
-    }
-}
-
-impl StorageFollower {
-    /// A thread, not started yet, that continues at the cursor of `sink` and lowers its priority by `nice`. Without a
-    /// sink it opens the database, as a start at `log_end` would.
-    pub(super) fn new(
-        path: PathBuf,
-        sink: Option<SqliteSink>,
-        log: Arc<dyn Log>,
-        log_end: Offset,
-        shared: Arc<StorageProgress>,
-        nice: u8,
-    ) -> Self {
-        let unopened = sink.is_none().then_some(log_end);
-        Self { path, log, sink, unopened, shared, synced_at: None, nice: Some(nice) }
-    }
-
-    /// Opens the database that could not be opened at the start. The log has gone on since then: what the database
+    /// Opens the sink that was not opened at the start. The log has gone on since then: what the sink
     /// has behind the end that it had is set aside without asking, because its offsets are given anew already.
     fn open_late(&mut self, log_end: Offset) -> Result<(), StorageRoundError> {
-        let (sink, said) =
-            open_right(&self.path, &*self.log, log_end, true).map_err(|error| match error {
+        let OpenedSink { sink, said } =
+            self.place.open(&*self.log, log_end, true).map_err(|error| match error {
                 StorageError::Sink(error) => StorageRoundError::Unopened(error),
                 error => StorageRoundError::Start(error),
             })?;
@@ -142,19 +155,19 @@ impl StorageFollower {
         Ok(())
     }
 
-    /// Goes on with another database.
-    fn take_over(&mut self, sink: SqliteSink) {
+    /// Goes on with another sink.
+    fn take_over(&mut self, sink: Box<dyn RecordSink>) {
         self.shared.withheld.send_replace(sink.withheld_version());
         self.shared.cursor.send_replace(sink.cursor());
         self.sink = Some(sink);
     }
 
-    /// Goes on with another database, which begins where the log begins.
-    fn begin_anew(&mut self) -> Result<(), SinkError> {
-        // The log keeps all that it has until the new database has it.
+    /// Goes on with another one, which begins where the log begins.
+    fn begin_anew(&mut self) -> Result<(), SinkFault> {
+        // The log keeps all that it has until the new one has it.
         self.shared.hold.set(0);
-        let (sink, said) = begin_anew(&self.path, &*self.log, WAS_DAMAGED)?;
-        *self.shared.set_aside.lock() = Some(said);
+        let OpenedSink { sink, said } = self.place.begin_anew(&*self.log)?;
+        *self.shared.set_aside.lock() = said;
         self.take_over(sink);
         Ok(())
     }
@@ -163,8 +176,16 @@ impl StorageFollower {
     fn store(&mut self) -> Result<StorageRound, StorageRoundError> {
         let sink = match &mut self.sink {
             Some(sink) => sink,
-            None => self.sink.insert(SqliteSink::open(&self.path)?),
+            None => self.sink.insert(self.place.reopen()?),
         };
+        let is_writer = sink.is_writer()?;
+        self.shared.is_writer.send_replace(is_writer);
+        if !is_writer {
+            self.shared.withheld.send_replace(sink.withheld_version());
+            self.shared.hold.set(sink.durable_cursor());
+            self.shared.cursor.send_replace(sink.cursor());
+            return Ok(StorageRound::OtherWriter);
+        }
         let cursor = sink.cursor();
         let sync = self.synced_at.is_none_or(|at| at.elapsed() >= STORAGE_SYNC_INTERVAL);
         let first = self.log.first_offset();
@@ -176,7 +197,7 @@ impl StorageFollower {
             self.shared.withheld.send_replace(sink.withheld_version());
         }
         if cursor < first {
-            sink.store(std::iter::empty(), first, sync)?;
+            sink.store(&mut std::iter::empty(), first, sync)?;
             error!(
                 from = cursor,
                 to = first,
@@ -186,9 +207,9 @@ impl StorageFollower {
         } else if cursor < self.log.next_offset() {
             let batches = self.log.read(cursor, STORAGE_TRANSACTION_BYTES)?;
             let Some(last) = batches.last() else { return Err(StorageRoundError::NoRecords(cursor)) };
-            sink.store(batches.iter().flat_map(|batch| batch.records()), last.next_offset(), sync)?;
+            sink.store(&mut batches.iter().flat_map(|batch| batch.records()), last.next_offset(), sync)?;
         } else if sync && sink.durable_cursor() < cursor {
-            sink.store(std::iter::empty(), cursor, sync)?;
+            sink.store(&mut std::iter::empty(), cursor, sync)?;
         } else {
             return Ok(if is_reconciled { StorageRound::AtTail } else { StorageRound::Purged });
         }
@@ -198,6 +219,7 @@ impl StorageFollower {
         }
         let stored = sink.cursor();
         self.shared.cursor.send_replace(stored);
+        self.shared.pace.lock().note(Instant::now(), stored - cursor);
         Ok(StorageRound::Stored { records: stored - cursor })
     }
 }

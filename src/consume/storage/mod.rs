@@ -1,6 +1,7 @@
-//! Storage: the consumer that writes every record of the log into `records.db`.
+//! Storage: the consumers that write every record of the log into a sink, each into one of its own
+//! ([`StorageSinks`]). A sink that is slow or away delays no other one, and no device.
 //!
-//! One thread reads the log from the sink's cursor, stores what it has read in one transaction, and
+//! One thread for each reads the log from the sink's cursor, stores what it has read in one transaction, and
 //! repeats. Far behind, transactions are as large as is useful. At the tail they are small and paced, so
 //! that a record can be read back within milliseconds and a busy stream does not pay for a transaction
 //! per record. `consume/follower.rs` runs the thread.
@@ -10,38 +11,47 @@
 
 mod ahead;
 mod follower;
+mod pace;
+pub(in crate::consume) mod record_sink;
+mod sinks;
+mod sqlite_place;
 #[cfg(test)]
 mod tests;
 
-use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
 
 use parking_lot::Mutex;
 use tokio::sync::watch;
-use tracing::error;
 
 use self::follower::StorageFollower;
+use self::pace::StoragePace;
+use self::record_sink::{OpenedSink, SinkFault, SinkPlace};
 use super::follower::{FollowerControl, FollowerProfile};
-use super::sink::sqlite::{RECORDS_FILE_NAME, SinkError, SqliteSink};
-use crate::config;
+use super::sink::sqlite::SinkError;
+use crate::config::SinkKind;
 use crate::log::{Hold, Log};
-use crate::message::Offset;
-use crate::sqlite::set_aside;
+use crate::message::{Offset, TimeMicros, now_micros};
 
-const STORAGE_PROFILE: FollowerProfile = FollowerProfile {
-    name: "storage",
-    down: "storage is failing",
-    up: "storage has recovered",
-    late: "storage did not finish by its deadline; the log has the rest",
-    patient: true,
-};
+pub use sinks::{SinkState, StorageSinks};
+pub use sqlite_place::repair;
 
-/// Why [`begin_anew`] sets a database aside that cannot be read.
-const WAS_DAMAGED: &str = "was damaged";
+/// What the log says about each sink's consumer.
+const fn profile_of(kind: SinkKind) -> &'static FollowerProfile {
+    match kind {
+        SinkKind::Sqlite => &FollowerProfile {
+            name: "storage",
+            down: "storage is failing",
+            up: "storage has recovered",
+            late: "storage did not finish by its deadline; the log has the rest",
+            patient: true,
+        },
+    }
+}
 
-/// The running storage consumer.
+/// The running consumer of one sink.
 pub struct StorageConsumer {
+    kind: SinkKind,
     shared: Arc<StorageProgress>,
     control: Arc<FollowerControl>,
 }
@@ -51,7 +61,7 @@ pub struct StorageConsumer {
 pub enum StorageError {
     /// The database cannot be opened, or this Headgate cannot write it.
     #[error("storage: {0}")]
-    Sink(#[from] SinkError),
+    Sink(#[from] SinkFault),
     /// The sink is ahead of the log, and something that was acknowledged may be lost: the log has lost records,
     /// or is another one.
     #[error(
@@ -71,6 +81,12 @@ pub enum StorageError {
     Io(#[from] std::io::Error),
 }
 
+impl From<SinkError> for StorageError {
+    fn from(error: SinkError) -> Self {
+        Self::Sink(error.into())
+    }
+}
+
 /// What the thread and those who ask about it share.
 struct StorageProgress {
     cursor: watch::Sender<Offset>,
@@ -80,39 +96,56 @@ struct StorageProgress {
     hold: Hold,
     /// What was set aside since the start and where, for the operator.
     set_aside: Mutex<Option<String>>,
+    /// Whether this gateway writes into the sink now; another one may, where they share it.
+    is_writer: watch::Sender<bool>,
+    pace: Mutex<StoragePace>,
+    /// The newest error and when it was, also if it is over.
+    last_error: Mutex<Option<(TimeMicros, String)>>,
 }
 
 impl StorageConsumer {
-    /// Opens `dir/records.db` and starts the thread that follows the log into it. A damaged database is set
-    /// aside, and so are records behind the log's end. One that cannot be opened is opened by the thread once that is
-    /// possible; until then nothing is stored, and [`StorageConsumer::trouble`] says why.
+    /// Opens the sink at `place`, if that is here, and starts the thread that follows the log into it, its priority lowered by
+    /// `nice`. What is damaged is set aside, and so are records behind the log's end. A sink that cannot be opened is
+    /// opened by the thread once that is possible; until then nothing is stored in it, and
+    /// [`StorageConsumer::trouble`] says why.
     ///
     /// # Errors
     /// [`StorageError::LogBehind`], when storing would be wrong; [`StorageError::Io`].
-    pub fn start(
-        dir: &Path,
-        config: &config::StorageConfig,
+    pub(in crate::consume) fn start(
+        mut place: Box<dyn SinkPlace>,
+        nice: u8,
         log: Arc<dyn Log>,
     ) -> Result<Self, StorageError> {
-        let path = dir.join(RECORDS_FILE_NAME);
-        let log_end = log.next_offset();
-        let (opened, trouble) = match open_right(&path, &*log, log_end, false) {
-            Ok(opened) => (Some(opened), None),
-            Err(StorageError::Sink(error)) => (None, Some(unopened_words(&error))),
-            Err(error) => return Err(error),
+        let (kind, log_end) = (place.kind(), log.next_offset());
+        let (opened, trouble) = match place.is_local().then(|| place.open(&*log, log_end, false)) {
+            Some(Ok(opened)) => (Some(opened), None),
+            Some(Err(StorageError::Sink(error))) => (None, Some(unopened_words(&error))),
+            Some(Err(error)) => return Err(error),
+            None => (None, None),
         };
-        let (sink, said) = opened.unzip();
+        let (sink, said) = opened.map(|OpenedSink { sink, said }| (sink, said)).unzip();
         let shared = Arc::new(StorageProgress {
-            cursor: watch::Sender::new(sink.as_ref().map_or(0, SqliteSink::cursor)),
-            withheld: watch::Sender::new(sink.as_ref().map_or(0, SqliteSink::withheld_version)),
+            cursor: watch::Sender::new(sink.as_ref().map_or(0, |sink| sink.cursor())),
+            withheld: watch::Sender::new(sink.as_ref().map_or(0, |sink| sink.withheld_version())),
             hold: log.hold(),
             set_aside: Mutex::new(said.flatten()),
+            is_writer: watch::Sender::new(true),
+            pace: Mutex::default(),
+            last_error: Mutex::default(),
         });
-        let control = FollowerControl::new(&STORAGE_PROFILE);
+        if let Some(trouble) = &trouble {
+            shared.note_error(trouble.clone());
+        }
+        let control = FollowerControl::new(profile_of(kind));
         control.begin_with(trouble);
-        let follower = StorageFollower::new(path, sink, log.clone(), log_end, shared.clone(), config.nice);
+        let follower = StorageFollower::new(place, sink, log.clone(), log_end, shared.clone(), nice);
         control.start(follower, log)?;
-        Ok(Self { shared, control })
+        Ok(Self { kind, shared, control })
+    }
+
+    /// The kind of its sink.
+    pub fn kind(&self) -> SinkKind {
+        self.kind
     }
 
     /// The first offset that is not stored yet.
@@ -149,88 +182,16 @@ impl StorageConsumer {
     }
 }
 
-/// Does what [`StorageConsumer::start`] does by itself, and what it refuses to do because something
-/// acknowledged may be lost; or only tells it, without `apply`. `None` if there is nothing to do.
-///
-/// # Errors
-/// [`StorageError::Sink`].
-pub fn repair(dir: &Path, log: &dyn Log, apply: bool) -> Result<Option<String>, StorageError> {
-    let path = dir.join(RECORDS_FILE_NAME);
-    if !path.exists() {
-        return Ok(None);
-    }
-    let sink = match SqliteSink::open(&path) {
-        Err(damage) if damage.is_damage() && apply => {
-            return Ok(Some(begin_anew(&path, log, WAS_DAMAGED)?.1));
-        }
-        Err(damage) if damage.is_damage() => {
-            return Ok(Some(format!(
-                "{damage}: every start sets it aside and makes another one from the log"
-            )));
-        }
-        Err(error) => return Ok(Some(unopened_words(&error))),
-        Ok(sink) => sink,
-    };
-    let log_end = log.next_offset();
-    if sink.cursor() <= log_end {
-        return Ok(None);
-    }
-    Ok(Some(if apply {
-        ahead::put_right(&path, sink, log, log_end, true)?.1
-    } else {
-        ahead::tell(&sink, log)?
-    }))
-}
-
-/// Opens `records.db`. One that is damaged is set aside, and so is what it has behind `log_end`, the end of the log at
-/// the start: then also returns what to tell the operator. `is_ordered` is that of [`ahead::put_right`].
-///
-/// # Errors
-/// [`StorageError::Sink`] if it cannot be opened; [`StorageError::LogBehind`].
-fn open_right(
-    path: &Path,
-    log: &dyn Log,
-    log_end: Offset,
-    is_ordered: bool,
-) -> Result<(SqliteSink, Option<String>), StorageError> {
-    let (sink, said) = match SqliteSink::open(path) {
-        Err(damage) if damage.is_damage() => {
-            error!(%damage, "storage");
-            let (sink, said) = begin_anew(path, log, WAS_DAMAGED)?;
-            (sink, Some(said))
-        }
-        opened => (opened?, None),
-    };
-    if sink.cursor() <= log_end {
-        return Ok((sink, said));
-    }
-    let (sink, said) = ahead::put_right(path, sink, log, log_end, is_ordered)?;
-    Ok((sink, Some(said)))
-}
-
-/// What to tell an operator of a `records.db` that cannot be opened.
-fn unopened_words(error: &SinkError) -> String {
-    let remedy = match error {
-        SinkError::Database(error) => error.remedy(),
-        SinkError::CursorMoved { .. } => "it is tried again",
-    };
+/// What to tell an operator of a sink that cannot be opened.
+fn unopened_words(error: &SinkFault) -> String {
+    let remedy = error.remedy();
     format!("{error}. Nothing is stored meanwhile, and the log keeps what is to be stored; {remedy}")
 }
 
-/// Sets a `records.db` aside and begins another one where the log begins. Also returns what to tell the
-/// operator; `why` completes "records.db".
-fn begin_anew(path: &Path, log: &dyn Log, why: &str) -> Result<(SqliteSink, String), SinkError> {
-    let aside = set_aside(path)?;
-    let mut sink = SqliteSink::open(path)?;
-    let first = log.first_offset();
-    sink.store(std::iter::empty(), first, true)?;
-    let said = format!(
-        "{RECORDS_FILE_NAME} {why} and is set aside as {}; storage is made again from the log, from offset \
-         {first} on: what is older is in that file alone",
-        aside.display()
-    );
-    error!("storage: {said}");
-    Ok((sink, said))
+impl StorageProgress {
+    fn note_error(&self, words: String) {
+        *self.last_error.lock() = Some((now_micros(), words));
+    }
 }
 
 impl Drop for StorageConsumer {

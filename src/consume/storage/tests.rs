@@ -4,8 +4,12 @@ use std::time::Duration;
 
 use rusqlite::Connection;
 
+use std::path::Path;
+
+use super::sqlite_place::SqlitePlace;
 use super::*;
-use crate::config::{Config, Durability};
+use crate::config::{self, Config, Durability};
+use crate::consume::sink::sqlite::RECORDS_FILE_NAME;
 use crate::log::{EmbeddedLog, Section};
 use crate::message::{DatasourceId, KeyId, Lease, RecordFlags, Transport, now_micros};
 
@@ -25,7 +29,7 @@ fn open_log(dir: &Path) -> Arc<dyn Log> {
 }
 
 fn start(dir: &Path, log: &Arc<dyn Log>) -> Result<StorageConsumer, StorageError> {
-    StorageConsumer::start(dir, &config::StorageConfig { nice: 5, ..Config::default().storage }, log.clone())
+    StorageConsumer::start(Box::new(SqlitePlace::new(dir)), 5, log.clone())
 }
 
 /// Appends `records` messages of 100 bytes in one commit.

@@ -39,6 +39,7 @@ mod request_form;
 mod schema;
 mod server;
 mod sessions;
+mod sinks;
 mod socket;
 mod stranger_pace;
 mod transfer;
@@ -75,7 +76,7 @@ use crate::config::{self, PublicMqtt, PublicUrl};
 use crate::consume::egress::Egress;
 use crate::consume::quarantine::QuarantineLeakRules;
 use crate::consume::query::RecordsReader;
-use crate::consume::storage::StorageConsumer;
+use crate::consume::storage::StorageSinks;
 use crate::consume::subscriber::Subscribers;
 use crate::front::connection_table::ConnectionTable;
 use crate::front::listen_sockets::ListenSockets;
@@ -111,8 +112,8 @@ pub struct HttpFrontParts {
     /// Retained messages, of which those that a leaked key let in are withheld too, and the health of what
     /// serves subscribers.
     pub subscribers: Arc<Subscribers>,
-    /// The storage consumer, if there is one.
-    pub storage: Option<Arc<StorageConsumer>>,
+    /// The storage consumers, if there are any.
+    pub storage: Option<Arc<StorageSinks>>,
     /// The egress consumer, which sends records to NATS, if there is one.
     pub egress: Option<Arc<Egress>>,
     /// For `/metrics`.
@@ -373,6 +374,7 @@ fn routes() -> Vec<(Method, &'static str, MethodRouter<Arc<HttpFrontState>>)> {
         route(get.clone(), "/v1/connect", endpoints::show),
         route(get.clone(), "/v1/refusals", refusals::list),
         route(get.clone(), "/v1/audit", audit::list),
+        route(get.clone(), "/v1/sinks", sinks::list),
         route(post.clone(), "/v1/leaks", leaks::report),
         route(get.clone(), "/v1/datasources/{datasource}/export", transfer::export),
         route(post.clone(), "/v1/import", transfer::import),

@@ -36,7 +36,8 @@ pub(super) async fn ready(State(shared): State<Arc<HttpFrontState>>) -> Response
     let parts = &shared.parts;
     let draining = shared.drain.is_cancelled().then(|| "the gateway is shutting down".to_owned());
     let reasons: Vec<String> = parts.log.trouble().into_iter().chain(draining).collect();
-    let storage = parts.storage.as_ref().and_then(|storage| storage.trouble());
+    let sinks = parts.storage.iter().flat_map(|storage| storage.states());
+    let (sinks, sinks_aside): (Vec<_>, Vec<_>) = sinks.map(|sink| (sink.trouble, sink.set_aside)).unzip();
     let nats = parts.nats.as_ref().and_then(|nats| nats.trouble());
     let callout = || parts.callout.as_ref().and_then(|callout| callout.trouble());
     let egress = parts.egress.as_ref().and_then(|egress| egress.trouble());
@@ -47,15 +48,12 @@ pub(super) async fn ready(State(shared): State<Arc<HttpFrontState>>) -> Response
         )),
     };
     let (sessions, retained) = (parts.subscribers.store.trouble(), parts.subscribers.retained.trouble());
-    let aside = [
-        parts.storage.as_ref().and_then(|storage| storage.set_aside()),
-        parts.subscribers.retained.set_aside(),
-        parts.subscribers.store.set_aside(),
-    ];
+    let aside = [parts.subscribers.retained.set_aside(), parts.subscribers.store.set_aside()];
     let registry = parts.intake.authorizer().registry().trouble();
     let rules = parts.intake.authorizer().registry().unread_rules();
-    let warnings = [registry, rules, storage, nats.or_else(callout), egress, sessions, retained, lost];
-    readiness_response(reasons, warnings.into_iter().chain(aside).flatten().collect())
+    let warnings = [registry, rules].into_iter().chain(sinks);
+    let warnings = warnings.chain([nats.or_else(callout), egress, sessions, retained, lost]);
+    readiness_response(reasons, warnings.chain(sinks_aside).chain(aside).flatten().collect())
 }
 
 /// The answer of `/readyz`.
@@ -86,6 +84,14 @@ pub(super) async fn metrics(State(shared): State<Arc<HttpFrontState>>) -> Respon
     }
     if let Some(storage) = &parts.storage {
         gauge("headgate_storage_cursor", storage.cursor());
+        for sink in storage.states() {
+            let label = ("sink", sink.kind.as_str());
+            #[expect(clippy::cast_precision_loss, reason = "a metric is an f64; exact up to 2^53")]
+            let gauge = |name, value: u64| parts.metrics.set_labelled_gauge(name, label, value as f64);
+            gauge("headgate_sink_cursor", sink.cursor);
+            gauge("headgate_sink_lag_records", parts.log.next_offset().saturating_sub(sink.cursor));
+            gauge("headgate_sink_up", u64::from(sink.trouble.is_none()));
+        }
     }
     if let Some(egress) = &parts.egress {
         let counts = egress.counts();

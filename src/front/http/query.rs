@@ -183,7 +183,8 @@ pub(super) fn no_incarnation(id: &DatasourceId, incarnation: Incarnation) -> Pro
 /// The stored records, if there is storage.
 pub(super) fn stored_records_query(shared: &HttpFrontState) -> Result<RecordsReader, Problem> {
     shared.parts.query.clone().ok_or_else(|| {
-        let words = "Storage is off (storage.sink = \"none\"), so that no records can be read.";
+        let words =
+            "Storage is off (storage.sinks names none that can be read), so that no records can be read.";
         Problem::new(Cause::NoStorage, words)
     })
 }

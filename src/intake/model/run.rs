@@ -11,7 +11,7 @@ use super::client::{
 };
 use crate::auth::{Actor, Authorizer, Grant, Registry, Scope, Scopes};
 use crate::config::{Config, LogConfig};
-use crate::consume::storage::StorageConsumer;
+use crate::consume::storage::StorageSinks;
 use crate::intake::{Draft, Exchange, IncomingMessage, Intake, MESSAGE_ID_PROPERTY, RedriveOutcome, Refusal};
 use crate::log::power_loss_disk::PowerLossDisk;
 use crate::log::{Batch, Log, SectionOutcome};
@@ -43,7 +43,7 @@ enum TenantRules {
 pub(super) struct ModelGateway {
     pub(super) intake: Intake,
     pub(super) log: Arc<dyn Log>,
-    pub(super) storage: StorageConsumer,
+    pub(super) storage: StorageSinks,
 }
 
 impl ModelGateway {
@@ -54,7 +54,7 @@ impl ModelGateway {
         config.intake.hold_back_ms_max = 0;
         let registry = Arc::new(Registry::open(dir).expect("opens"));
         let log: Arc<dyn Log> = Arc::new(disk.open_log(dir, &config.log, &config.intake).expect("opens"));
-        let storage = StorageConsumer::start(dir, &config.storage, log.clone()).expect("starts");
+        let storage = StorageSinks::start(dir, &config.storage, &log).expect("starts").expect("has a sink");
         let metrics = Arc::new(Metrics::new());
         let intake = Intake::new(Authorizer::new(registry), log.clone(), metrics, &config.intake);
         Self { intake, log, storage }

@@ -195,7 +195,7 @@ causes! {
     NoKeyId "no_key_id" NotFound:
         "the datasource has no key of this id: 'headgate key list' shows those that it has";
     NoStorage "no_storage" NotFound:
-        "nothing is stored for reading here: choose a storage.sink, and restart the gateway";
+        "nothing is stored for reading here: name one in storage.sinks, and restart the gateway";
     MethodNotAllowed "method_not_allowed" MethodNotAllowed:
         "the path does not take this method: use one that /openapi.json lists for it";
     Timeout "timeout" Timeout:

@@ -1,0 +1,164 @@
+//! `records.db` as a sink: where it is, and what is done about one that is damaged or ahead of the log.
+
+use std::path::{Path, PathBuf};
+
+use tracing::error;
+
+use super::record_sink::{OpenedSink, RecordSink, SinkFault, SinkPlace};
+use super::{StorageError, ahead, unopened_words};
+use crate::config::SinkKind;
+use crate::consume::sink::sqlite::{RECORDS_FILE_NAME, SinkError, SqliteSink};
+use crate::log::{Log, WithheldRules};
+use crate::message::{Offset, RecordRef};
+use crate::sqlite::set_aside;
+
+/// Why [`begin_anew`] sets a database aside that cannot be read.
+const WAS_DAMAGED: &str = "was damaged";
+
+/// The `records.db` of a data directory.
+pub(in crate::consume) struct SqlitePlace {
+    path: PathBuf,
+}
+
+impl SqlitePlace {
+    /// That of the data directory `dir`.
+    pub(in crate::consume) fn new(dir: &Path) -> Self {
+        Self { path: dir.join(RECORDS_FILE_NAME) }
+    }
+}
+
+impl SinkPlace for SqlitePlace {
+    fn kind(&self) -> SinkKind {
+        SinkKind::Sqlite
+    }
+
+    fn is_local(&self) -> bool {
+        true
+    }
+
+    fn open(&mut self, log: &dyn Log, log_end: Offset, is_ordered: bool) -> Result<OpenedSink, StorageError> {
+        let (sink, said) = open_right(&self.path, log, log_end, is_ordered)?;
+        Ok(OpenedSink { sink: Box::new(sink), said })
+    }
+
+    fn reopen(&mut self) -> Result<Box<dyn RecordSink>, SinkFault> {
+        Ok(Box::new(SqliteSink::open(&self.path)?))
+    }
+
+    fn begin_anew(&mut self, log: &dyn Log) -> Result<OpenedSink, SinkFault> {
+        let (sink, said) = begin_anew(&self.path, log, WAS_DAMAGED)?;
+        Ok(OpenedSink { sink: Box::new(sink), said: Some(said) })
+    }
+}
+
+impl RecordSink for SqliteSink {
+    fn cursor(&self) -> Offset {
+        self.cursor()
+    }
+
+    fn durable_cursor(&self) -> Offset {
+        self.durable_cursor()
+    }
+
+    fn withheld_version(&self) -> u64 {
+        self.withheld_version()
+    }
+
+    fn has_rules(&self) -> bool {
+        self.has_rules()
+    }
+
+    fn reconcile_some(&mut self, withheld: &WithheldRules) -> Result<bool, SinkFault> {
+        Ok(self.reconcile_some(withheld)?)
+    }
+
+    fn store<'a>(
+        &mut self,
+        records: &mut dyn Iterator<Item = RecordRef<'a>>,
+        next: Offset,
+        sync: bool,
+    ) -> Result<(), SinkFault> {
+        Ok(self.store(records, next, sync)?)
+    }
+
+    /// Copies the write-ahead log into the one file, if nobody else reads it.
+    fn finish(&mut self) -> Result<(), SinkFault> {
+        self.checkpoint()?;
+        Ok(())
+    }
+}
+
+/// Does what a start does by itself, and what it refuses to do because something acknowledged may be lost; or only
+/// tells it, without `apply`. `None` if there is nothing to do.
+///
+/// # Errors
+/// [`StorageError::Sink`].
+pub fn repair(dir: &Path, log: &dyn Log, apply: bool) -> Result<Option<String>, StorageError> {
+    let path = dir.join(RECORDS_FILE_NAME);
+    if !path.exists() {
+        return Ok(None);
+    }
+    let sink = match SqliteSink::open(&path) {
+        Err(damage) if damage.is_damage() && apply => {
+            return Ok(Some(begin_anew(&path, log, WAS_DAMAGED)?.1));
+        }
+        Err(damage) if damage.is_damage() => {
+            return Ok(Some(format!(
+                "{damage}: every start sets it aside and makes another one from the log"
+            )));
+        }
+        Err(error) => return Ok(Some(unopened_words(&error.into()))),
+        Ok(sink) => sink,
+    };
+    let log_end = log.next_offset();
+    if sink.cursor() <= log_end {
+        return Ok(None);
+    }
+    Ok(Some(if apply {
+        ahead::put_right(&path, sink, log, log_end, true)?.1
+    } else {
+        ahead::tell(&sink, log)?
+    }))
+}
+
+/// Opens `records.db`. One that is damaged is set aside, and so is what it has behind `log_end`, the end of the log at
+/// the start: then also returns what to tell the operator. `is_ordered` is that of [`ahead::put_right`].
+///
+/// # Errors
+/// [`StorageError::Sink`] if it cannot be opened; [`StorageError::LogBehind`].
+fn open_right(
+    path: &Path,
+    log: &dyn Log,
+    log_end: Offset,
+    is_ordered: bool,
+) -> Result<(SqliteSink, Option<String>), StorageError> {
+    let (sink, said) = match SqliteSink::open(path) {
+        Err(damage) if damage.is_damage() => {
+            error!(%damage, "storage");
+            let (sink, said) = begin_anew(path, log, WAS_DAMAGED)?;
+            (sink, Some(said))
+        }
+        opened => (opened?, None),
+    };
+    if sink.cursor() <= log_end {
+        return Ok((sink, said));
+    }
+    let (sink, said) = ahead::put_right(path, sink, log, log_end, is_ordered)?;
+    Ok((sink, Some(said)))
+}
+
+/// Sets a `records.db` aside and begins another one where the log begins. Also returns what to tell the
+/// operator; `why` completes "records.db".
+pub(super) fn begin_anew(path: &Path, log: &dyn Log, why: &str) -> Result<(SqliteSink, String), SinkError> {
+    let aside = set_aside(path)?;
+    let mut sink = SqliteSink::open(path)?;
+    let first = log.first_offset();
+    sink.store(std::iter::empty(), first, true)?;
+    let said = format!(
+        "{RECORDS_FILE_NAME} {why} and is set aside as {}; storage is made again from the log, from offset \
+         {first} on: what is older is in that file alone",
+        aside.display()
+    );
+    error!("storage: {said}");
+    Ok((sink, said))
+}
