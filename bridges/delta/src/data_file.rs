@@ -12,8 +12,10 @@ use parquet::arrow::arrow_reader::{
 };
 use parquet::arrow::arrow_writer::ArrowWriterOptions;
 use parquet::basic::{Compression, ZstdLevel};
+use parquet::file::metadata::KeyValue;
 use parquet::file::properties::{EnabledStatistics, WriterProperties};
 use parquet::schema::types::ColumnPath;
+use serde_json::json;
 
 use crate::actions::AddFile;
 use crate::error::LakeError;
@@ -22,6 +24,8 @@ use crate::table::FileSettings;
 
 /// Rows that are read at once.
 const ROWS_PER_BATCH: usize = 8192;
+/// The note in a file that says its partition, for those who have the file alone.
+const PARTITION_KEY: &str = "partition";
 /// What a folder is called whose partition value is null, by old custom.
 const NULL_FOLDER: &str = "__HIVE_DEFAULT_PARTITION__";
 
@@ -68,7 +72,9 @@ impl DataFileWriter {
             .set_max_row_group_bytes(Some(settings.group_bytes_max))
             .build();
         let options = ArrowWriterOptions::new().with_properties(properties).with_skip_arrow_metadata(true);
-        let writer = ArrowWriter::try_new_with_options(Vec::new(), schema.clone(), options)?;
+        let mut writer = ArrowWriter::try_new_with_options(Vec::new(), schema.clone(), options)?;
+        writer
+            .append_key_value_metadata(KeyValue::new(PARTITION_KEY.to_owned(), json!(partition).to_string()));
         Ok(Self { partition, writer, schema, rows: 0 })
     }
 
@@ -141,6 +147,14 @@ pub(crate) fn read_rows(file: Bytes) -> Result<ParquetRecordBatchReader, LakeErr
     let options = ArrowReaderOptions::new().with_skip_arrow_metadata(true);
     let builder = ParquetRecordBatchReaderBuilder::try_new_with_options(file, options)?;
     Ok(builder.with_batch_size(ROWS_PER_BATCH).build()?)
+}
+
+/// The partition that a file was written for; no values for a file of others.
+pub(crate) fn partition_of(file: &Bytes) -> Result<PartitionValues, LakeError> {
+    let parquet = ParquetRecordBatchReaderBuilder::try_new(file.clone())?;
+    let notes = parquet.metadata().file_metadata().key_value_metadata().into_iter().flatten();
+    let note = notes.filter(|note| note.key == PARTITION_KEY).find_map(|note| note.value.as_deref());
+    Ok(note.and_then(|text| serde_json::from_str(text).ok()).unwrap_or_default())
 }
 
 /// A new name in a folder that tells a person which partition it is. Only the log says it to a reader, so characters that

@@ -35,7 +35,9 @@ pub use error::LakeError;
 pub use place::{BucketAccess, LakePlace, PlaceError};
 pub use snapshot::TableSnapshot;
 pub use table::vacuum::{ORPHAN_AGE_MIN, VacuumReport};
-pub use table::{AppendOutcome, FileSettings, LakeTable, RewriteReport, RowEdit, TableAppend, TableSpec};
+pub use table::{
+    AppendOutcome, FileSettings, LakeTable, RewriteReport, RowTarget, RowTargets, TableAppend, TableSpec,
+};
 
 /// What rows are made of, for those who build them.
 pub use arrow_array as array;

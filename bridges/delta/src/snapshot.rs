@@ -80,6 +80,10 @@ impl TableSnapshot {
         self.contents.transactions.get(app_id).map(|t| t.version)
     }
 
+    pub(crate) fn transactions(&self) -> impl Iterator<Item = &AppTransaction> {
+        self.contents.transactions.values()
+    }
+
     /// Forgets files that were removed before `time_ms`, once a vacuum has taken them.
     pub(crate) fn forget_removed_before(&mut self, time_ms: i64) {
         self.contents.tombstones.retain(|_, removed| removed.deletion_timestamp.unwrap_or(0) >= time_ms);

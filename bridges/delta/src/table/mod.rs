@@ -25,7 +25,7 @@ use crate::data_file::{DataFile, read_rows};
 use crate::error::LakeError;
 use crate::snapshot::{PROTOCOL, TableSnapshot};
 
-pub use rewrite::{RewriteReport, RowEdit};
+pub use rewrite::{RewriteReport, RowTarget, RowTargets};
 
 /// How often a commit is tried when others are faster.
 const COMMIT_ATTEMPTS_MAX: u32 = 16;
@@ -95,6 +95,8 @@ pub struct TableAppend {
     pub columns: Vec<TableColumn>,
     /// The rows.
     pub files: Vec<DataFile>,
+    /// Rows that are kept and not in the table: see [`LakeTable::rewrite`].
+    pub aside: Vec<DataFile>,
 }
 
 /// What became of an append.
@@ -147,6 +149,31 @@ impl LakeTable {
         self.snapshot.cursor(&self.spec.app_id)
     }
 
+    /// A further cursor of the application: how far something else has come. See [`LakeTable::set_mark`].
+    pub fn mark(&self, name: &str) -> Option<i64> {
+        self.snapshot.cursor(&self.mark_app(name))
+    }
+
+    /// Commits a further cursor, and nothing else. It may also go back.
+    ///
+    /// # Errors
+    ///
+    /// The store's.
+    pub async fn set_mark(&mut self, name: &str, version: i64) -> Result<(), LakeError> {
+        let app_id = self.mark_app(name);
+        self.commit(|snapshot| {
+            let txn = AppTransaction { app_id: app_id.clone(), version, last_updated: Some(now_ms()) };
+            let is_there = snapshot.cursor(&app_id) == Some(version);
+            Ok((!is_there).then(|| vec![commit_info("WRITE"), txn.into()]))
+        })
+        .await?;
+        Ok(())
+    }
+
+    fn mark_app(&self, name: &str) -> String {
+        format!("{}/{name}", self.spec.app_id)
+    }
+
     /// How its files are written.
     pub fn file_settings(&self) -> &FileSettings {
         &self.spec.files
@@ -175,11 +202,12 @@ impl LakeTable {
         }
         let began = Instant::now();
         self.put_files(&append.files).await?;
+        let aside = self.put_aside(&append.aside).await?;
         let app_id = self.spec.app_id.clone();
         let committed = self
             .commit(|snapshot| match plan_append(snapshot, &app_id, append)? {
                 Some(_) if began.elapsed() > STORE_TIME_MAX => Err(LakeError::FilesTooOld),
-                plan => Ok(plan),
+                plan => Ok(plan.map(|plan| [plan, aside.clone()].concat())),
             })
             .await?;
         if !committed {

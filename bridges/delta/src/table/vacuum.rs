@@ -8,6 +8,7 @@ use futures_util::future::try_join_all;
 use object_store::ObjectStoreExt;
 use object_store::path::Path;
 
+use super::rewrite::is_aside;
 use super::{LakeTable, now_ms, object_path};
 use crate::actions::RemoveFile;
 use crate::commit_log::{self, LogObject};
@@ -45,8 +46,9 @@ impl LakeTable {
         let now = now_ms();
         let removed_before = now - millis(removed_kept);
         let orphans_before = now - millis(orphans_kept);
-        let active =
+        let mut active =
             self.snapshot.files().map(|f| object_path(&f.path)).collect::<Result<HashSet<Path>, _>>()?;
+        active.extend(self.paths_aside());
         let removed = self
             .snapshot
             .removed_files()
@@ -123,7 +125,7 @@ impl LakeTable {
         Ok(count)
     }
 
-    async fn delete_objects(&self, paths: Vec<Path>) -> Result<(), LakeError> {
+    pub(super) async fn delete_objects(&self, paths: Vec<Path>) -> Result<(), LakeError> {
         for paths in paths.chunks(DELETES_AT_ONCE) {
             try_join_all(paths.iter().map(|path| self.delete_object(path))).await?;
         }
@@ -140,9 +142,8 @@ impl LakeTable {
 
 /// Whether a vacuum leaves it alone: the log, and what other engines put beside it.
 fn is_hidden(path: &Path) -> bool {
-    path.parts().any(|part| {
-        part.as_ref().starts_with('.') || (part.as_ref().starts_with('_') && !part.as_ref().contains('='))
-    })
+    let is_hidden = |name: &str| name.starts_with('.') || (name.starts_with('_') && !name.contains('='));
+    !is_aside(path) && path.parts().any(|part| is_hidden(part.as_ref()))
 }
 
 fn millis(time: Duration) -> i64 {

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use headgate_bridge_delta::object_store::{self, ObjectStore, ObjectStoreExt, PutMode, PutPayload};
 use headgate_bridge_delta::{BucketAccess, LakeError, LakePlace, LakeTable};
+use rand::RngExt;
 use tempfile::TempDir;
 
 use crate::common::{append_next, offsets, open, python, spec};
@@ -30,11 +31,7 @@ impl S3Server {
         let directory = tempfile::tempdir().expect("directory");
         std::fs::create_dir(directory.path().join("data")).expect("data");
         std::fs::write(directory.path().join("s3.json"), CREDENTIALS).expect("credentials");
-        // Ports that are free now: the server wants to be told all of them.
-        let sockets: Vec<_> =
-            (0..8).map(|_| TcpListener::bind("127.0.0.1:0").expect("a free port")).collect();
-        let ports: Vec<u16> = sockets.iter().map(|s| s.local_addr().expect("bound").port()).collect();
-        drop(sockets);
+        let ports = free_ports();
         let names = ["master", "volume", "filer", "s3"];
         let weed = Path::new(env!("CARGO_TARGET_TMPDIR")).join("../venv/bin/weed");
         let log = File::create(directory.path().join("log")).expect("a file for its log");
@@ -54,7 +51,7 @@ impl S3Server {
             "-volume.max=10",
             "-master.telemetry=false",
         ]);
-        command.args(["-master.volumeSizeLimitMB=64", "-s3.port.iceberg=0"]);
+        command.args(["-master.volumeSizeLimitMB=64", "-s3.port.iceberg=0", "-s3.port.lance=0"]);
         for (name, ports) in names.iter().zip(ports.chunks(2)) {
             command.args([format!("-{name}.port={}", ports[0]), format!("-{name}.port.grpc={}", ports[1])]);
         }
@@ -90,6 +87,14 @@ impl S3Server {
         };
         LakePlace::parse(&format!("s3://lake/{prefix}"), access).expect("place")
     }
+}
+
+/// Eight ports that are free now: the server wants to be told all of them. They are below those that the system gives to
+/// connections, because the server makes some before it listens on its last port.
+fn free_ports() -> Vec<u16> {
+    let first = rand::rng().random_range(10_000..30_000);
+    let is_free = |port: &u16| TcpListener::bind(("127.0.0.1", *port)).is_ok();
+    (first..u16::MAX).filter(is_free).take(8).collect()
 }
 
 impl Drop for S3Server {

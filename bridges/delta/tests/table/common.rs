@@ -13,8 +13,8 @@ use headgate_bridge_delta::array::{
 use headgate_bridge_delta::object_store::ObjectStore;
 use headgate_bridge_delta::schema::Schema;
 use headgate_bridge_delta::{
-    ColumnType, DataFile, DataFileWriter, FileSettings, LakeError, LakeTable, PartitionValues, TableAppend,
-    TableColumn, TableSnapshot, TableSpec,
+    ColumnType, DataFile, DataFileWriter, FileSettings, LakeError, LakeTable, PartitionValues, RowTarget,
+    RowTargets, TableAppend, TableColumn, TableSnapshot, TableSpec,
 };
 
 /// The first moment of 2026-11-30, in microseconds.
@@ -107,6 +107,7 @@ pub(crate) async fn append_next(
             .filter(|(nth, _)| offsets(*nth).next().is_some())
             .map(|(nth, datasource)| file(datasource, day, offsets(nth)))
             .collect(),
+        aside: Vec::new(),
     };
     table.append(&append).await.map(|_| ())
 }
@@ -118,8 +119,7 @@ pub(crate) async fn offsets(table: &LakeTable, snapshot: &TableSnapshot) -> Resu
         let mut rows = 0;
         for batch in table.read_file(file).await? {
             let batch = batch?;
-            let column = batch.column_by_name("offset").expect("offsets").as_primitive::<Int64Type>();
-            for offset in column.values() {
+            for offset in offset_column(&batch) {
                 assert!(offsets.insert(*offset), "{offset} is there twice");
             }
             rows += batch.num_rows() as u64;
@@ -127,6 +127,29 @@ pub(crate) async fn offsets(table: &LakeTable, snapshot: &TableSnapshot) -> Resu
         assert_eq!(file.rows(), Some(rows), "what the log says of {}", file.path);
     }
     Ok(offsets)
+}
+
+/// The offsets aside. Each is there once.
+pub(crate) async fn offsets_aside(table: &LakeTable) -> Result<BTreeSet<i64>, LakeError> {
+    let mut offsets = BTreeSet::new();
+    for batch in table.read_aside().await?.iter().flat_map(|(_, batches)| batches) {
+        for offset in offset_column(batch) {
+            assert!(offsets.insert(*offset), "{offset} is aside twice");
+        }
+    }
+    Ok(offsets)
+}
+
+/// The rows of a batch by where they belong.
+pub(crate) fn sorted(batch: &RecordBatch, target: impl Fn(i64) -> RowTarget) -> RowTargets {
+    let targets: Vec<RowTarget> = offset_column(batch).iter().map(|offset| target(*offset)).collect();
+    let different: BTreeSet<&RowTarget> = targets.iter().collect();
+    let rows_of = |wanted: &RowTarget| targets.iter().map(|target| Some(target == wanted)).collect();
+    different.into_iter().map(|target| (target.clone(), rows_of(target))).collect()
+}
+
+fn offset_column(batch: &RecordBatch) -> &[i64] {
+    batch.column_by_name("offset").expect("offsets").as_primitive::<Int64Type>().values()
 }
 
 pub(crate) async fn open(store: &Arc<dyn ObjectStore>) -> LakeTable {

@@ -8,16 +8,13 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 
-use headgate_bridge_delta::array::cast::AsArray;
-use headgate_bridge_delta::array::types::Int64Type;
-use headgate_bridge_delta::array::{BooleanArray, RecordBatch};
 use headgate_bridge_delta::object_store::ObjectStore;
 use headgate_bridge_delta::object_store::memory::InMemory;
-use headgate_bridge_delta::{LakeError, LakeTable, RowEdit, TableSnapshot};
+use headgate_bridge_delta::{AddFile, LakeError, LakeTable, RowTarget, TableSnapshot};
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 
-use crate::common::{append_next, offsets, open, spec};
+use crate::common::{append_next, offsets, offsets_aside, open, partition, sorted, spec};
 use crate::faults::StoppingStore;
 
 /// Lives of a writer in one run: each ends with a kill.
@@ -37,6 +34,8 @@ enum OldVersions {
 #[derive(Default)]
 struct TableModel {
     rows: BTreeSet<i64>,
+    /// Those that are aside.
+    aside: BTreeSet<i64>,
     days: BTreeMap<i64, &'static str>,
     /// What was seen in each version.
     versions: BTreeMap<i64, BTreeSet<i64>>,
@@ -48,10 +47,14 @@ enum ModelStep {
         rows: i64,
         day: &'static str,
     },
-    /// Takes out every `nth` row from an offset on.
+    /// Puts every `nth` row from an offset on aside, gives all others back, and forgets those that 17 divides.
     Surgery {
         from: i64,
         nth: i64,
+    },
+    /// Renames the datasource of the rows from an offset on.
+    Rename {
+        from: i64,
     },
     Retention {
         day: &'static str,
@@ -60,19 +63,23 @@ enum ModelStep {
 }
 
 impl TableModel {
-    /// The rows after a step.
-    fn after(&self, step: &ModelStep, cursor: Option<i64>) -> BTreeSet<i64> {
-        let mut rows = self.rows.clone();
+    /// The rows after a step, in the table and aside.
+    fn after(&self, step: &ModelStep, cursor: Option<i64>) -> (BTreeSet<i64>, BTreeSet<i64>) {
+        let (mut rows, mut aside) = (self.rows.clone(), self.aside.clone());
         match *step {
             ModelStep::Append { rows: count, .. } => {
                 let first = cursor.map_or(0, |c| c + 1);
                 rows.extend(first..first + count);
             }
-            ModelStep::Surgery { from, nth } => rows.retain(|o| *o < from || o % nth != 0),
+            ModelStep::Surgery { from, nth } => {
+                rows.append(&mut aside);
+                rows.retain(|o| o % 17 != 0);
+                (aside, rows) = rows.into_iter().partition(|o| *o >= from && o % nth == 0);
+            }
             ModelStep::Retention { day } => rows.retain(|o| self.days[o] != day),
-            ModelStep::Upkeep => (),
+            ModelStep::Rename { .. } | ModelStep::Upkeep => (),
         }
-        rows
+        (rows, aside)
     }
 }
 
@@ -81,6 +88,7 @@ fn step(random: &mut StdRng, next: i64) -> ModelStep {
         0..5 => ModelStep::Append { rows: random.random_range(1..30), day: DAYS[random.random_range(0..2)] },
         5 => ModelStep::Surgery { from: random.random_range(0..next.max(1)), nth: random.random_range(2..9) },
         6 if random.random_bool(0.3) => ModelStep::Retention { day: DAYS[0] },
+        7 if random.random_bool(0.5) => ModelStep::Rename { from: random.random_range(0..next.max(1)) },
         _ => ModelStep::Upkeep,
     }
 }
@@ -94,14 +102,33 @@ async fn perform(
     match *step {
         ModelStep::Append { rows, day } => append_next(table, &DATASOURCES, day, rows).await,
         ModelStep::Surgery { from, nth } => {
-            let select = |batch: &RecordBatch| {
-                let offsets = batch.column_by_name("offset").expect("offsets").as_primitive::<Int64Type>();
-                let keeps: BooleanArray =
-                    offsets.values().iter().map(|o| Some(*o < from || o % nth != 0)).collect();
-                RowEdit::keep_only(batch, &keeps)
+            let target = |partition: &_, offset: i64| match offset {
+                o if o % 17 == 0 => RowTarget::Nowhere,
+                o if o >= from && o % nth == 0 => RowTarget::Aside,
+                _ => RowTarget::Table(BTreeMap::clone(partition)),
             };
             table
-                .rewrite(|file| file.bounds("offset").is_none_or(|(_, max)| max >= from), select)
+                .rewrite(|_| true, |partition, batch| Ok(sorted(batch, |o| target(partition, o))))
+                .await
+                .map(|_| ())
+        }
+        ModelStep::Rename { from } => {
+            let rename = |partition: &BTreeMap<String, Option<String>>, offset: i64| match offset < from {
+                true => RowTarget::Table(partition.clone()),
+                false => RowTarget::Table(self::partition(
+                    "press-4~1",
+                    partition["day"].as_deref().expect("a day"),
+                )),
+            };
+            let selects = |file: &AddFile| file.bounds("offset").is_none_or(|(_, max)| max >= from);
+            // Rows aside stay there.
+            let aside = offsets_aside(table).await?;
+            table
+                .rewrite(selects, |partition, batch| {
+                    Ok(sorted(batch, |o| {
+                        if aside.contains(&o) { RowTarget::Aside } else { rename(partition, o) }
+                    }))
+                })
                 .await
                 .map(|_| ())
         }
@@ -137,7 +164,7 @@ async fn live(
         if perform(&mut table, &step, random, old).await.is_err() {
             return Some((step, cursor));
         }
-        model.rows = model.after(&step, cursor);
+        (model.rows, model.aside) = model.after(&step, cursor);
         model.versions.insert(table.snapshot().version(), model.rows.clone());
     }
 }
@@ -152,15 +179,18 @@ async fn run(seed: u64, old: OldVersions) {
         let killed = live(stopping, &mut random, &mut model, old).await;
         let table = open(&store).await;
         let found = offsets(&table, table.snapshot()).await.expect("readable");
+        let aside = offsets_aside(&table).await.expect("readable");
         if let Some((step, cursor)) = killed {
             let after = model.after(&step, cursor);
             let is_append = matches!(step, ModelStep::Append { .. });
-            let is_done = if is_append { table.cursor() != cursor } else { found == after };
+            let is_done =
+                if is_append { table.cursor() != cursor } else { (&found, &aside) == (&after.0, &after.1) };
             if is_done {
-                model.rows = after;
+                (model.rows, model.aside) = after;
             }
         }
         assert_eq!(found, model.rows, "seed {seed}, life {life}");
+        assert_eq!(aside, model.aside, "seed {seed}, life {life}");
         model.versions.insert(table.snapshot().version(), found);
     }
     let table = open(&store).await;
@@ -235,7 +265,7 @@ async fn surgery_reaches_rows_that_are_appended_meanwhile() {
     surgeon
         .rewrite(
             |_| true,
-            |batch| {
+            |partition, batch| {
                 // The edit runs between the look at the table and the commit.
                 if writer.cursor() == Some(19) {
                     futures_util::FutureExt::now_or_never(append_next(
@@ -246,9 +276,9 @@ async fn surgery_reaches_rows_that_are_appended_meanwhile() {
                     ))
                     .expect("memory does not wait")?;
                 }
-                let offsets = batch.column_by_name("offset").expect("offsets").as_primitive::<Int64Type>();
-                let keeps: BooleanArray = offsets.values().iter().map(|o| Some(o % 2 == 0)).collect();
-                RowEdit::keep_only(batch, &keeps)
+                Ok(sorted(batch, |o| {
+                    if o % 2 == 0 { RowTarget::Table(partition.clone()) } else { RowTarget::Nowhere }
+                }))
             },
         )
         .await

@@ -2,13 +2,10 @@
 
 use std::sync::Arc;
 
-use headgate_bridge_delta::array::BooleanArray;
-use headgate_bridge_delta::array::cast::AsArray;
-use headgate_bridge_delta::array::types::Int64Type;
 use headgate_bridge_delta::object_store::ObjectStore;
-use headgate_bridge_delta::{BucketAccess, LakePlace, LakeTable, RowEdit};
+use headgate_bridge_delta::{BucketAccess, LakePlace, LakeTable, RowTarget};
 
-use crate::common::{append_next, offsets, open, python, spec};
+use crate::common::{append_next, offsets, open, python, sorted, spec};
 
 const DAY: &str = "2026-11-30";
 
@@ -49,10 +46,9 @@ async fn deltalake_and_polars_read_what_was_appended_merged_and_cut_out() {
     let report = table
         .rewrite(
             |file| file.partition("datasource") == Some("boiler"),
-            |batch| {
-                let offsets = batch.column_by_name("offset").expect("offsets").as_primitive::<Int64Type>();
-                let keeps: BooleanArray = offsets.values().iter().map(|o| Some(*o < 1000)).collect();
-                RowEdit::keep_only(batch, &keeps)
+            |partition, batch| {
+                let stays = || RowTarget::Table(partition.clone());
+                Ok(sorted(batch, |o| if o < 1000 { stays() } else { RowTarget::Aside }))
             },
         )
         .await
