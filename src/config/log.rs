@@ -5,7 +5,7 @@ use std::fmt;
 use serde::de::IntoDeserializer;
 use serde::{Deserialize, Deserializer, Serialize};
 
-use super::{ConfigError, require};
+use super::{ConfigError, DeltaConfig, require};
 use crate::limits;
 
 /// When an append counts as durable.
@@ -55,6 +55,8 @@ pub struct LogConfig {
 pub enum SinkKind {
     /// `records.db` in the data directory.
     Sqlite,
+    /// A Delta lake.
+    Delta,
 }
 
 /// Which sink reads are answered from.
@@ -80,6 +82,8 @@ pub struct StorageConfig {
     /// The niceness of the storage threads (0 to 19): when all processors are busy, devices come first and
     /// storage catches up later.
     pub nice: u8,
+    /// The Delta lake.
+    pub delta: DeltaConfig,
 }
 
 impl Default for LogConfig {
@@ -97,7 +101,12 @@ impl Default for LogConfig {
 
 impl Default for StorageConfig {
     fn default() -> Self {
-        Self { sinks: vec![SinkKind::Sqlite], read_from: ReadSource::First, nice: 10 }
+        Self {
+            sinks: vec![SinkKind::Sqlite],
+            read_from: ReadSource::First,
+            nice: 10,
+            delta: DeltaConfig::default(),
+        }
     }
 }
 
@@ -123,6 +132,7 @@ impl SinkKind {
     pub const fn as_str(self) -> &'static str {
         match self {
             Self::Sqlite => "sqlite",
+            Self::Delta => "delta",
         }
     }
 
@@ -130,6 +140,7 @@ impl SinkKind {
     const fn is_readable(self) -> bool {
         match self {
             Self::Sqlite => true,
+            Self::Delta => false,
         }
     }
 }
@@ -174,6 +185,13 @@ impl StorageConfig {
             "another one",
             "it has to be one of storage.sinks, or \"first\"",
         )?;
+        require(
+            cfg!(feature = "delta") || !self.sinks.contains(&SinkKind::Delta),
+            "storage.sinks",
+            named.join(","),
+            "this Headgate was built without the feature \"delta\"",
+        )?;
+        self.delta.check()?;
         require(self.nice <= 19, "storage.nice", self.nice, "it has to be between 0 and 19")
     }
 }

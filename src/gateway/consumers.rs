@@ -52,8 +52,9 @@ impl Consumers {
         // It may read the log, which in a cluster blocks.
         let storage = spawn_blocking(move || StorageSinks::start(&at, &settings, &followed)).await??;
         let storage = storage.map(Arc::new);
-        let query = config.storage.read_from().map(|kind| match kind {
-            SinkKind::Sqlite => RecordsReader::new(dir),
+        let query = config.storage.read_from().and_then(|kind| match kind {
+            SinkKind::Sqlite => Some(RecordsReader::new(dir)),
+            SinkKind::Delta => None,
         });
         let hold = log.hold();
         let retained = RetainedStore::start(dir, log.clone(), move |offset| hold.set(offset))?;

@@ -1,4 +1,4 @@
-//! Where the storage consumer writes: SQLite, so far.
+//! Where the storage consumers write: SQLite, a Delta lake.
 //!
 //! A sink keeps its own cursor and moves it in the transaction that writes the records. So each record
 //! is stored exactly once: after a kill at any moment the cursor says which records are there, and the log
@@ -8,6 +8,8 @@ mod ahead;
 mod ids;
 pub(in crate::consume) mod incarnations;
 mod insert;
+#[cfg(feature = "delta")]
+pub(in crate::consume) mod lake;
 mod newest;
 pub mod quarantined;
 pub mod schema;

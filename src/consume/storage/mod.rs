@@ -11,6 +11,8 @@
 
 mod ahead;
 mod follower;
+#[cfg(feature = "delta")]
+mod lake_place;
 mod pace;
 pub(in crate::consume) mod record_sink;
 mod sinks;
@@ -44,6 +46,13 @@ const fn profile_of(kind: SinkKind) -> &'static FollowerProfile {
             down: "storage is failing",
             up: "storage has recovered",
             late: "storage did not finish by its deadline; the log has the rest",
+            patient: true,
+        },
+        SinkKind::Delta => &FollowerProfile {
+            name: "delta",
+            down: "storage in the Delta lake is failing",
+            up: "storage in the Delta lake has recovered",
+            late: "storage in the Delta lake did not finish by its deadline; the log has the rest",
             patient: true,
         },
     }

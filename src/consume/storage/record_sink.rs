@@ -2,6 +2,8 @@
 //! is where it is and how it is opened.
 
 use crate::config::SinkKind;
+#[cfg(feature = "delta")]
+use crate::consume::sink::lake::LakeFault;
 use crate::consume::sink::sqlite::SinkError;
 use crate::log::{Log, WithheldRules};
 use crate::message::{Offset, RecordRef};
@@ -100,6 +102,10 @@ pub enum SinkFault {
     /// `records.db`.
     #[error(transparent)]
     Sqlite(#[from] SinkError),
+    /// The Delta lake.
+    #[cfg(feature = "delta")]
+    #[error(transparent)]
+    Lake(#[from] LakeFault),
 }
 
 impl SinkFault {
@@ -107,6 +113,8 @@ impl SinkFault {
     pub fn is_damage(&self) -> bool {
         match self {
             Self::Sqlite(error) => error.is_damage(),
+            #[cfg(feature = "delta")]
+            Self::Lake(_) => false,
         }
     }
 
@@ -114,6 +122,8 @@ impl SinkFault {
     pub fn is_clean_rollback(&self) -> bool {
         match self {
             Self::Sqlite(error) => error.is_clean_rollback(),
+            #[cfg(feature = "delta")]
+            Self::Lake(_) => false,
         }
     }
 
@@ -122,6 +132,8 @@ impl SinkFault {
         match self {
             Self::Sqlite(SinkError::Database(error)) => error.remedy(),
             Self::Sqlite(SinkError::CursorMoved { .. }) => "it is tried again",
+            #[cfg(feature = "delta")]
+            Self::Lake(fault) => fault.remedy(),
         }
     }
 }

@@ -6,6 +6,8 @@ use std::time::{Duration, Instant};
 
 use futures_util::future::join_all;
 
+#[cfg(feature = "delta")]
+use super::lake_place::DeltaPlace;
 use super::record_sink::SinkPlace;
 use super::sqlite_place::SqlitePlace;
 use super::{StorageConsumer, StorageError};
@@ -60,6 +62,11 @@ impl StorageSinks {
         for kind in &config.sinks {
             let place: Box<dyn SinkPlace> = match kind {
                 SinkKind::Sqlite => Box::new(SqlitePlace::new(dir)),
+                #[cfg(feature = "delta")]
+                SinkKind::Delta => Box::new(DeltaPlace::new(dir, &config.delta)),
+                // The settings have been checked.
+                #[cfg(not(feature = "delta"))]
+                SinkKind::Delta => continue,
             };
             consumers.push(StorageConsumer::start(place, config.nice, log.clone())?);
         }
