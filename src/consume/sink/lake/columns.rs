@@ -6,6 +6,7 @@
 //! | `datasource` | string, partition | one that was deleted is called `press-4~1`, with the number of its incarnation |
 //! | `day` | date, partition | the day of `received_at`, in UTC |
 //! | `received_at` | timestamp, UTC | |
+//! | `event_at` | timestamp, UTC | when it was measured; null if nothing says so |
 //! | `topic`, `key_id`, `transport` | string | |
 //! | `content_type` | string | null if the client gave none |
 //! | `payload` | string | null if it is not UTF-8 |
@@ -21,6 +22,7 @@ pub(super) const OFFSET: &str = "offset";
 pub(super) const DATASOURCE: &str = "datasource";
 pub(super) const DAY: &str = "day";
 pub(super) const RECEIVED_AT: &str = "received_at";
+pub(super) const EVENT_AT: &str = "event_at";
 pub(super) const TOPIC: &str = "topic";
 pub(super) const KEY_ID: &str = "key_id";
 pub(super) const TRANSPORT: &str = "transport";
@@ -44,6 +46,7 @@ pub(super) fn table_spec() -> TableSpec {
             TableColumn::required(DATASOURCE, ColumnType::Text),
             TableColumn::required(DAY, ColumnType::Date),
             TableColumn::required(RECEIVED_AT, ColumnType::Timestamp),
+            TableColumn::nullable(EVENT_AT, ColumnType::Timestamp),
             text(TOPIC),
             text(KEY_ID),
             text(TRANSPORT),

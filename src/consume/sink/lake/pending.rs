@@ -106,6 +106,7 @@ impl PendingRows {
 struct RowColumns {
     offset: Int64Builder,
     received_at: TimestampMicrosecondBuilder,
+    event_at: TimestampMicrosecondBuilder,
     topic: StringBuilder,
     key_id: StringBuilder,
     transport: StringBuilder,
@@ -120,6 +121,7 @@ impl RowColumns {
     fn push(&mut self, record: &RecordRef<'_>, key_text: &str, values: &mut ValueColumns) {
         self.offset.append_value(cursor_of(record.offset));
         self.received_at.append_value(record.received_at);
+        self.event_at.append_option(record.event_at);
         self.topic.append_value(record.topic);
         self.key_id.append_value(key_text);
         self.transport.append_value(record.transport.as_str());
@@ -160,6 +162,7 @@ impl RowColumns {
         Some(match name {
             columns::OFFSET => Arc::new(self.offset.finish()),
             columns::RECEIVED_AT => Arc::new(self.received_at.finish().with_timezone("UTC")),
+            columns::EVENT_AT => Arc::new(self.event_at.finish().with_timezone("UTC")),
             columns::TOPIC => Arc::new(self.topic.finish()),
             columns::KEY_ID => Arc::new(self.key_id.finish()),
             columns::TRANSPORT => Arc::new(self.transport.finish()),
