@@ -24,6 +24,7 @@
 mod front;
 mod intake;
 mod validate;
+mod values;
 
 mod auth;
 mod quota;

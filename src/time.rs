@@ -1,11 +1,28 @@
 //! Points in time as people read and write them: RFC 3339 in UTC. Internally a time is
 //! [`TimeMicros`].
+//!
+//! In a cluster, how old something is and whether a key has ended is judged by the clock of the servers that all
+//! gateways share ([`cluster_micros`]): a gateway whose own clock is wrong would end and remove for all of them.
 
 use std::fmt;
+use std::sync::atomic::{AtomicI64, Ordering};
 
 use serde::{Serialize, Serializer};
 
-use crate::message::TimeMicros;
+use crate::message::{TimeMicros, now_micros};
+
+/// How far the cluster's clock is ahead of this machine's, in microseconds. A process is in one cluster at most.
+static CLUSTER_AHEAD: AtomicI64 = AtomicI64::new(0);
+
+/// Now, by the clock of the cluster's servers; without a cluster, by this machine's.
+pub(crate) fn cluster_micros() -> TimeMicros {
+    now_micros().saturating_add(CLUSTER_AHEAD.load(Ordering::Relaxed))
+}
+
+/// Sets how far the cluster's clock is ahead of this machine's, in microseconds.
+pub(crate) fn set_cluster_ahead(micros: i64) {
+    CLUSTER_AHEAD.store(micros, Ordering::Relaxed);
+}
 
 /// A point in time, shown as RFC 3339 in UTC with six fraction digits:
 /// `2026-11-23T09:28:39.000120Z`.

@@ -17,6 +17,7 @@
 mod error;
 pub mod manifest;
 mod near_copy;
+mod pace;
 pub mod place;
 mod progress;
 pub mod restore;
@@ -35,6 +36,7 @@ use tokio::sync::watch;
 use tracing::{info, warn};
 
 pub use error::BackupError;
+pub use pace::BackupPace;
 pub use sources::BackupSources;
 
 use self::manifest::BackupManifest;
@@ -136,7 +138,7 @@ impl BackupDesk {
     ///
     /// # Errors
     /// [`BackupError`]: nothing is begun.
-    pub fn begin(&self, dir: &Path, actor: &Actor) -> Result<BackupReport, BackupError> {
+    pub fn begin(&self, dir: &Path, pace: BackupPace, actor: &Actor) -> Result<BackupReport, BackupError> {
         let sources = self.sources.clone().ok_or(BackupError::Cluster)?;
         let _one_at_a_time = self.beginning.lock();
         if self.last.lock().as_ref().is_some_and(|run| run.outcome.borrow().is_none()) {
@@ -154,7 +156,7 @@ impl BackupDesk {
         });
         let (kept, actor) = (run.clone(), *actor);
         let thread = std::thread::Builder::new().name("backup".to_owned());
-        let thread = thread.spawn(move || kept.carry_out(&sources, place, &actor));
+        let thread = thread.spawn(move || kept.carry_out(&sources, place, pace, &actor));
         thread.map_err(|error| BackupError::Io { path: dir.to_owned(), error })?;
         let report = run.report();
         *self.last.lock() = Some(run);
@@ -188,9 +190,9 @@ impl BackupDesk {
 }
 
 impl BackupRun {
-    fn carry_out(&self, sources: &BackupSources, place: BackupPlace, actor: &Actor) {
+    fn carry_out(&self, sources: &BackupSources, place: BackupPlace, pace: BackupPace, actor: &Actor) {
         let _ended = BackupEndGuard(self);
-        let result = self.make_apart(sources, place);
+        let result = self.make_apart(sources, place, pace);
         let what = match &result {
             Ok(summary) => {
                 let BackupSummary { bytes, next_offset, .. } = summary;
@@ -212,10 +214,15 @@ impl BackupRun {
 
     /// Makes it on a thread of its own, whose priority is lowered for good: the caller goes on to the audit, for which
     /// it locks the registry.
-    fn make_apart(&self, sources: &BackupSources, place: BackupPlace) -> Result<BackupSummary, BackupError> {
+    fn make_apart(
+        &self,
+        sources: &BackupSources,
+        place: BackupPlace,
+        pace: BackupPace,
+    ) -> Result<BackupSummary, BackupError> {
         std::thread::scope(|scope| {
             let making = std::thread::Builder::new().name("backup-copy".to_owned());
-            let making = making.spawn_scoped(scope, || make_backup(sources, place, &self.progress));
+            let making = making.spawn_scoped(scope, || make_backup(sources, place, pace, &self.progress));
             let making = making.map_err(|error| BackupError::Io { path: self.dir.clone(), error })?;
             making.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
         })
@@ -244,9 +251,10 @@ impl Drop for BackupEndGuard<'_> {
 fn make_backup(
     sources: &BackupSources,
     place: BackupPlace,
+    pace: BackupPace,
     progress: &BackupProgress,
 ) -> Result<BackupSummary, BackupError> {
-    let mut writer = BackupWriter::new(place.unfinished(), sources.data_dir(), progress)?;
+    let mut writer = BackupWriter::new(place.unfinished(), sources.data_dir(), progress, pace)?;
     let (first_offset, next_offset) = sources.write(&mut writer)?;
     let linked_bytes = writer.linked_bytes();
     let manifest = BackupManifest::new(first_offset, next_offset, writer.finish());
@@ -266,7 +274,8 @@ fn make_backup(
 /// # Errors
 /// [`BackupError`]: nothing is left of it.
 pub fn make_backup_here(sources: &BackupSources, dir: &Path) -> Result<BackupSummary, BackupError> {
-    make_backup(sources, BackupPlace::prepare(dir, sources.data_dir())?, &BackupProgress::default())
+    let place = BackupPlace::prepare(dir, sources.data_dir())?;
+    make_backup(sources, place, BackupPace::Fast, &BackupProgress::default())
 }
 
 #[cfg(test)]
@@ -296,7 +305,7 @@ mod tests {
             outcome: watch::Sender::new(None),
         };
         let noting = std::thread::spawn(move || {
-            run.carry_out(&sources, place, &Actor::SYSTEM);
+            run.carry_out(&sources, place, BackupPace::Paced, &Actor::SYSTEM);
             let outcome = run.outcome.borrow().clone().map(|outcome| outcome.result);
             (outcome, is_lowered())
         });

@@ -85,6 +85,7 @@ impl Drop for NearCopy {
 mod tests {
     use std::os::unix::fs::MetadataExt;
 
+    use super::super::pace::BackupPace;
     use super::super::progress::BackupProgress;
     use super::*;
 
@@ -103,7 +104,8 @@ mod tests {
             let near = data.path().join(".registry.db.copy");
             fs::write(&near, "half").expect("written");
             let progress = BackupProgress::default();
-            let mut writer = BackupWriter::new(dir, data.path(), &progress).expect("a directory");
+            let mut writer =
+                BackupWriter::new(dir, data.path(), &progress, BackupPace::Fast).expect("a directory");
             let copy = NearCopy::prepare(data.path(), &writer, "registry.db").expect("prepared");
             assert!(!near.exists() && (copy.path() == near) == is_near);
             fs::write(copy.path(), [7; 100]).expect("written");

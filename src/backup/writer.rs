@@ -8,13 +8,14 @@ use std::path::{Path, PathBuf};
 use super::BackupError;
 use super::error::NamePath;
 use super::manifest::BackupFile;
+use super::pace::{BackupPace, CopyPace, forget_pages, write_out};
 use super::place::sync_dir;
 use super::progress::BackupProgress;
-use crate::limits::{BACKUP_FREE_BYTES_MIN, BACKUP_SYNC_BYTES};
+use crate::limits::BACKUP_FREE_BYTES_MIN;
 use crate::log::{CutSegment, free_bytes};
 use crate::sqlite::SqliteSnapshot;
 
-/// Bytes that are read and written at a time.
+/// Bytes that a restore reads at a time.
 pub(super) const PIECE_BYTES: usize = 1 << 20;
 /// Where a database has its `user_version`.
 const USER_VERSION_AT: u64 = 60;
@@ -23,6 +24,7 @@ const USER_VERSION_AT: u64 = 60;
 pub(super) struct BackupWriter<'a> {
     dir: &'a Path,
     progress: &'a BackupProgress,
+    pace: CopyPace,
     is_on_other_disk: bool,
     /// What has to stay free on its disk, in bytes.
     free_bytes_min: u64,
@@ -36,6 +38,7 @@ impl<'a> BackupWriter<'a> {
         dir: &'a Path,
         data_dir: &Path,
         progress: &'a BackupProgress,
+        pace: BackupPace,
     ) -> Result<Self, BackupError> {
         let log = dir.join("log");
         fs::DirBuilder::new().mode(0o700).create(&log).name_path(&log)?;
@@ -43,7 +46,8 @@ impl<'a> BackupWriter<'a> {
         // Devices need the room of the data directory's disk.
         let is_on_other_disk = device(dir)? != device(data_dir)?;
         let free_bytes_min = if is_on_other_disk { 0 } else { BACKUP_FREE_BYTES_MIN };
-        Ok(Self { dir, progress, is_on_other_disk, free_bytes_min, files: Vec::new(), linked_bytes: 0 })
+        let pace = CopyPace::new(pace);
+        Ok(Self { dir, progress, pace, is_on_other_disk, free_bytes_min, files: Vec::new(), linked_bytes: 0 })
     }
 
     /// The path of a file in it.
@@ -106,6 +110,13 @@ impl<'a> BackupWriter<'a> {
         self.copy_from(name, |buffer| read_some(&mut file, buffer))
     }
 
+    /// Notes that so much more is done, and rests.
+    fn advance(&self, bytes: u64) -> Result<(), BackupError> {
+        self.progress.advance(bytes)?;
+        self.pace.rest();
+        Ok(())
+    }
+
     fn copy_from(
         &mut self,
         name: &str,
@@ -114,8 +125,8 @@ impl<'a> BackupWriter<'a> {
         let path = self.path_of(name);
         let mut file =
             OpenOptions::new().write(true).create_new(true).mode(0o600).open(&path).name_path(&path)?;
-        let (mut digest, mut buffer) = (blake3::Hasher::new(), vec![0; PIECE_BYTES]);
-        let (mut bytes, mut synced) = (0, 0);
+        let (mut digest, mut buffer) = (blake3::Hasher::new(), vec![0; self.pace.piece_bytes()]);
+        let mut bytes = 0;
         loop {
             let count = read(&mut buffer).name_path(&path)?;
             if count == 0 {
@@ -124,15 +135,13 @@ impl<'a> BackupWriter<'a> {
             let piece = &buffer[..count];
             digest.update(piece);
             file.write_all(piece).name_path(&path)?;
+            write_out(&file, bytes).name_path(&path)?;
             bytes += count as u64;
-            self.progress.advance(count as u64)?;
-            if bytes - synced >= BACKUP_SYNC_BYTES {
-                file.sync_data().name_path(&path)?;
-                self.check_room(0)?;
-                synced = bytes;
-            }
+            self.check_room(0)?;
+            self.advance(count as u64)?;
         }
         file.sync_all().name_path(&path)?;
+        forget_pages(&file);
         let blake3 = digest.finalize().to_hex().to_string();
         self.files.push(BackupFile { path: name.to_owned(), bytes, blake3, format: None });
         Ok(())
@@ -142,14 +151,16 @@ impl<'a> BackupWriter<'a> {
     pub(super) fn add_snapshot(&mut self, snapshot: &SqliteSnapshot, name: &str) -> Result<(), BackupError> {
         let path = self.path_of(name);
         let mut file = None;
-        snapshot.copy(&path, &mut |bytes| {
+        let mut written = 0;
+        snapshot.copy(&path, self.pace.piece_bytes(), &mut |bytes| {
             let file = match &mut file {
                 Some(file) => file,
                 none => none.insert(File::open(&path).name_path(&path)?),
             };
-            file.sync_data().name_path(&path)?;
+            write_out(file, written).name_path(&path)?;
+            written += bytes;
             self.check_room(0)?;
-            self.progress.advance(bytes)
+            self.advance(bytes)
         })?;
         self.add_database(name)
     }
@@ -183,7 +194,7 @@ impl<'a> BackupWriter<'a> {
         let path = self.path_of(name);
         let mut file = File::open(&path).name_path(&path)?;
         file.sync_all().name_path(&path)?;
-        let (mut digest, mut buffer) = (blake3::Hasher::new(), vec![0; PIECE_BYTES]);
+        let (mut digest, mut buffer) = (blake3::Hasher::new(), vec![0; self.pace.piece_bytes()]);
         let mut bytes = 0;
         loop {
             let count = read_some(&mut file, &mut buffer).name_path(&path)?;
@@ -192,7 +203,7 @@ impl<'a> BackupWriter<'a> {
             }
             digest.update(&buffer[..count]);
             bytes += count as u64;
-            self.progress.advance(count as u64)?;
+            self.advance(count as u64)?;
         }
         let blake3 = digest.finalize().to_hex().to_string();
         self.files.push(BackupFile { path: name.to_owned(), bytes, blake3, format: None });

@@ -24,6 +24,10 @@ const BACKUP_POLL_INTERVAL: Duration = Duration::from_millis(100);
 pub(super) struct BackupArgs {
     /// Where to: a directory on the gateway's own machine that is not there yet, best on another disk
     dir: PathBuf,
+    /// As fast as the disk allows, and acknowledgements wait longer meanwhile; without it the backup takes longer, and leaves
+    /// room between its pieces
+    #[arg(long, conflicts_with = "data_dir")]
+    fast: bool,
     /// Back up this data directory, which no gateway may be using; without it a running gateway is asked
     #[arg(long, value_name = "DIR")]
     data_dir: Option<PathBuf>,
@@ -71,7 +75,7 @@ struct BackupStateAnswer {
 pub(super) fn run(args: BackupArgs, out: &mut CommandOutput) -> anyhow::Result<()> {
     let dir = std::path::absolute(&args.dir).context("the directory of the backup")?;
     let Some(data_dir) = args.data_dir else {
-        return ask_gateway(&ApiClient::from_environment()?, &dir, out);
+        return ask_gateway(&ApiClient::from_environment()?, &dir, args.fast, out);
     };
     let config = config_of(args.config, data_dir)?;
     let made = back_up_stopped(&config, &dir)?;
@@ -104,8 +108,8 @@ fn config_of(file: Option<PathBuf>, data_dir: PathBuf) -> anyhow::Result<Config>
 }
 
 /// Has a gateway begin, and waits for the end.
-fn ask_gateway(client: &ApiClient, dir: &Path, out: &mut CommandOutput) -> anyhow::Result<()> {
-    let begun: BackupAnswer = client.post("/v1/backup", &json!({ "dir": dir }))?;
+fn ask_gateway(client: &ApiClient, dir: &Path, fast: bool, out: &mut CommandOutput) -> anyhow::Result<()> {
+    let begun: BackupAnswer = client.post("/v1/backup", &json!({ "dir": dir, "fast": fast }))?;
     let Some(begun) = begun.backup else { bail!("the gateway has begun no backup") };
     let bar = ProgressBar::new(0);
     bar.set_style(progress_style("{bar:40} {bytes}/{total_bytes} {elapsed}")?);

@@ -89,6 +89,26 @@ impl ApiClient {
         self.read_answer(request.query_pairs(query.iter().copied()).call())
     }
 
+    /// An answer that may go on for as long as it takes to read it.
+    pub(super) fn stream(&self, path: &str, query: &[(&str, &str)]) -> anyhow::Result<Response<Body>> {
+        self.stream_with(path, query, &[])
+    }
+
+    /// As [`ApiClient::stream`], asked for with these headers.
+    pub(super) fn stream_with(
+        &self,
+        path: &str,
+        query: &[(&str, &str)],
+        headers: &[(&str, &str)],
+    ) -> anyhow::Result<Response<Body>> {
+        let request =
+            self.agent.get(format!("{}{path}", self.url)).header("authorization", self.key.expose());
+        let request = headers.iter().fold(request, |request, (name, value)| request.header(*name, *value));
+        let request = request.query_pairs(query.iter().copied()).config();
+        let request = request.timeout_global(None).timeout_recv_response(Some(REQUEST_MAX)).build();
+        self.success(request.call())
+    }
+
     pub(super) fn post<T: DeserializeOwned>(&self, path: &str, body: &Value) -> anyhow::Result<T> {
         let request = self.agent.post(format!("{}{path}", self.url));
         self.read_answer(request.header("authorization", self.key.expose()).send_json(body))

@@ -13,6 +13,7 @@ mod backup;
 mod bench;
 mod check_config;
 mod client;
+mod cluster;
 mod datasource;
 mod demo;
 mod key;
@@ -30,6 +31,7 @@ mod serve;
 mod session;
 mod signals;
 mod sinks;
+mod tail;
 mod transfer;
 mod trust;
 
@@ -84,6 +86,8 @@ enum CliCommand {
     Audit(audit::AuditArgs),
     /// Print a datasource's stored records
     Records(records::RecordsArgs),
+    /// Follow a datasource's records as they come in, from now on or from earlier
+    Tail(tail::TailArgs),
     /// Print what was refused lately, why, and what to do about it
     Refusals(refusals::RefusalsArgs),
     /// Print where records are stored, how far each sink is, and what is wrong with it
@@ -105,6 +109,9 @@ enum CliCommand {
     /// Set NATS up, so that its clients connect with their API keys
     #[command(subcommand)]
     Nats(nats::NatsCommand),
+    /// Change what counts for all gateways of a cluster
+    #[command(subcommand)]
+    Cluster(cluster::ClusterCommand),
     /// Read a configuration file, say what it sets or what is wrong with it
     CheckConfig(check_config::CheckConfigArgs),
 }
@@ -124,7 +131,8 @@ pub fn run(cli: Cli) -> ExitCode {
         CliCommand::Schema(command) => schema::run(command, &mut out),
         CliCommand::Quarantine(command) => quarantine::run(command, &mut out),
         CliCommand::Audit(args) => audit::run(args, &mut out),
-        CliCommand::Records(args) => records::run(args, &mut out),
+        CliCommand::Records(args) => records::run(&args, &mut out),
+        CliCommand::Tail(args) => tail::run(args, &mut out),
         CliCommand::Refusals(args) => refusals::run(args, &mut out),
         CliCommand::Sinks(args) => sinks::run(args, &mut out),
         CliCommand::Publish(args) => publish::run(args, &mut out),
@@ -135,6 +143,7 @@ pub fn run(cli: Cli) -> ExitCode {
         CliCommand::Import(args) => transfer::run_import(args, &mut out),
         CliCommand::Repair(args) => repair::run(args, &mut out),
         CliCommand::Nats(command) => nats::run(command, &mut out),
+        CliCommand::Cluster(command) => cluster::run(command, &mut out),
         CliCommand::CheckConfig(args) => check_config::run(args, &mut out),
     };
     match done.and_then(|()| Ok(out.flush()?)) {

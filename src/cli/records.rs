@@ -1,19 +1,24 @@
-//! `headgate records`: prints a datasource's stored records, page by page, oldest first.
+//! `headgate records`: prints a datasource's stored records as they come, oldest or newest first, however many.
 
-use std::io::{self, Write};
+use std::io::{self, BufRead, BufReader, Read, Write};
 
+use anyhow::Context;
 use serde::Deserialize;
 use serde_json::value::RawValue;
+use ureq::Body;
+use ureq::http::Response;
 
 use super::client::ApiClient;
 use super::datasource;
 use super::out::{CommandOutput, table};
 use crate::message::{Incarnation, Offset};
 
-/// Records per request. Each page prints its own table, so that a long answer starts early.
-const RECORDS_PAGE_RECORDS: u64 = 1_000;
+/// Records of one table: a long answer is several, so that it starts early.
+const RECORDS_TABLE_ROWS: usize = 1_000;
 /// Characters of a payload that a table shows; the other formats show all.
 const RECORDS_PAYLOAD_CHARS_MAX: usize = 100;
+/// Bytes of an answer that are passed on at a time.
+const RECORDS_PIECE_BYTES: usize = 64 << 10;
 
 #[derive(Debug, clap::Args)]
 pub(super) struct RecordsArgs {
@@ -28,13 +33,37 @@ pub(super) struct RecordsArgs {
     /// Only records received before this time
     #[arg(long, value_name = "TIME")]
     to: Option<String>,
+    /// Only records measured at or after this time; where nobody says when that was, the time of receipt counts
+    #[arg(long, value_name = "TIME")]
+    event_from: Option<String>,
+    /// Only records measured before this time
+    #[arg(long, value_name = "TIME")]
+    event_to: Option<String>,
+    /// Only records with this offset or a greater one
+    #[arg(long, value_name = "OFFSET")]
+    from_offset: Option<Offset>,
+    /// Only records with a lower offset
+    #[arg(long, value_name = "OFFSET")]
+    to_offset: Option<Offset>,
+    /// Only records let in by this key
+    #[arg(long, value_name = "KEY_ID")]
+    key_id: Option<String>,
+    /// Which come first
+    #[arg(long, value_enum, default_value_t = OrderArg::Oldest)]
+    order: OrderArg,
+    /// Goes on behind this offset, the last one of an earlier answer in the same order
+    #[arg(long, value_name = "OFFSET")]
+    cursor: Option<Offset>,
     /// Of a datasource that was deleted: the number that `headgate datasource list --deleted` shows
     #[arg(long, value_name = "N")]
     incarnation: Option<Incarnation>,
     /// At most so many
     #[arg(long, default_value_t = 100, value_parser = clap::value_parser!(u64).range(1..))]
     limit: u64,
-    /// A table, a JSON object a line, or CSV
+    /// As many as there are
+    #[arg(long, conflicts_with = "limit")]
+    all: bool,
+    /// A table, a JSON object a line (json and ndjson are the same), or CSV
     #[arg(long, value_enum, default_value_t = RecordsFormat::Table)]
     format: RecordsFormat,
 }
@@ -43,20 +72,17 @@ pub(super) struct RecordsArgs {
 enum RecordsFormat {
     Table,
     Json,
+    Ndjson,
     Csv,
 }
 
-/// A page of the gateway's answer.
-#[derive(Deserialize)]
-struct RecordsPageAnswer {
-    records: Vec<RawRecord>,
-    next: Option<Offset>,
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+enum OrderArg {
+    Oldest,
+    Newest,
 }
 
-/// A record as the gateway wrote it. A JSON payload has the digits that the device sent.
-pub(super) type RawRecord = Box<RawValue>;
-
-/// The columns that are shown of a record.
+/// The columns that a table shows of a record. A JSON payload has the digits that the device sent.
 #[derive(Deserialize)]
 struct RecordColumns<'a> {
     offset: Offset,
@@ -65,93 +91,127 @@ struct RecordColumns<'a> {
     #[serde(borrow)]
     payload: &'a RawValue,
     payload_encoding: Option<String>,
-    content_type: Option<String>,
-    key_id: String,
-    transport: String,
 }
 
 impl RecordColumns<'_> {
-    fn parse_record(record: &RawRecord) -> serde_json::Result<RecordColumns<'_>> {
-        serde_json::from_str(record.get())
-    }
-
     /// The payload: a JSON string without its quotes, anything else as JSON.
     fn payload(&self) -> String {
         serde_json::from_str(self.payload.get()).unwrap_or_else(|_| self.payload.get().to_owned())
     }
 }
 
-/// The columns of CSV.
-const CSV_HEADER: &str = "offset,received_at,topic,payload,payload_encoding,content_type,key_id,transport";
-
-pub(super) fn run(args: RecordsArgs, out: &mut CommandOutput) -> anyhow::Result<()> {
-    let client = ApiClient::from_environment()?;
-    let mut query: Vec<(&str, &str)> = Vec::new();
-    for (name, value) in [("topic", &args.topic), ("from", &args.from), ("to", &args.to)] {
-        if let Some(value) = value {
-            query.push((name, value));
-        }
+impl RecordsArgs {
+    /// The query string of the request.
+    fn query(&self) -> Vec<(&'static str, String)> {
+        let offset = |offset: Option<Offset>| offset.map(|offset| offset.to_string());
+        let form = if self.format == RecordsFormat::Csv { "csv" } else { "ndjson" };
+        let order = (self.order == OrderArg::Newest).then(|| "newest".to_owned());
+        let parameters = [
+            ("topic", self.topic.clone()),
+            ("from", self.from.clone()),
+            ("to", self.to.clone()),
+            ("event_from", self.event_from.clone()),
+            ("event_to", self.event_to.clone()),
+            ("from_offset", offset(self.from_offset)),
+            ("to_offset", offset(self.to_offset)),
+            ("key_id", self.key_id.clone()),
+            ("order", order),
+            ("cursor", offset(self.cursor)),
+            ("incarnation", self.incarnation.map(|incarnation| incarnation.to_string())),
+            ("limit", (!self.all).then(|| self.limit.to_string())),
+            ("format", Some(form.to_owned())),
+        ];
+        parameters.into_iter().filter_map(|(name, value)| Some((name, value?))).collect()
     }
-    let incarnation = args.incarnation.map(|incarnation| incarnation.to_string());
-    query.extend(incarnation.as_deref().map(|incarnation| ("incarnation", incarnation)));
-    if args.format == RecordsFormat::Csv {
-        writeln!(out, "{CSV_HEADER}")?;
-    }
-    for_each_page(&client, &args.datasource, &query, args.limit, |records| {
-        match args.format {
-            RecordsFormat::Json => {
-                for record in records {
-                    writeln!(out, "{}", record.get())?;
-                }
-            }
-            RecordsFormat::Csv => {
-                for record in &records {
-                    write_csv_line(&RecordColumns::parse_record(record)?, out)?;
-                }
-            }
-            RecordsFormat::Table => {
-                let mut rows = table(&["offset", "received", "topic", "payload"], &[0]);
-                for record in &records {
-                    let record = RecordColumns::parse_record(record)?;
-                    let payload = shorten(&record.payload());
-                    let payload = match &record.payload_encoding {
-                        Some(encoding) => format!("{encoding}: {payload}"),
-                        None => payload,
-                    };
-                    rows.add_row([record.offset.to_string(), record.received_at, record.topic, payload]);
-                }
-                writeln!(out, "{rows}")?;
-            }
-        }
-        Ok(out.flush()?)
-    })
 }
 
-/// Calls `page` with each page, `limit` records in all at most; at least once, maybe with no records.
-pub(super) fn for_each_page(
+pub(super) fn run(args: &RecordsArgs, out: &mut CommandOutput) -> anyhow::Result<()> {
+    let client = ApiClient::from_environment()?;
+    let mut answer = request(&client, &args.datasource, &args.query())?;
+    tell_removed(&answer);
+    let body = answer.body_mut().with_config().limit(u64::MAX).reader();
+    match args.format {
+        RecordsFormat::Table => print_tables(body, out),
+        RecordsFormat::Json | RecordsFormat::Ndjson | RecordsFormat::Csv => pass_on(body, out),
+    }
+}
+
+fn request(client: &ApiClient, datasource: &str, query: &[(&str, String)]) -> anyhow::Result<Response<Body>> {
+    let query: Vec<(&str, &str)> = query.iter().map(|(name, value)| (*name, value.as_str())).collect();
+    client.stream(&format!("{}/records", datasource::path(datasource)?), &query)
+}
+
+/// Calls `each` with each record that matches a query as the gateway shows it, oldest first.
+pub(super) fn for_each_record(
     client: &ApiClient,
     datasource: &str,
     query: &[(&str, &str)],
-    limit: u64,
-    mut page: impl FnMut(Vec<RawRecord>) -> anyhow::Result<()>,
+    mut each: impl FnMut(&str) -> anyhow::Result<()>,
 ) -> anyhow::Result<()> {
-    let path = format!("{}/records", datasource::path(datasource)?);
-    let mut left = limit;
-    let mut after: Option<Offset> = None;
+    let mut query: Vec<_> = query.iter().map(|(name, value)| (*name, (*value).to_owned())).collect();
+    query.push(("format", "ndjson".to_owned()));
+    let mut answer = request(client, datasource, &query)?;
+    let body = answer.body_mut().with_config().limit(u64::MAX).reader();
+    for line in BufReader::new(body).lines() {
+        each(&line.context(BROKEN_OFF)?)?;
+    }
+    Ok(())
+}
+
+/// What an answer says that ends before its end.
+const BROKEN_OFF: &str = "the gateway's answer broke off";
+
+/// Says from where on there is something, if the limits of the datasource have had something removed.
+fn tell_removed(answer: &Response<Body>) {
+    let header = |name| answer.headers().get(name).and_then(|value| value.to_str().ok());
+    let Some(below) = header("headgate-removed-below") else { return };
+    let from = match (header("headgate-stored-from"), header("headgate-stored-from-time")) {
+        (Some(offset), Some(time)) => format!("stored from offset {offset}, received {time}, on"),
+        _ => "nothing is stored now".to_owned(),
+    };
+    // Not eprintln!, which panics when standard error is closed.
+    let _ = writeln!(
+        io::stderr(),
+        "{from}: what was below offset {below} was removed (limits stored_age_s, stored_bytes)"
+    );
+}
+
+fn pass_on(mut body: impl Read, out: &mut CommandOutput) -> anyhow::Result<()> {
+    let mut piece = vec![0; RECORDS_PIECE_BYTES];
     loop {
-        let count = left.min(RECORDS_PAGE_RECORDS).to_string();
-        let mut query = query.to_vec();
-        query.push(("limit", &count));
-        let after_offset = after.map(|offset| offset.to_string());
-        if let Some(after_offset) = &after_offset {
-            query.push(("after_offset", after_offset));
+        let bytes = body.read(&mut piece).context(BROKEN_OFF)?;
+        if bytes == 0 {
+            return Ok(());
         }
-        let RecordsPageAnswer { records, next } = client.get(&path, &query)?;
-        left = left.saturating_sub(records.len() as u64);
-        page(records)?;
-        match next {
-            Some(_) if left > 0 => after = next,
-            _ => return Ok(()),
+        out.write_all(&piece[..bytes])?;
+        out.flush()?;
+    }
+}
+
+fn print_tables(body: impl Read, out: &mut CommandOutput) -> anyhow::Result<()> {
+    let columns = ["offset", "received", "topic", "payload"];
+    let mut lines = BufReader::new(body).lines();
+    let mut is_first = true;
+    loop {
+        let mut rows = table(&columns, &[0]);
+        for line in lines.by_ref().take(RECORDS_TABLE_ROWS) {
+            let line = line.context(BROKEN_OFF)?;
+            let record: RecordColumns<'_> = serde_json::from_str(&line)?;
+            let payload = shorten(&record.payload());
+            let payload = match &record.payload_encoding {
+                Some(encoding) => format!("{encoding}: {payload}"),
+                None => payload,
+            };
+            rows.add_row([record.offset.to_string(), record.received_at, record.topic, payload]);
+        }
+        if rows.is_empty() && !is_first {
+            return Ok(());
+        }
+        writeln!(out, "{rows}")?;
+        out.flush()?;
+        is_first = false;
+        if rows.row_count() < RECORDS_TABLE_ROWS {
+            return Ok(());
         }
     }
 }
@@ -169,49 +229,9 @@ fn shorten(payload: &str) -> String {
     short
 }
 
-/// Writes one line of CSV (RFC 4180); a cell with a comma, a quote or a line break is quoted.
-fn write_csv_line(record: &RecordColumns<'_>, out: &mut impl Write) -> io::Result<()> {
-    write!(out, "{},{}", record.offset, record.received_at)?;
-    let payload = record.payload();
-    let [encoding, content_type] =
-        [&record.payload_encoding, &record.content_type].map(|text| text.as_deref().unwrap_or_default());
-    for cell in [&record.topic, &payload, encoding, content_type, &record.key_id, &record.transport] {
-        if cell.contains([',', '"', '\n', '\r']) {
-            write!(out, ",\"{}\"", cell.replace('"', "\"\""))?;
-        } else {
-            write!(out, ",{cell}")?;
-        }
-    }
-    writeln!(out)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    const RECORD: &str = r#"{"offset":7,"topic":"a,b","payload":{"value": 21.50},"content_type":null,
-        "key_id":"0123456789ab","transport":"mqtt","received_at":"2026-11-23T09:28:39.000120Z"}"#;
-
-    fn line(record: &str) -> String {
-        let mut line = Vec::new();
-        write_csv_line(&serde_json::from_str(record).expect("a record"), &mut line).expect("a Vec takes all");
-        String::from_utf8(line).expect("text")
-    }
-
-    #[test]
-    fn csv_quotes_what_would_break_a_line_and_keeps_every_digit() {
-        let expected =
-            "7,2026-11-23T09:28:39.000120Z,\"a,b\",\"{\"\"value\"\": 21.50}\",,,0123456789ab,mqtt\n";
-        assert_eq!(line(RECORD), expected);
-    }
-
-    #[test]
-    fn csv_tells_bytes_from_text() {
-        let bytes = RECORD.replace(r#"{"value": 21.50}"#, r#""/wA=","payload_encoding":"base64""#);
-        assert!(line(&bytes).contains(",/wA=,base64,,"), "{}", line(&bytes));
-        let text = RECORD.replace(r#"{"value": 21.50}"#, r#""two\nlines""#);
-        assert!(line(&text).contains(",\"two\nlines\",,,"), "{}", line(&text));
-    }
 
     #[test]
     fn a_table_shows_no_more_than_fits_and_no_control_characters() {

@@ -41,9 +41,22 @@ impl ConfigChanges {
         // Secrets are not serialized.
         let secrets = |config: &Config| {
             let nats = &config.nats;
-            [nats.password.clone(), nats.callout.password.clone(), nats.callout.system_password.clone()]
+            let postgres = &config.storage.postgres;
+            [
+                nats.password.clone(),
+                nats.callout.password.clone(),
+                nats.callout.system_password.clone(),
+                postgres.url.clone(),
+                postgres.password.clone(),
+            ]
         };
-        let secret_names = ["nats.password", "nats.callout.password", "nats.callout.system_password"];
+        let secret_names = [
+            "nats.password",
+            "nats.callout.password",
+            "nats.callout.system_password",
+            "storage.postgres.url",
+            "storage.postgres.password",
+        ];
         for ((name, one), other) in secret_names.into_iter().zip(secrets(before)).zip(secrets(after)) {
             if one != other && !names.iter().any(|known| known == name) {
                 names.push(name.to_owned());

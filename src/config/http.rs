@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::str::FromStr;
+use std::time::Duration;
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
@@ -28,6 +29,8 @@ pub struct HttpConfig {
     pub body_ms_max: u64,
     /// How long a connection may be idle between its requests, in seconds. Clients are told.
     pub keep_alive_s_max: u64,
+    /// How often a stream says that it is there, in milliseconds.
+    pub stream_heartbeat_ms: u64,
     /// The origins whose pages may post messages and read records (CORS); `*` is every origin.
     pub cors_origins: Vec<CorsOrigin>,
     /// HTTP over TLS.
@@ -132,6 +135,7 @@ impl Default for HttpConfig {
             header_ms_max: 10_000,
             body_ms_max: 60_000,
             keep_alive_s_max: 75,
+            stream_heartbeat_ms: 15_000,
             cors_origins: Vec::new(),
             tls: TlsConfig::without_certificate(8443),
             admin: AdminConfig { listen: None },
@@ -140,10 +144,16 @@ impl Default for HttpConfig {
 }
 
 impl HttpConfig {
+    /// How often a stream says that it is there.
+    pub fn stream_heartbeat(&self) -> Duration {
+        Duration::from_millis(self.stream_heartbeat_ms).max(limits::STREAM_HEARTBEAT_MIN)
+    }
+
     pub(super) fn check(&self) -> Result<(), ConfigError> {
         require_some("http.strangers_max", self.strangers_max as u64)?;
         require_some("http.strangers_per_address_max", self.strangers_per_address_max as u64)?;
         require_some("http.keep_alive_s_max", self.keep_alive_s_max)?;
+        require_some("http.stream_heartbeat_ms", self.stream_heartbeat_ms)?;
         self.tls.check(&HTTP_TLS_SETTINGS)
     }
 }

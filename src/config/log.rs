@@ -5,7 +5,7 @@ use std::fmt;
 use serde::de::IntoDeserializer;
 use serde::{Deserialize, Deserializer, Serialize};
 
-use super::{ConfigError, DeltaConfig, require};
+use super::{ConfigError, DeltaConfig, PostgresConfig, require};
 use crate::limits;
 
 /// When an append counts as durable.
@@ -55,6 +55,8 @@ pub struct LogConfig {
 pub enum SinkKind {
     /// `records.db` in the data directory.
     Sqlite,
+    /// PostgreSQL, as `storage.postgres` says.
+    Postgres,
     /// A Delta lake.
     Delta,
 }
@@ -82,6 +84,10 @@ pub struct StorageConfig {
     /// The niceness of the storage threads (0 to 19): when all processors are busy, devices come first and
     /// storage catches up later.
     pub nice: u8,
+    /// Whether the numbers in payloads are stored as samples too, for `series`. Applies to what is stored from now on.
+    pub samples: bool,
+    /// PostgreSQL as a sink.
+    pub postgres: PostgresConfig,
     /// The Delta lake.
     pub delta: DeltaConfig,
 }
@@ -105,6 +111,8 @@ impl Default for StorageConfig {
             sinks: vec![SinkKind::Sqlite],
             read_from: ReadSource::First,
             nice: 10,
+            samples: true,
+            postgres: PostgresConfig::default(),
             delta: DeltaConfig::default(),
         }
     }
@@ -112,6 +120,12 @@ impl Default for StorageConfig {
 
 impl LogConfig {
     pub(super) fn check(&self) -> Result<(), ConfigError> {
+        if self.backend == LogBackend::Jetstream {
+            // There are no segments.
+            let is_enough = self.retention_bytes >= 1 << 20;
+            let rule = "it has to be at least 1 MiB";
+            return require(is_enough, "log.retention_bytes", self.retention_bytes, rule);
+        }
         require(
             (1 << 20..=1 << 30).contains(&self.segment_bytes),
             "log.segment_bytes",
@@ -132,6 +146,7 @@ impl SinkKind {
     pub const fn as_str(self) -> &'static str {
         match self {
             Self::Sqlite => "sqlite",
+            Self::Postgres => "postgres",
             Self::Delta => "delta",
         }
     }
@@ -140,7 +155,7 @@ impl SinkKind {
     const fn is_readable(self) -> bool {
         match self {
             Self::Sqlite => true,
-            Self::Delta => false,
+            Self::Postgres | Self::Delta => false,
         }
     }
 }
@@ -185,11 +200,12 @@ impl StorageConfig {
             "another one",
             "it has to be one of storage.sinks, or \"first\"",
         )?;
+        self.postgres.check(self.sinks.contains(&SinkKind::Postgres))?;
         require(
             cfg!(feature = "delta") || !self.sinks.contains(&SinkKind::Delta),
             "storage.sinks",
             named.join(","),
-            "this Headgate was built without the feature \"delta\"",
+            "this Headgate was built without the feature \"delta\": build it with `cargo build --release --features delta`",
         )?;
         self.delta.check()?;
         require(self.nice <= 19, "storage.nice", self.nice, "it has to be between 0 and 19")

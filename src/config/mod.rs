@@ -29,6 +29,7 @@ mod listen;
 mod log;
 mod mqtt;
 mod nats;
+mod postgres;
 mod public;
 mod quantity;
 mod shape;
@@ -46,7 +47,9 @@ pub use listen::ListenAddress;
 pub use log::{Durability, LogBackend, LogConfig, SinkKind, StorageConfig};
 pub use mqtt::{MetadataPolicy, MqttConfig};
 pub use nats::{ConfigSecret, NatsConfig};
+pub use postgres::PostgresConfig;
 pub use public::{PublicMqtt, PublicUrl};
+pub use quantity::parse_duration_ms;
 pub use tls::{ClientCertificates, HTTP_TLS_SETTINGS, MQTT_TLS_SETTINGS, TlsConfig, TlsSettingNames};
 
 /// The whole configuration.

@@ -233,6 +233,11 @@ impl ConfigSecret {
         self.0.is_empty()
     }
 
+    /// The secret itself.
+    pub(super) fn secret(&self) -> &str {
+        &self.0
+    }
+
     /// The secret itself, or the content of `file` if one is named; `key` is the file's setting.
     ///
     /// # Errors

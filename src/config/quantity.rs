@@ -47,6 +47,14 @@ const TIME_UNITS: [(&str, u128); 11] = [
     ("w", 604_800_000_000_000),
 ];
 
+/// A time in milliseconds: `250ms`, `30s`, `1h30m`, or a number of seconds.
+pub fn parse_duration_ms(text: &str) -> Option<u64> {
+    match text.parse::<u64>() {
+        Ok(seconds) => seconds.checked_mul(1_000),
+        Err(_) => SettingUnit::Milliseconds.read(text).ok(),
+    }
+}
+
 /// Digits after a decimal point: more would not be exact in 128 bits.
 const FRACTION_DIGITS_MAX: usize = 9;
 

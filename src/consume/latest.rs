@@ -33,6 +33,8 @@ pub struct LatestTopic {
     pub offset: Offset,
     /// When that record was received.
     pub received_at: TimeMicros,
+    /// When it was measured, if its sender has said so.
+    pub event_at: Option<TimeMicros>,
     /// Its payload.
     pub payload: Vec<u8>,
     /// Its media type, or empty.
@@ -53,15 +55,19 @@ pub struct LatestValue {
     pub received_at: TimeMicros,
 }
 
-/// `{"topic", "offset", "received_at", "payload", "content_type", "values"}`.
+/// `{"topic", "offset", "received_at", "payload", "content_type", "values"}`, with `"event_at"` if there is one.
 impl Serialize for LatestTopic {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         let payload = PayloadJson::from_bytes(&self.payload);
         let encoding = payload.encoding();
-        let mut fields = serializer.serialize_struct("Latest", 6 + usize::from(encoding.is_some()))?;
+        let more = usize::from(encoding.is_some()) + usize::from(self.event_at.is_some());
+        let mut fields = serializer.serialize_struct("Latest", 6 + more)?;
         fields.serialize_field("topic", &self.topic)?;
         fields.serialize_field("offset", &self.offset)?;
         fields.serialize_field("received_at", &Rfc3339(self.received_at))?;
+        if let Some(event_at) = self.event_at {
+            fields.serialize_field("event_at", &Rfc3339(event_at))?;
+        }
         fields.serialize_field("payload", &payload)?;
         if let Some(encoding) = encoding {
             fields.serialize_field("payload_encoding", encoding)?;
@@ -107,7 +113,7 @@ pub(super) fn read_latest_page(
     // No topic is empty, so every topic sorts after the empty string.
     let after = after.unwrap_or_default();
     let mut topics = connection.prepare_cached(
-        "SELECT t.id, t.topic, e.offset, e.received_us, e.payload, o.content_type
+        "SELECT t.id, t.topic, e.offset, e.received_us, e.payload, o.content_type, e.event_us
          FROM topics t JOIN entries e ON e.offset = t.latest_offset JOIN origins o ON o.id = e.origin_id
          WHERE t.datasource_id = ?1 AND t.topic > ?2 ORDER BY t.topic",
     )?;
@@ -127,6 +133,7 @@ pub(super) fn read_latest_page(
             received_at: row.get(3)?,
             payload: payload_bytes_of_row(row, 4)?,
             content_type: row.get(5)?,
+            event_at: row.get(6)?,
             values: BTreeMap::new(),
         };
         let mut bytes = latest.topic.len() + latest.payload.len();
@@ -209,6 +216,40 @@ mod tests {
         );
         assert_eq!(values_after(&[b"\xff\x00"]), json!({"": ["/wA=", 0]}));
         assert_eq!(values_after(&[b"{}"]), json!({}));
+    }
+
+    #[test]
+    fn payloads_of_other_shapes_give_the_values_that_they_have() {
+        let values_of = |topic: &str, content_type: &'static str, payload: &str| {
+            let mut shaped = record(0, "press-4", topic, payload.as_bytes());
+            shaped.content_type = content_type;
+            let page = latest_after(&[vec![shaped]]);
+            let values = page.topics[0].values.iter();
+            let value =
+                |value: &LatestValue| value.value.as_deref().map(String::from_utf8_lossy).map(Into::into);
+            values
+                .map(|(key, latest)| (key.clone(), value(latest)))
+                .collect::<BTreeMap<String, Option<String>>>()
+        };
+        let of = |values: &[(&str, &str)]| {
+            values
+                .iter()
+                .map(|&(key, value)| (key.to_owned(), Some(value.to_owned())))
+                .collect::<BTreeMap<_, _>>()
+        };
+        let line = r#"cpu,host=a idle=98.50,n=-3i,on=t,note="a b" 5"#;
+        let expected = of(&[("idle", "98.50"), ("n", "-3"), ("on", "true"), ("note", "\"a b\"")]);
+        assert_eq!(values_of("cpu/host=a", "text/plain; precision=s", line), expected);
+        // Lines of two series on one topic, the newest of each by its time.
+        let lines = "cpu,host=a v=1 5\ncpu,host=b v=2 5\ncpu,host=a v=3 4\ncpu,host=b v=4 6";
+        let expected = of(&[("cpu/host=a/v", "1"), ("cpu/host=b/v", "4")]);
+        assert_eq!(values_of("telegraf", "text/plain; precision=s", lines), expected);
+        let telemetry =
+            r#"[{"ts": 2, "values": {"t": 1, "o": {"x": 1}}}, {"ts": 1, "values": {"t": 3, "u": "°"}}]"#;
+        let expected = of(&[("t", "1"), ("o", r#"{"x": 1}"#), ("u", "\"°\"")]);
+        assert_eq!(values_of("t", "application/json", telemetry), expected);
+        let senml = r#"[{"bn":"a/","bv":20,"n":"t","v":1.5},{"n":"on","vb":true}]"#;
+        assert_eq!(values_of("t", "application/senml+json", senml), of(&[("a/t", "21.5"), ("a/on", "true")]));
     }
 
     #[test]

@@ -3,6 +3,7 @@
 
 use std::borrow::Cow;
 use std::fmt;
+use std::io::{self, Write};
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD as BASE64;
@@ -11,7 +12,7 @@ use serde::de::{DeserializeSeed, Deserializer, MapAccess, SeqAccess, Visitor};
 use serde_json::value::RawValue;
 
 use crate::consume::query::StoredRecord;
-use crate::message::{Offset, TimeMicros, Transport};
+use crate::message::{Offset, RecordRef, TimeMicros, Transport};
 pub use crate::time::{Rfc3339, parse_time};
 
 /// How deep a payload may nest and still be shown as JSON. `serde_json` reads 128 levels and few parsers
@@ -82,9 +83,12 @@ pub struct RecordJson<'a> {
     key_id: String,
     transport: Transport,
     received_at: Rfc3339,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    event_at: Option<Rfc3339>,
 }
 
-/// `{"offset", "topic", "payload", "content_type", "key_id", "transport", "received_at"}`, with
+/// `{"offset", "topic", "payload", "content_type", "key_id", "transport", "received_at"}`, with `"event_at"` if its sender
+/// has said when it was measured, and with
 /// `"payload_encoding": "base64"` beside a payload that is neither JSON nor text.
 pub fn record_json(record: &StoredRecord) -> RecordJson<'_> {
     let payload = PayloadJson::from_bytes(&record.payload);
@@ -97,6 +101,58 @@ pub fn record_json(record: &StoredRecord) -> RecordJson<'_> {
         key_id: record.key_id.to_string(),
         transport: record.transport,
         received_at: Rfc3339(record.received_at),
+        event_at: record.event_at.map(Rfc3339),
+    }
+}
+
+/// The first line of CSV, with its end.
+pub const CSV_HEADER: &str =
+    "offset,received_at,topic,payload,payload_encoding,content_type,key_id,transport,event_at\n";
+
+/// Writes a record as one line of CSV (RFC 4180, ended by LF alone): the payload as it was sent if it is text, without the
+/// quotes and escapes of a JSON string, else in Base64. A cell with a comma, a quote or a line break is quoted.
+///
+/// # Errors
+/// Those of `out`.
+pub fn write_csv_line(record: &StoredRecord, out: &mut impl Write) -> io::Result<()> {
+    let payload = PayloadJson::from_bytes(&record.payload);
+    let encoding = payload.encoding().unwrap_or_default();
+    let payload: Cow<'_, str> = match &payload {
+        PayloadJson::Json(json) => match serde_json::from_str::<String>(json.get()) {
+            Ok(text) => text.into(),
+            Err(_) => json.get().into(),
+        },
+        PayloadJson::Text(text) => (*text).into(),
+        PayloadJson::Base64(text) => text.as_str().into(),
+    };
+    write!(out, "{},{}", record.offset, Rfc3339(record.received_at))?;
+    let (key_id, transport) = (record.key_id.to_string(), record.transport.as_str());
+    for cell in [&record.topic, &*payload, encoding, &record.content_type, &key_id, transport] {
+        if cell.contains([',', '"', '\n', '\r']) {
+            write!(out, ",\"{}\"", cell.replace('"', "\"\""))?;
+        } else {
+            write!(out, ",{cell}")?;
+        }
+    }
+    match record.event_at {
+        Some(at) => writeln!(out, ",{}", Rfc3339(at)),
+        None => writeln!(out, ","),
+    }
+}
+
+/// As [`record_json`], of a record in the log.
+pub fn log_record_json<'a>(record: &RecordRef<'a>) -> RecordJson<'a> {
+    let payload = PayloadJson::from_bytes(record.payload);
+    RecordJson {
+        offset: record.offset,
+        topic: record.topic,
+        payload_encoding: payload.encoding(),
+        payload,
+        content_type: content_type_if_given(record.content_type),
+        key_id: record.key_id.to_string(),
+        transport: record.transport,
+        received_at: Rfc3339(record.received_at),
+        event_at: record.event_at.map(Rfc3339),
     }
 }
 
@@ -225,6 +281,40 @@ mod tests {
         assert!(portable_json("NaN").is_none());
     }
 
+    fn press_record() -> StoredRecord {
+        StoredRecord {
+            offset: 7,
+            topic: "a,b".into(),
+            payload: b"{\"value\": 21.50}".to_vec(),
+            content_type: "".into(),
+            key_id: KeyId([1, 0x23, 0x45, 0x67, 0x89, 0xab]),
+            transport: Transport::Mqtt,
+            received_at: 1_795_426_119_000_120,
+            event_at: Some(1_795_426_118_000_000),
+        }
+    }
+
+    fn csv(payload: &[u8]) -> String {
+        let mut line = Vec::new();
+        let record = StoredRecord { payload: payload.to_vec(), ..press_record() };
+        write_csv_line(&record, &mut line).expect("a Vec takes all");
+        String::from_utf8(line).expect("text")
+    }
+
+    #[test]
+    fn csv_quotes_what_would_break_a_line_and_keeps_every_digit() {
+        let expected = "7,2026-11-23T09:28:39.000120Z,\"a,b\",\"{\"\"value\"\": 21.50}\",,,0123456789ab,mqtt,2026-11-23T09:28:38.000000Z\n";
+        assert_eq!(csv(b"{\"value\": 21.50}"), expected);
+        assert_eq!(CSV_HEADER.matches(',').count(), 8);
+    }
+
+    #[test]
+    fn csv_tells_bytes_from_text() {
+        assert!(csv(b"\xff\x00").contains(",/wA=,base64,,"), "{}", csv(b"\xff\x00"));
+        assert!(csv(b"two\nlines").contains(",\"two\nlines\",,,"), "{}", csv(b"two\nlines"));
+        assert!(csv(b"\"two\\nlines\"").contains(",\"two\nlines\",,,"), "{}", csv(b"\"two\\nlines\""));
+    }
+
     #[test]
     fn a_record_has_exactly_the_members_that_the_api_names() {
         let record = StoredRecord {
@@ -235,15 +325,22 @@ mod tests {
             key_id: KeyId([1, 0x23, 0x45, 0x67, 0x89, 0xab]),
             transport: Transport::Mqtt,
             received_at: 1_795_426_119_000_120,
+            event_at: None,
         };
         let shown = serde_json::to_string(&record_json(&record)).expect("serializable");
         let expected = r#"{"offset":7,"topic":"spindle/temp","payload":{"t":1},"content_type":null,"key_id":"0123456789ab","transport":"mqtt","received_at":"2026-11-23T09:28:39.000120Z"}"#;
         assert_eq!(shown, expected);
 
-        let binary = StoredRecord { payload: vec![0xff], content_type: "image/x".into(), ..record };
+        let binary = StoredRecord {
+            payload: vec![0xff],
+            content_type: "image/x".into(),
+            event_at: Some(-1),
+            ..record
+        };
         let shown = serde_json::to_value(record_json(&binary)).expect("serializable");
         assert_eq!(shown["payload"], "/w==");
         assert_eq!(shown["payload_encoding"], "base64");
         assert_eq!(shown["content_type"], "image/x");
+        assert_eq!(shown["event_at"], "1969-12-31T23:59:59.999999Z");
     }
 }

@@ -23,6 +23,7 @@ pub(super) fn record<'a>(
         transport: Transport::Mqtt,
         publisher: 0,
         received_at: EPOCH + 1_000 * TimeMicros::try_from(offset).expect("a small offset"),
+        event_at: None,
         flags: RecordFlags::default(),
         note: b"",
     }

@@ -9,6 +9,8 @@ pub const NAME_BYTES_MAX: usize = 200;
 pub const TOPIC_BYTES_MAX: usize = 1024;
 /// Levels of a topic, `a/b/c` has three.
 pub const TOPIC_LEVELS_MAX: usize = 64;
+/// Tags of a point in line protocol: a level of its topic each, behind that of the measurement.
+pub const POINT_TAGS_MAX: usize = TOPIC_LEVELS_MAX - 1;
 /// A media type given with a message.
 pub const CONTENT_TYPE_BYTES_MAX: usize = 255;
 /// An MQTT client identifier.
@@ -144,6 +146,18 @@ pub const HTTP_REQUEST_BYTES: usize = 8 << 10;
 pub const HTTP_ANSWER_PIECE_BYTES: usize = 64 << 10;
 /// Payload bytes of a page that are read from storage at a time.
 pub const QUERY_PIECE_BYTES: usize = 512 << 10;
+/// Records that are scanned for one piece of a page: a piece is one turn of its tenant.
+pub const QUERY_PIECE_SCANNED: usize = 20_000;
+/// What a stream over HTTP hands over at a time, about, in bytes.
+pub const STREAM_CHUNK_BYTES: usize = 32 << 10;
+/// What it hands over until others have their turn, in bytes.
+pub const STREAM_BYTES_PER_TURN: usize = 128 << 10;
+/// The shortest time between two heartbeats of a stream.
+pub const STREAM_HEARTBEAT_MIN: std::time::Duration = std::time::Duration::from_millis(100);
+/// How long the last event of a stream may take that was told to end.
+pub const STREAM_END_WAIT_MAX: std::time::Duration = std::time::Duration::from_secs(1);
+/// How long a stream's client takes nothing until it counts as one that stands still.
+pub const STREAM_STILL: std::time::Duration = std::time::Duration::from_secs(10);
 /// The largest body that is parsed on the task that read it; larger ones go to a blocking thread.
 pub const HTTP_INLINE_BYTES_MAX: usize = 64 << 10;
 /// Bytes read and discarded of a request that was answered before its end.
@@ -274,6 +288,8 @@ pub const SLOW_IN_FLIGHT_BYTES_MAX: usize = 128 << 10;
 pub const SLOW_LANE_NICE: u8 = 10;
 /// What a new connection may use of the processors before it shares the place of its tenant, in nanoseconds.
 pub const NEWCOMER_NS: u64 = 200_000;
+/// What is read of a new HTTP connection in one of its turns while others wait to be let in.
+pub const NEWCOMER_READ_BYTES: usize = 256;
 /// Packets of an MQTT connection that are decoded before others have their turn.
 pub const MQTT_PACKETS_PER_TURN_MAX: usize = 1_024;
 /// Decoded bytes of an HTTP body after which others have their turn.
@@ -303,8 +319,11 @@ pub const WRITE_AHEAD_BYTES: usize = 256 << 10;
 pub const WRITE_AHEAD_FREE_BYTES_MIN: u64 = 1 << 30;
 /// Room that a backup on the disk of the data directory leaves free there, in bytes.
 pub const BACKUP_FREE_BYTES_MIN: u64 = 256 << 20;
-/// Bytes that a backup writes before it syncs them: what the disk has to write at once delays the log's syncs.
-pub const BACKUP_SYNC_BYTES: u64 = 4 << 20;
+/// Bytes that a fast backup writes before it waits for the disk.
+pub const BACKUP_SYNC_BYTES: usize = 4 << 20;
+/// Bytes that a paced backup writes before it waits for the disk and rests: what the disk has to write at once delays the
+/// log's syncs.
+pub const BACKUP_PACED_BYTES: usize = 512 << 10;
 /// Bytes of a backup's manifest: about 500,000 files.
 pub const BACKUP_MANIFEST_BYTES_MAX: u64 = 64 << 20;
 /// Bytes of the log's newest part that every start verifies.
@@ -335,7 +354,7 @@ pub const STALLED_BYTES_PER_TENANT_MAX: u64 = 32 << 20;
 /// The same of all datasources.
 pub const STALLED_BYTES_MAX: u64 = 96 << 20;
 /// Output to subscribers of one datasource that they have not taken, beyond [`OUTPUT_FREE_BYTES`] each.
-pub const OUTPUT_BYTES_PER_TENANT_MAX: usize = 32 << 20;
+pub const OUTPUT_BYTES_PER_TENANT_MAX: usize = 24 << 20;
 /// The same of all datasources.
 pub const OUTPUT_BYTES_MAX: usize = 96 << 20;
 /// What each subscriber may have in its output whatever the others have.
@@ -385,6 +404,22 @@ pub const PARSES_PER_PROCESSOR_MAX: usize = 4;
 pub const QUERY_BYTES_MAX: usize = 16 << 20;
 /// Records that a query scans for one page; a selective filter gives short pages.
 pub const QUERY_SCANNED_MAX: usize = 100_000;
+/// Stored records that one transaction of retention removes: storage goes on in between.
+pub const PRUNE_RECORDS_PER_TRANSACTION: usize = 2_000;
+/// Topics whose samples one transaction of retention takes out of what they share with later ones.
+pub const TRIM_TOPICS_PER_TRANSACTION: u32 = 64;
+/// How often that is done: samples may outlive their records by so much.
+pub const TRIM_INTERVAL: std::time::Duration = std::time::Duration::from_secs(30);
+/// Free pages of `records.db` that are given back to the file system at a time.
+pub const PRUNE_PAGES_PER_TRANSACTION: i64 = 256;
+/// Free pages of `records.db` that stay for later records, of 4 KiB each; of a large one, a sixteenth of its pages.
+pub const FREE_PAGES_KEPT: i64 = 1024;
+/// What a stored record takes beside its payload, approximately, as the limit `stored_bytes` counts it.
+pub const STORED_RECORD_BYTES: u64 = 64;
+/// How often is looked at what is over the limits of what is stored, ...
+pub const RETENTION_INTERVAL: std::time::Duration = std::time::Duration::from_secs(1);
+/// ... and how long that may take at a time while storage has nothing else to do.
+pub const RETENTION_TURN_MAX: std::time::Duration = std::time::Duration::from_millis(20);
 /// Topics on one page of `latest`.
 pub const LATEST_TOPICS_MAX: usize = 10_000;
 /// JSON keys that `latest` stores per topic.
@@ -395,6 +430,32 @@ pub const LATEST_KEY_BYTES_MAX: usize = 256;
 pub const LATEST_LOOK_BACK_MAX: usize = 100_000;
 /// The largest value that `latest` copies; of a longer one it gives only the place.
 pub const LATEST_VALUE_BYTES_MAX: usize = 64 << 10;
+/// Numbers of one payload that become samples. Enough for a wide reading; more would make one message cost what hundreds do.
+pub const SAMPLES_PER_RECORD_MAX: usize = 256;
+/// Bytes of a sample's key, with the names of the objects that it is in.
+pub const SAMPLE_KEY_BYTES_MAX: usize = LATEST_KEY_BYTES_MAX;
+/// Objects inside of the outermost one whose numbers become samples.
+pub const SAMPLE_DEPTH_MAX: usize = 8;
+/// Bytes of the JSON pointer to an event time.
+pub const EVENT_TIME_POINTER_BYTES_MAX: usize = 256;
+/// Bytes of an event time that is said with a request.
+pub const EVENT_TIME_TEXT_BYTES_MAX: usize = 64;
+/// Parts of the JSON pointer to an event time: each is a scan of what it is in.
+pub const EVENT_TIME_POINTER_PARTS_MAX: usize = 8;
+/// Steps that a series has, unless it is asked for others.
+pub const SERIES_POINTS_DEFAULT: usize = 1_000;
+/// The fewest steps that a series can be asked for: with one, no length of a step would always do.
+pub const SERIES_POINTS_MIN: usize = 2;
+/// The most steps that a series can be asked for.
+pub const SERIES_POINTS_MAX: usize = 10_000;
+/// The longest step of a series, in milliseconds: 366 days.
+pub const SERIES_STEP_MS_MAX: u64 = 366 * 24 * 3_600 * 1_000;
+/// Chunks of samples that one series reads: tens of millions of samples and more.
+pub const SERIES_CHUNKS_MAX: usize = 200_000;
+/// Bytes of chunks that a series reads in one turn.
+pub const SERIES_PIECE_BYTES: usize = 4 << 20;
+/// The largest distance between event time and receipt that a datasource may ask for, in seconds: 100 years.
+pub const EVENT_TIME_SKEW_S_MAX: u64 = 100 * 366 * 24 * 3_600;
 
 /// The largest limit of a key or datasource that an operator may set.
 pub const LIMIT_MAX: u64 = 1_000_000_000_000;
@@ -455,6 +516,8 @@ const _: () = assert!(HTTP_BODY_BYTES_MAX < IN_FLIGHT_BYTES_MAX);
 // A request of the largest body, with the draft that is made of it, is within one share; three shares and what
 // strangers may have are within the whole with its reserve.
 const _: () = assert!(3 * HTTP_BODY_BYTES_MAX + HTTP_MESSAGES_MAX * 100 <= MEMORY_SHARE_BYTES_MAX);
+// Of its share, a key may have half for what it is sent: clients that take nothing leave some of that.
+const _: () = assert!(OUTPUT_BYTES_PER_TENANT_MAX < MEMORY_SHARE_BYTES_MAX / 2);
 const _: () = assert!(MEMORY_SHARE_BYTES_MAX <= MEMORY_BYTES_MAX / 3);
 const _: () = assert!(MEMORY_BYTES_PER_ADDRESS_MAX <= MEMORY_STRANGERS_BYTES_MAX / 2);
 const _: () = assert!(QUERY_RECORDS_DEFAULT <= QUERY_RECORDS_MAX);

@@ -371,6 +371,8 @@ pub struct RecordRef<'a> {
     pub publisher: u64,
     /// When the front read its last byte from the socket.
     pub received_at: TimeMicros,
+    /// When it was measured, if its sender has said so.
+    pub event_at: Option<TimeMicros>,
     /// How it was published.
     pub flags: RecordFlags,
     /// The gateway's note: why it is in quarantine, or which quarantined record it was redriven from
@@ -396,6 +398,9 @@ impl RecordFlags {
     pub const QUARANTINED: RecordFlags = RecordFlags(8);
     /// It was in quarantine and went through intake again. It has a note.
     pub const REDRIVEN: RecordFlags = RecordFlags(16);
+
+    /// In the log only: its event time follows. Readers find that in [`RecordRef::event_at`], and not this flag.
+    pub const EVENT_TIMED: RecordFlags = RecordFlags(64);
 
     /// How far a message that was published over MQTT with this QoS may go.
     #[inline]

@@ -8,16 +8,20 @@ use tokio::task::spawn_blocking;
 use tracing::warn;
 
 use super::opened::OpenedLog;
+use crate::auth::Registry;
 use crate::config::{Config, LogBackend, SinkKind};
 use crate::consume::egress::Egress;
 use crate::consume::query::RecordsReader;
-use crate::consume::storage::StorageSinks;
+use crate::consume::sink::retention::StoredLimits;
+use crate::consume::storage::{StorageSinks, StoredLimitsSource};
 use crate::consume::subscriber::Subscribers;
 use crate::consume::subscriber::retained::RetainedStore;
 use crate::consume::subscriber::sessions::{SessionStore, StoredSessions};
 use crate::front::mqtt::ClientClaims;
+use crate::intake::meters;
 use crate::log::Log;
 use crate::message::Offset;
+use crate::quota::{Limit, LimitOwner};
 
 /// The consumers of a gateway.
 #[derive(Clone)]
@@ -50,12 +54,14 @@ impl Consumers {
         let (dir, log) = (&config.data_dir, &opened.log);
         let (at, settings, followed) = (dir.clone(), config.storage.clone(), log.clone());
         // It may read the log, which in a cluster blocks.
-        let storage = spawn_blocking(move || StorageSinks::start(&at, &settings, &followed)).await??;
+        let is_shared = config.log.backend == LogBackend::Jetstream;
+        let storage =
+            spawn_blocking(move || StorageSinks::start(&at, &settings, &followed, is_shared)).await??;
+        if let Some(storage) = &storage {
+            storage.begin_retention(&stored_limits(opened.registry.clone()));
+        }
         let storage = storage.map(Arc::new);
-        let query = config.storage.read_from().and_then(|kind| match kind {
-            SinkKind::Sqlite => Some(RecordsReader::new(dir)),
-            SinkKind::Delta => None,
-        });
+        let query = (config.storage.read_from() == Some(SinkKind::Sqlite)).then(|| RecordsReader::new(dir));
         let hold = log.hold();
         let retained = RetainedStore::start(dir, log.clone(), move |offset| hold.set(offset))?;
         let (store, groups, clients) = match &opened.cluster {
@@ -87,6 +93,23 @@ impl Consumers {
             egress.stop(deadline).await;
         }
     }
+}
+
+/// The limits on what is stored of each datasource that has some, as they are at the time.
+fn stored_limits(registry: Arc<Registry>) -> StoredLimitsSource {
+    Arc::new(move || {
+        let datasources = registry.datasources().into_iter();
+        let limited = datasources.filter_map(|datasource| {
+            let meters = meters(&datasource.limits, || LimitOwner::Datasource(datasource.id.clone()))?;
+            let max = |limit| meters.limits().get(limit).map(|setting| setting.max);
+            let limits = StoredLimits {
+                age_us: max(Limit::StoredAgeS).and_then(|s| i64::try_from(s).ok()?.checked_mul(1_000_000)),
+                bytes: max(Limit::StoredBytes),
+            };
+            (limits != StoredLimits::default()).then(|| (datasource.scope(), limits))
+        });
+        limited.collect()
+    })
 }
 
 /// Brings sessions and groups that are ahead of the log back to its end.

@@ -8,12 +8,13 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
-use headgate_bridge_nats::{KvError, Nats, Presence};
+use headgate_bridge_nats::{KvError, Nats, Presence, StreamError};
 use rand::TryRng;
 use rand::rngs::SysRng;
 use tokio::task::JoinHandle;
 use tracing::info;
 
+use super::cluster_settings::check_cluster_settings;
 use super::directory::{ADMIN_KEY_LABEL, write_secret};
 use crate::auth::cluster::{JoinedRegistry, RegistryFollower};
 use crate::auth::{Registry, RegistryError};
@@ -65,13 +66,25 @@ impl JoiningMember {
     /// that cannot be used.
     pub(super) async fn join(&self, config: &Config) -> anyhow::Result<(ClusterMember, JetstreamLog)> {
         let name = node_name(&config.data_dir)?;
+        loop {
+            match check_cluster_settings(&self.nats, config).await {
+                Ok(()) => break,
+                Err(StreamError::Away(trouble)) => *self.waits_for.lock() = trouble,
+                Err(error) => return Err(error.into()),
+            }
+            tokio::time::sleep(CLUSTER_RETRY_PAUSE).await;
+        }
         let member = ClusterMember::join(&self.nats, config).await?;
         // The log has its own connection because it carries the most traffic.
         let nats = Nats::connect(&config.nats.connection("headgate log")?).await?;
         let following = Nats::connect(&config.nats.connection("headgate log, following")?).await?;
         loop {
             let error = match JetstreamLog::open(&nats, &following, config, &name).await {
-                Ok(log) => return Ok((member, log)),
+                Ok(log) => {
+                    let registry = member.registry.clone();
+                    log.set_behind_check(move || registry.may_be_behind());
+                    return Ok((member, log));
+                }
                 Err(error @ LogOpenError::Away(_)) => error,
                 Err(error) => return Err(error.into()),
             };

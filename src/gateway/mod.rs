@@ -1,6 +1,7 @@
 //! Assembles the gateway: opens the data directory, binds every listener, then serves. It drains in the
 //! order of a message's path, so that no accepted message is left behind.
 
+mod cluster_settings;
 mod consumers;
 mod descriptors;
 mod directory;
@@ -31,6 +32,7 @@ use crate::intake::Intake;
 use crate::log::Log;
 use crate::observe::metrics::Metrics;
 
+pub use cluster_settings::change_cluster;
 use consumers::Consumers;
 use directory::ADMIN_KEY_FILE;
 use fronts::RunningFronts;

@@ -9,15 +9,15 @@ use headgate_format::codec::properties::Properties;
 use crate::auth::usage::KeyClient;
 use crate::auth::{Datasource, Grant, GrantDenial, Key, Scope};
 use crate::limits::{CONTENT_TYPE_BYTES_MAX, FRAME_PART_BYTES_MAX};
-use crate::log::{self, OnceId, QuarantineReason, Section};
+use crate::log::{self, OnceId, QuarantineReason, RecordBody, Section};
 use crate::message::{
     DatasourceId, KeyId, Lease, NameError, RecordFlags, RecordRef, Transport, check_topic, holds_key,
 };
 use crate::quota::{LimitExceeded, Quota, QuotaStanding};
 use crate::time::Rfc3339;
-use crate::validate::Validation;
 
 use super::payer::DraftPayer;
+use super::payload_checks::PayloadChecks;
 use super::refusal::quarantine_reason;
 use super::{Exchange, IncomingMessage, Intake, Refusal, check_message_id};
 
@@ -53,8 +53,8 @@ pub struct Draft {
     pub(super) ends_failed_exchanges: bool,
     /// Either all its messages are let in, or only those that fail are kept, in quarantine.
     pub(super) all_or_none: bool,
-    /// The schemas that the newest message was checked against, and the datasource that they are of.
-    pub(super) validation: Option<(DatasourceId, Validation)>,
+    /// What the newest message was checked against, and the datasource that it is of.
+    pub(super) checks: Option<(DatasourceId, PayloadChecks)>,
     pub(super) client: Option<Arc<KeyClient>>,
     pub(super) sections: Vec<Section>,
     /// The key of each section.
@@ -233,8 +233,15 @@ impl Draft {
             }
             metered => metered?,
         }
-        match self.validation(datasource).check(topic, message.payload) {
-            Ok(()) => {
+        let received_at = self.received_at;
+        match self.checks(datasource).check(
+            topic,
+            message.content_type,
+            message.payload,
+            message.properties,
+            received_at,
+        ) {
+            Ok(event_at) => {
                 if message.flags.contains(RecordFlags::RETAIN) {
                     message.message_id.map_or(Ok(()), check_message_id)?;
                     let checked = self.intake.check_retained(datasource, topic, message.payload.len());
@@ -245,7 +252,9 @@ impl Draft {
                 let at = self.section_for(grant, datasource, &message, false)?;
                 let bytes_before = self.memory_bytes_before(at);
                 let IncomingMessage { payload, content_type, properties, flags, .. } = message;
-                self.sections[at].push(topic, payload, content_type, properties, flags);
+                let note = &[];
+                let body = RecordBody { flags, topic, content_type, properties, payload, event_at, note };
+                self.sections[at].push_body(&body);
                 self.note_memory(at, bytes_before);
                 Ok(at)
             }
@@ -297,16 +306,16 @@ impl Draft {
         Ok(())
     }
 
-    /// The schemas of a datasource. Looked up once per draft while the datasource stays the same.
-    fn validation(&mut self, datasource: &DatasourceId) -> &Validation {
-        let known = self.validation.take().filter(|(of, _)| of == datasource);
-        let (_, validation) = self.validation.insert(known.unwrap_or_else(|| {
+    /// What the payloads of a datasource are checked against. Looked up once per draft while the datasource stays the
+    /// same.
+    fn checks(&mut self, datasource: &DatasourceId) -> &PayloadChecks {
+        let known = self.checks.take().filter(|(of, _)| of == datasource);
+        let (_, checks) = self.checks.insert(known.unwrap_or_else(|| {
             let registry = self.intake.0.authorizer.registry();
-            let found = registry
-                .with_datasource(datasource.as_str(), |found| Validation::from_setting(&found.schemas));
+            let found = registry.with_datasource(datasource.as_str(), PayloadChecks::of);
             (datasource.clone(), found.unwrap_or_default())
         }));
-        validation
+        checks
     }
 
     /// Adds a message for quarantine: it failed its schema or a limit, and passed the checks before those. It
@@ -362,10 +371,18 @@ impl Draft {
     ) -> Result<RedriveOutcome, Refusal> {
         let (datasource, scope) = (&of.id, of.scope());
         grant.allows(Scope::Admin, datasource.as_str())?;
-        if let Err(reason) = self.validation(datasource).check(record.topic, record.payload) {
-            return Ok(RedriveOutcome::Fails(reason));
-        }
         let (offset, received_at) = (record.offset, record.received_at);
+        let checks = self.checks(datasource);
+        let event_at = match checks.check(
+            record.topic,
+            record.content_type,
+            record.payload,
+            record.properties,
+            received_at,
+        ) {
+            Ok(event_at) => event_at,
+            Err(reason) => return Ok(RedriveOutcome::Fails(reason)),
+        };
         let note = log::RecordNote::Redriven { offset, received_at };
         let mut properties = record.properties.to_vec();
         put_user_property(&mut properties, "redriven-from", &offset.to_string());
@@ -386,14 +403,9 @@ impl Draft {
         });
         let flags = record.flags.without(RecordFlags::QUARANTINED).without(RecordFlags::RETAIN);
         let RecordRef { topic, payload, content_type, .. } = *record;
-        section.push_noted(
-            topic,
-            payload,
-            content_type,
-            &properties,
-            flags.with(note.flag()),
-            &note.encode(),
-        );
+        let flags = flags.with(note.flag());
+        let (note, properties) = (&*note.encode(), &*properties);
+        section.push_body(&RecordBody { flags, topic, content_type, properties, payload, event_at, note });
         self.sections.push(section);
         self.keys.push(grant.key().clone());
         Ok(RedriveOutcome::Added)

@@ -160,6 +160,8 @@ impl Refusal {
                 Limit::RetainedTopics => Cause::LimitRetainedTopics,
                 Limit::RetainedBytes => Cause::LimitRetainedBytes,
                 Limit::Keys => Cause::LimitKeys,
+                // Nothing is refused for these.
+                Limit::StoredAgeS | Limit::StoredBytes => Cause::Internal,
             },
             Refusal::Busy { .. } => Cause::Busy,
             Refusal::Memory(exceeded) => exceeded.cause(),

@@ -89,15 +89,17 @@ pub use headgate_format::log::batch::{Batch, RecordPlace};
 pub use headgate_format::log::note::{QuarantineReason, RecordNote};
 pub use headgate_format::log::offsets::Offsets;
 pub use headgate_format::log::once::OnceId;
+pub use headgate_format::log::record::RecordBody;
 pub use headgate_format::log::section::Section;
 pub use incarnations::{IncarnationHistory, IncarnationStep};
 pub use jetstream::{
-    DeliveredRecord, JetstreamLog, SHARED_KEEP_INTERVAL, ShareError, SharedPlace, SharedPlaces, SharedRecords,
+    DeliveredRecord, JetstreamLog, SHARED_KEEP_INTERVAL, ShareError, SharedPlace, SharedPlaces,
+    SharedRecords, managed_streams, timed_report,
 };
 pub use retention::Hold;
 pub use withheld::{WithheldChange, WithheldRule, WithheldRules, WithheldSnapshot};
 
-use crate::message::{Offset, TimeMicros};
+use crate::message::{KeyId, Offset, TimeMicros};
 use crate::subject::SubjectError;
 use crate::trouble::TroubleCell;
 
@@ -233,6 +235,18 @@ pub trait Log: Send + Sync {
         0
     }
 
+    /// Puts into the log where these dead keys end: nothing of theirs behind that is a record, whoever still has it in
+    /// his queues. Resolves when that is durable; it is tried until then also if nobody waits. A log with one writer has
+    /// nothing to do.
+    fn fence(&self, _keys: Vec<KeyId>) -> LogFuture<'_, ()> {
+        Box::pin(async {})
+    }
+
+    /// How many messages came behind the end of their key, and are no records.
+    fn fenced_records(&self) -> u64 {
+        0
+    }
+
     /// How many records are lost to damage of the log's files, as far as this process has seen; they were
     /// skipped because `log.accept_corruption` allows it. 0 where others keep the files.
     fn lost_records(&self) -> u64 {
@@ -241,6 +255,11 @@ pub trait Log: Send + Sync {
 
     /// Why nothing can be appended now; `None` if appends work.
     fn trouble(&self) -> Option<String>;
+
+    /// What an operator should look at although appends work.
+    fn warning(&self) -> Option<String> {
+        None
+    }
 
     /// Stops taking appends, commits the waiting ones, and ends.
     fn close(&self) -> LogFuture<'_, ()>;

@@ -9,7 +9,7 @@ use bytes::Bytes;
 use headgate_bridge_nats::stream::{OutgoingMessage, StoredMessage};
 use headgate_bridge_nats::{HeaderMap, HeaderName};
 
-use super::Section;
+use super::{RecordBody, Section};
 use crate::message::{DatasourceId, KeyId, Lease, RecordFlags, RecordRef, TimeMicros, Transport};
 use crate::subject::{SubjectError, SubjectSpace, topic_from_tokens};
 use crate::time::{Rfc3339, parse_time};
@@ -22,6 +22,8 @@ pub const NATS_CONTENT_TYPE_HEADER: HeaderName = HeaderName::from_static("Conten
 pub const RECORD_KEY_ID_HEADER: HeaderName = HeaderName::from_static("Headgate-Key-Id");
 /// When it was received (RFC 3339).
 pub const RECORD_RECEIVED_AT_HEADER: HeaderName = HeaderName::from_static("Headgate-Received-At");
+/// When it was measured, if its sender has said so (RFC 3339).
+pub const RECORD_EVENT_AT_HEADER: HeaderName = HeaderName::from_static("Headgate-Event-At");
 const RECORD_TRANSPORT_HEADER: HeaderName = HeaderName::from_static("Headgate-Transport");
 const RECORD_PUBLISHER_HEADER: HeaderName = HeaderName::from_static("Headgate-Publisher");
 const RECORD_FLAGS_HEADER: HeaderName = HeaderName::from_static("Headgate-Flags");
@@ -76,6 +78,9 @@ pub fn encode_record(
     if !record.content_type.is_empty() {
         headers.insert(NATS_CONTENT_TYPE_HEADER, record.content_type);
     }
+    if let Some(event_at) = record.event_at {
+        headers.insert(RECORD_EVENT_AT_HEADER, Rfc3339(event_at).to_string());
+    }
     if record.flags.0 != 0 {
         headers.insert(RECORD_FLAGS_HEADER, record.flags.0.to_string());
     }
@@ -97,6 +102,12 @@ fn record_space(flags: RecordFlags) -> SubjectSpace {
 /// The text of a header, if the message has it.
 pub fn header_text(headers: &HeaderMap, name: HeaderName) -> Option<&str> {
     headers.get(name).map(|value| value.as_str())
+}
+
+/// Whether a record was sent again, or marked, by an admin: it did not come in under the key that it names.
+pub(super) fn is_redriven(headers: &HeaderMap) -> bool {
+    let flags = header_text(headers, RECORD_FLAGS_HEADER).and_then(|text| text.parse().ok());
+    flags.is_some_and(|flags| RecordFlags(flags).contains(RecordFlags::REDRIVEN))
 }
 
 /// The last parsed time: neighbouring messages usually have the same time, and parsing one is
@@ -148,6 +159,10 @@ fn add_decoded(
         return None;
     }
     let content_type = header_text(headers, NATS_CONTENT_TYPE_HEADER).unwrap_or_default();
+    let event_at = match header_text(headers, RECORD_EVENT_AT_HEADER) {
+        Some(text) => Some(parse_time(text)?),
+        None => None,
+    };
     let same = |section: &Section| {
         section.received_at == received_at
             && section.key_id == key_id
@@ -165,10 +180,16 @@ fn add_decoded(
             sections.last_mut()?
         }
     };
-    match flags.has_note() {
-        true => section.push_noted(&topic, &message.payload, content_type, &properties, flags, &note),
-        false => section.push(&topic, &message.payload, content_type, &properties, flags),
-    }
+    let (payload, properties, note) = (&*message.payload, &*properties, &*note);
+    section.push_body(&RecordBody {
+        flags,
+        topic: &topic,
+        content_type,
+        properties,
+        payload,
+        event_at,
+        note,
+    });
     Some(())
 }
 
@@ -189,6 +210,7 @@ mod tests {
             transport: Transport::Http,
             publisher: 0x1234,
             received_at: 1_700_000_000_000_001,
+            event_at: flags.contains(RecordFlags::RETAIN).then_some(-1),
             flags,
             note,
         }

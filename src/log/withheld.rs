@@ -10,6 +10,7 @@ use parking_lot::RwLock;
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use tokio::sync::watch;
 
 use super::incarnations::{IncarnationHistory, IncarnationStep};
 use crate::message::{DatasourceId, Incarnation, KeyId, Offset, RecordFlags, RecordRef, TimeMicros};
@@ -65,6 +66,8 @@ pub struct WithheldRules {
     /// How many changes there have been. While it is 0 a reader need not take the lock.
     version: AtomicU64,
     state: RwLock<WithheldState>,
+    /// Tells of changes.
+    told: watch::Sender<u64>,
 }
 
 #[derive(Debug, Default)]
@@ -102,12 +105,19 @@ impl WithheldRules {
         state.changes.push(change);
         let version = state.changes.len() as u64;
         self.version.store(version, Ordering::Release);
+        drop(state);
+        self.told.send_modify(|told| *told = version.max(*told));
         version
     }
 
     /// How many changes there have been.
     pub fn version(&self) -> u64 {
         self.version.load(Ordering::Acquire)
+    }
+
+    /// Where the next versions are told.
+    pub fn listen(&self) -> watch::Receiver<u64> {
+        self.told.subscribe()
     }
 
     /// The changes after a version, and the rules that they have led to.

@@ -73,6 +73,11 @@ impl MemoryAccount {
         self.used_up(SEND_PARTS).is_some()
     }
 
+    /// Whether anybody waits for a part of these shares.
+    pub fn is_waited_for(&self) -> bool {
+        self.owners().any(|owner| owner.held.queues.iter().any(WaitingQueue::has_waiting))
+    }
+
     /// What is used up, if anything is; of the shares, one part in `parts`.
     fn used_up(&self, parts: usize) -> Option<&MemoryUse> {
         let is_used_up =

@@ -101,9 +101,13 @@ struct WaitingQueue {
 }
 
 impl WaitingQueue {
+    fn has_waiting(&self) -> bool {
+        self.waiting.load(Ordering::SeqCst) > 0
+    }
+
     /// Tells one of those that wait, if anybody does.
     fn tell_one(&self) {
-        if self.waiting.load(Ordering::SeqCst) > 0 {
+        if self.has_waiting() {
             self.freed.notify_one();
         }
     }
@@ -207,6 +211,13 @@ impl MemoryBudget {
         let address = self.owner(&mut owners, MemoryOwner::Address(source_of(address)));
         let strangers = self.owner(&mut owners, MemoryOwner::Strangers);
         Arc::new(MemoryAccount::new(self.0.clone(), address, Some(strangers)))
+    }
+
+    /// The account of clients without a valid key whose address is not known.
+    pub fn account_of_strangers(&self) -> Arc<MemoryAccount> {
+        let mut owners = self.0.owners.lock();
+        let strangers = self.owner(&mut owners, MemoryOwner::Strangers);
+        Arc::new(MemoryAccount::new(self.0.clone(), strangers, None))
     }
 
     fn owner(&self, owners: &mut OwnerTable, owner: MemoryOwner) -> Arc<OwnerUse> {

@@ -30,6 +30,8 @@ pub struct Metrics {
     pub held_back: Counter,
     /// Records that retention removed before a subscriber had read them.
     pub skipped: Counter,
+    /// Records that were sent to readers of streams over HTTP.
+    pub stream_records: Counter,
     /// From the moment at which the end of a key was asked for to the last of its connections closed, in seconds.
     pub revocation_seconds: Histogram,
 }
@@ -56,6 +58,7 @@ impl Metrics {
         let bridge_notices = metrics::counter!("headgate_bridge_notices_total");
         let held_back = metrics::counter!("headgate_held_back_total");
         let skipped = metrics::counter!("headgate_subscriber_skipped_total");
+        let stream_records = metrics::counter!("headgate_stream_records_total");
         let revocation_seconds = metrics::histogram!("headgate_revocation_seconds");
         drop(made_here);
         Self {
@@ -69,6 +72,7 @@ impl Metrics {
             bridge_notices,
             held_back,
             skipped,
+            stream_records,
             revocation_seconds,
         }
     }
@@ -105,6 +109,13 @@ impl Metrics {
         metrics::with_local_recorder(&self.recorder, || {
             metrics::counter!("headgate_reserved_names_total", "transport" => transport.as_str())
                 .increment(names);
+        });
+    }
+
+    /// Counts a stream over HTTP that has ended, by why.
+    pub fn count_stream_end(&self, reason: &'static str) {
+        metrics::with_local_recorder(&self.recorder, || {
+            metrics::counter!("headgate_stream_ended_total", "reason" => reason).increment(1);
         });
     }
 
@@ -198,6 +209,17 @@ fn describe_fronts() {
         "MQTT subscribers that have neither taken nor acknowledged anything for mqtt.still_ms, although messages are sent \
          or wait for them"
     );
+    describe_gauge!("headgate_stream_readers", "Streams over HTTP that are open");
+    describe_gauge!(
+        "headgate_stream_readers_still",
+        "Streams over HTTP whose clients take nothing of what they are sent"
+    );
+    describe_counter!("headgate_stream_records_total", "Records that were sent over HTTP streams");
+    describe_counter!(
+        "headgate_stream_ended_total",
+        "Streams over HTTP that have ended, by reason: client_left, key_dead, datasource_deleted, shutting_down, \
+         connection_closes, not_read, log_unreadable"
+    );
     describe_gauge!("headgate_http_strangers", "HTTP connections that have presented no valid key");
     describe_gauge!(
         "headgate_memory_held_bytes",
@@ -226,6 +248,10 @@ fn describe_log_and_consumers() {
     describe_counter!(
         "headgate_log_lost_records_total",
         "Records that are lost to damage of the log and were passed over (log.accept_corruption)"
+    );
+    describe_counter!(
+        "headgate_log_fenced_records_total",
+        "Messages that came into the log of a cluster behind the end of their key, and are no records"
     );
     describe_gauge!("headgate_storage_cursor", "The first offset that is not stored in every sink yet");
     describe_gauge!("headgate_sink_cursor", "The first offset that is not stored in this sink yet");

@@ -4,7 +4,8 @@
 //!
 //! A third one has a single thread of the usual priority, for new clients of those who are in the slow lane: one of them
 //! may have a key, even the one that ends the attack. So they are let in, one after the other, and a crowd of them does
-//! not stand before the tasks of others.
+//! not stand before the tasks of others. Who is known has no place there: a client with a key goes where its tenant is,
+//! and one that was answered without a key is one of the crowd.
 //!
 //! Both belong to the process, as the processors do, and have no threads until somebody needs them.
 

@@ -37,7 +37,12 @@ const BUSY_PERCENT: u64 = 20;
 const SHARED_PERCENT: u64 = 70;
 
 const WINDOWS_PER_S: u64 = 100;
+const WINDOW_NS: u64 = 1_000_000_000 / WINDOWS_PER_S;
 const _: () = assert!(PROCESSOR_WINDOW.as_millis() * WINDOWS_PER_S as u128 == 1_000);
+
+/// The part of the processors, in percent, below which strangers are in nobody's way: who is let in was one before, and a
+/// fleet that connects is no reason to serve it at low priority.
+const STRANGERS_PERCENT: u64 = 2;
 
 /// Of the polls of a tenant that is alone, one in so many is measured, and counts for all.
 const LONE_POLLS_PER_SAMPLE: u32 = 16;
@@ -86,6 +91,8 @@ pub struct TenantTime {
     /// In windows before that, each counting half of the next.
     average_ns: AtomicU64,
     is_active: AtomicBool,
+    /// All clients without a key.
+    are_strangers: bool,
     /// The window in which it was last seen.
     seen_in: AtomicU64,
     /// The window until which its tasks run in the slow lane.
@@ -94,12 +101,13 @@ pub struct TenantTime {
     log_turns: Arc<Semaphore>,
 }
 
-impl Default for TenantTime {
-    fn default() -> Self {
+impl TenantTime {
+    fn new(are_strangers: bool) -> Self {
         Self {
             used_ns: AtomicU64::new(0),
             average_ns: AtomicU64::new(0),
             is_active: AtomicBool::new(false),
+            are_strangers,
             seen_in: AtomicU64::new(0),
             slow_until: AtomicU64::new(0),
             log_turns: Arc::new(Semaphore::new(SLOW_IN_FLIGHT_BYTES_MAX)),
@@ -172,7 +180,7 @@ impl ProcessorTime {
         if tenants.len() == tenants.capacity() {
             tenants.retain(|_, tenant| tenant.strong_count() > 0);
         }
-        let tenant = Arc::new(TenantTime::default());
+        let tenant = Arc::new(TenantTime::new(owner == TimeOwner::Strangers));
         tenants.insert(owner, Arc::downgrade(&tenant));
         tenant
     }
@@ -247,6 +255,13 @@ impl ProcessorTime {
         nth.is_multiple_of(LONE_POLLS_PER_SAMPLE).then_some(LONE_POLLS_PER_SAMPLE)
     }
 
+    /// Whether others may be in the way of a tenant that is active, or it in theirs.
+    fn counts(&self, tenant: &TenantTime) -> bool {
+        let capacity = self.0.processors.saturating_mul(WINDOW_NS);
+        let used = tenant.average_ns.load(Ordering::Relaxed);
+        !tenant.are_strangers || used > capacity / 100 * STRANGERS_PERCENT || self.is_slow(tenant)
+    }
+
     /// Whether nobody but this tenant has used anything lately.
     fn is_alone(&self, tenant: &Arc<TenantTime>) -> bool {
         self.0.active.lock().iter().all(|other| Arc::ptr_eq(other, tenant))
@@ -267,23 +282,22 @@ impl ProcessorTime {
 
     /// Finds out which of the active tenants are over their share.
     fn find_slow(&self, active: &[Arc<TenantTime>]) {
-        self.0.active_count.store(active.len(), Ordering::Relaxed);
+        let counted = || active.iter().filter(|tenant| self.counts(tenant));
+        let mut uses: Vec<u64> = counted().map(|tenant| tenant.average_ns.load(Ordering::Relaxed)).collect();
+        self.0.active_count.store(uses.len(), Ordering::Relaxed);
         #[cfg(test)]
         if self.0.is_set.load(Ordering::Relaxed) {
             return;
         }
-        if active.len() < 2 {
+        if uses.len() < 2 {
             // There is nobody to be in the way of.
             active.iter().for_each(|tenant| tenant.slow_until.store(0, Ordering::Relaxed));
             self.0.slow_until.store(0, Ordering::Relaxed);
             return;
         }
-        let mut uses: Vec<u64> =
-            active.iter().map(|tenant| tenant.average_ns.load(Ordering::Relaxed)).collect();
-        let window_ns = u64::try_from(PROCESSOR_WINDOW.as_nanos()).unwrap_or(u64::MAX);
-        let share = fair_share(&mut uses, self.0.processors.saturating_mul(window_ns));
+        let share = fair_share(&mut uses, self.0.processors.saturating_mul(WINDOW_NS));
         let until = self.0.window.load(Ordering::Relaxed).saturating_add(windows_in(SLOW_LANE_STAY));
-        for tenant in active.iter().filter(|tenant| tenant.average_ns.load(Ordering::Relaxed) > share) {
+        for tenant in counted().filter(|tenant| tenant.average_ns.load(Ordering::Relaxed) > share) {
             tenant.slow_until.store(until, Ordering::Relaxed);
             self.0.slow_until.store(until, Ordering::Relaxed);
         }
@@ -392,6 +406,22 @@ mod tests {
         assert!(time.is_slow(&strangers));
         windows(&time, 70 + stay, windows_in(TENANT_ACTIVE) + 2, &[(&strangers, all)]);
         assert!(!time.is_slow(&strangers), "the other one has gone");
+    }
+
+    /// A fleet that connected put itself in the slow lane.
+    #[test]
+    fn strangers_that_use_little_are_no_reason_for_the_slow_lane_and_those_that_use_much_are_in_it() {
+        let time = ProcessorTime::new();
+        let all = u32::try_from(100 * time.0.processors).expect("few");
+        let strangers = time.of_strangers();
+        let tenant = time.of_owner(TimeOwner::Key(KeyId([1; 6])));
+        windows(&time, 1, 50, &[(&tenant, all)]);
+        windows(&time, 51, 20, &[(&tenant, all), (&strangers, 1)]);
+        assert!(!time.is_slow(&tenant) && !time.is_somebody_slow() && !time.is_contended());
+        windows(&time, 71, 20, &[(&tenant, 10), (&strangers, all)]);
+        assert!(time.is_slow(&strangers) && !time.is_slow(&tenant));
+        windows(&time, 91, 20, &[(&tenant, 10)]);
+        assert!(time.is_slow(&strangers), "bursts do not help");
     }
 
     #[test]

@@ -15,7 +15,7 @@ use tokio_util::task::AbortOnDropHandle;
 use super::lane::{TaskLane, USUAL_RUNTIME};
 use super::{ProcessorTime, TenantTime};
 use crate::limits::NEWCOMER_NS;
-use crate::scheduler::waited;
+use crate::scheduler::{is_lowered, waited};
 
 /// Who pays for a client's tasks: first the strangers, then the tenant of the key that it presents.
 pub struct TaskPayer {
@@ -48,6 +48,24 @@ impl TaskPayer {
         self.pay(Duration::ZERO);
     }
 
+    /// Lets the task that this is called in go on where its tenant's tasks run, now that it is known: a long piece of
+    /// work that comes next would delay newcomers.
+    pub async fn change_lane(&self) {
+        if self.lane() == TaskLane::Slow && !is_lowered() {
+            tokio::task::yield_now().await;
+        }
+    }
+
+    /// Notes that the client was answered without a key: it is no newcomer any more, but one of the crowd.
+    pub fn end_welcome(&self) {
+        self.used_ns.fetch_max(NEWCOMER_NS + 1, Ordering::Relaxed);
+    }
+
+    /// Whether it is not known yet whose it is, and others wait behind it to be let in.
+    pub fn is_newcomer(&self) -> bool {
+        self.lane() == TaskLane::Newcomers
+    }
+
     /// Has the tenant pay for `used`, and for what is nobody's yet.
     fn pay(&self, used: Duration) {
         let used = used + Duration::from_nanos(self.unpaid_ns.swap(0, Ordering::Relaxed));
@@ -64,7 +82,8 @@ impl TaskPayer {
     fn lane(&self) -> TaskLane {
         if !self.time.is_somebody_slow() || !self.time.is_slow(&self.tenant.load()) {
             TaskLane::Usual
-        } else if self.used_ns.load(Ordering::Relaxed) > NEWCOMER_NS {
+        } else if self.is_known.load(Ordering::Relaxed) || self.used_ns.load(Ordering::Relaxed) > NEWCOMER_NS
+        {
             TaskLane::Slow
         } else {
             TaskLane::Newcomers
@@ -216,6 +235,7 @@ pub fn spawn_fairly(payer: &Arc<TaskPayer>, work: impl Future<Output = ()> + Sen
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::message::KeyId;
 
     fn niceness() -> i32 {
         // SAFETY: it takes integers only. 0 is the calling thread on Linux.
@@ -377,7 +397,7 @@ mod tests {
     #[tokio::test]
     async fn a_client_that_presents_its_key_soon_never_was_a_stranger() {
         let time = ProcessorTime::new();
-        let (strangers, tenant) = (time.of_strangers(), Arc::<TenantTime>::default());
+        let (strangers, tenant) = (time.of_strangers(), Arc::new(TenantTime::new(false)));
         for knows_key in [true, false] {
             let payer = TaskPayer::stranger(&time);
             let mut work = std::pin::pin!(std::future::ready(()));
@@ -393,6 +413,32 @@ mod tests {
             assert!(time.is_alone(if knows_key { &tenant } else { &strangers }) == knows_key);
         }
         assert!(!time.is_alone(&tenant), "one has left without a key");
+    }
+
+    /// The first read of a connection with a key of a tenant in the slow lane, of a thousand messages, kept newcomers
+    /// waiting.
+    #[tokio::test]
+    async fn a_client_whose_tenant_is_in_the_slow_lane_is_no_newcomer_once_that_is_known() {
+        let time = ProcessorTime::new();
+        let (strangers, tenant) =
+            (time.of_strangers(), time.of_owner(super::super::TimeOwner::Key(KeyId([1; 6]))));
+        time.slow_down(&strangers);
+        time.slow_down(&tenant);
+        let payer = TaskPayer::stranger(&time);
+        let (to_set, of_tenant) = (payer.clone(), tenant.clone());
+        let task = tokio::spawn(FairTask::new(payer, async move {
+            let before = thread_name();
+            to_set.set(of_tenant);
+            to_set.change_lane().await;
+            (before, thread_name())
+        }));
+        let seen = tokio::time::timeout(Duration::from_secs(20), task).await.expect("it ends");
+        assert_eq!(seen.expect("no panic"), (LANES[0].to_owned(), LANES[1].to_owned()));
+        // One without a key is no newcomer when it was answered.
+        let payer = TaskPayer::stranger(&time);
+        assert!(payer.is_newcomer());
+        payer.end_welcome();
+        assert_eq!(payer.lane(), TaskLane::Slow);
     }
 
     #[tokio::test]

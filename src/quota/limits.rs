@@ -47,11 +47,16 @@ pub enum Limit {
     RetainedBytes,
     /// Of a datasource: keys that are not revoked.
     Keys,
+    /// Of a datasource: for how long a stored record is kept, in seconds since it was received.
+    StoredAgeS,
+    /// Of a datasource: bytes of all stored records, as [`STORED_RECORD_BYTES`](crate::limits::STORED_RECORD_BYTES)
+    /// counts them.
+    StoredBytes,
 }
 
 impl Limit {
     /// All of them, in the order in which they are shown.
-    pub const ALL: [Limit; 13] = [
+    pub const ALL: [Limit; 15] = [
         Limit::MessagesPerS,
         Limit::BytesPerS,
         Limit::Connections,
@@ -65,6 +70,8 @@ impl Limit {
         Limit::RetainedTopics,
         Limit::RetainedBytes,
         Limit::Keys,
+        Limit::StoredAgeS,
+        Limit::StoredBytes,
     ];
 
     /// The name in the API, in metrics and in messages.
@@ -83,6 +90,8 @@ impl Limit {
             Limit::RetainedTopics => "retained_topics",
             Limit::RetainedBytes => "retained_bytes",
             Limit::Keys => "keys",
+            Limit::StoredAgeS => "stored_age_s",
+            Limit::StoredBytes => "stored_bytes",
         }
     }
 
@@ -94,7 +103,9 @@ impl Limit {
             | Limit::BytesPerS
             | Limit::Connections
             | Limit::PayloadBytes
-            | Limit::Topics => None,
+            | Limit::Topics
+            | Limit::StoredAgeS
+            | Limit::StoredBytes => None,
             Limit::Sessions => Some(SESSIONS_PER_TENANT_MAX),
             Limit::Subscriptions => Some(SUBSCRIPTIONS_PER_TENANT_MAX),
             Limit::SubscriptionBytes => Some(SUBSCRIPTION_BYTES_PER_TENANT_MAX),
@@ -109,6 +120,24 @@ impl Limit {
     /// Whether it is an amount per second, so that waiting helps.
     pub fn is_rate(self) -> bool {
         matches!(self, Limit::MessagesPerS | Limit::BytesPerS)
+    }
+
+    /// Whether it says how much of the past is kept, so that nothing is ever over it for long.
+    pub fn is_of_storage(self) -> bool {
+        matches!(self, Limit::StoredAgeS | Limit::StoredBytes)
+    }
+
+    /// Whether keys have none of it.
+    fn is_of_datasources(self) -> bool {
+        self.default_max().is_some() || self.is_of_storage()
+    }
+
+    fn default_policy(self) -> LimitPolicy {
+        match self {
+            _ if self.is_rate() => LimitPolicy::HoldBack,
+            _ if self.is_of_storage() => LimitPolicy::Remove,
+            _ => LimitPolicy::Reject,
+        }
     }
 
     fn max(self) -> u64 {
@@ -130,10 +159,13 @@ pub enum LimitPolicy {
     Reject,
     /// It is kept in quarantine.
     Quarantine,
+    /// Nothing happens to it: the oldest that is stored makes room. Only for what is stored.
+    Remove,
 }
 
 impl LimitPolicy {
-    const ALL: [LimitPolicy; 3] = [LimitPolicy::HoldBack, LimitPolicy::Reject, LimitPolicy::Quarantine];
+    const ALL: [LimitPolicy; 4] =
+        [LimitPolicy::HoldBack, LimitPolicy::Reject, LimitPolicy::Quarantine, LimitPolicy::Remove];
 
     /// The name in the API.
     pub fn name(self) -> &'static str {
@@ -141,12 +173,16 @@ impl LimitPolicy {
             LimitPolicy::HoldBack => "hold_back",
             LimitPolicy::Reject => "reject",
             LimitPolicy::Quarantine => "quarantine",
+            LimitPolicy::Remove => "remove",
         }
     }
 
     /// Checks that it may be set for `limit`. The only place that decides this.
     fn check(self, limit: Limit) -> Result<(), &'static str> {
         match self {
+            LimitPolicy::Remove if limit.is_of_storage() => Ok(()),
+            LimitPolicy::Remove => Err("only stored_age_s and stored_bytes remove what is there"),
+            _ if limit.is_of_storage() => Err("it can only be remove: the oldest that is stored makes room"),
             LimitPolicy::Reject => Ok(()),
             _ if limit.default_max().is_some() => {
                 Err("it can only be reject: there is no message to keep or to wait")
@@ -207,7 +243,7 @@ impl QuotaLimits {
 
     /// The first limit that is set and that only datasources have.
     pub fn first_of_datasources(&self) -> Option<Limit> {
-        Limit::ALL.into_iter().find(|limit| limit.default_max().is_some() && self.get(*limit).is_some())
+        Limit::ALL.into_iter().find(|limit| limit.is_of_datasources() && self.get(*limit).is_some())
     }
 
     /// Whether nothing is limited.
@@ -318,12 +354,11 @@ fn parse_limit_setting(
     let chosen = stated.filter(|s| s.burst != s.max).map(|s| s.burst);
     let burst = number("burst", "/burst", Some(chosen.unwrap_or(max)))?;
     let policy = match members.get("policy") {
-        None => stated
-            .map_or(if limit.is_rate() { LimitPolicy::HoldBack } else { LimitPolicy::Reject }, |s| s.policy),
+        None => stated.map_or(limit.default_policy(), |s| s.policy),
         Some(value) => LimitPolicy::ALL
             .into_iter()
             .find(|policy| value.as_str() == Some(policy.name()))
-            .ok_or_else(|| ("/policy", "it has to be hold_back, reject or quarantine".to_owned()))?,
+            .ok_or_else(|| ("/policy", "it has to be hold_back, reject, quarantine or remove".to_owned()))?,
     };
     policy.check(limit).map_err(|words| ("/policy", words.to_owned()))?;
     Ok(LimitSetting { max, burst, policy })
@@ -355,8 +390,11 @@ mod tests {
             "payload_bytes": 512,
             "topics": LIMIT_TOPICS_MAX,
             "sessions": 3,
+            "stored_age_s": { "max": 86_400, "policy": "remove" },
+            "stored_bytes": 1 << 30,
         }))
         .expect("good");
+        assert_eq!(set.get(Limit::StoredBytes).expect("set").policy, LimitPolicy::Remove);
         assert_eq!(limits(set.to_json()), Ok(set));
         assert_eq!(limits(Value::Null), Ok(QuotaLimits::default()));
     }
@@ -370,6 +408,10 @@ mod tests {
             assert_eq!(max, expected, "{}", limit.name());
         }
         assert_eq!(set.first_of_datasources(), Some(Limit::Sessions));
+        assert_eq!(
+            limits(json!({ "stored_age_s": 3 })).expect("good").first_of_datasources(),
+            Some(Limit::StoredAgeS)
+        );
         assert_eq!(limits(json!({ "topics": 3 })).expect("good").first_of_datasources(), None);
     }
 

@@ -28,6 +28,9 @@ pub(crate) struct SqliteProfile {
     pub(crate) open_lock_wait_max: Duration,
     /// How long each later transaction waits for it.
     pub(crate) lock_wait_max: Duration,
+    /// Whether a new database is made so that its free pages can be given back to the file system in steps. An older
+    /// one stays as it is.
+    pub(crate) gives_pages_back: bool,
     /// Other pragmas with their values.
     pub(crate) pragmas: &'static [(&'static str, i64)],
 }
@@ -40,6 +43,7 @@ impl SqliteProfile {
         is_checked: false,
         open_lock_wait_max: Duration::from_secs(2),
         lock_wait_max: Duration::from_secs(2),
+        gives_pages_back: false,
         pragmas: &[],
     };
 
@@ -135,6 +139,10 @@ impl SqliteProfile {
 
     fn prepare_writing(&self, connection: &Connection) -> rusqlite::Result<()> {
         connection.set_db_config(DbConfig::SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, false)?;
+        if self.gives_pages_back {
+            // It counts before the first page is written, and changes nothing later.
+            connection.pragma_update(None, "auto_vacuum", "INCREMENTAL")?;
+        }
         connection.pragma_update_and_check(None, "journal_mode", "WAL", |_| Ok(()))?;
         connection.pragma_update(None, "synchronous", "FULL")?;
         for (pragma, value) in self.pragmas {

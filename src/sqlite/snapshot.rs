@@ -12,6 +12,8 @@ use super::{SqliteError, SqliteProfile};
 
 /// Pages that are copied at a time: 4 MiB.
 const COPY_STEP_PAGES: i32 = 1024;
+/// The size of SQLite's pages.
+const PAGE_BYTES: usize = 4 << 10;
 /// What the copy keeps in memory, in KiB.
 const COPY_CACHE_KIB: i64 = 8 << 10;
 
@@ -56,12 +58,18 @@ impl SqliteSnapshot {
         Ok(number("page_count")? * number("page_size")?)
     }
 
-    /// Copies it to a new file at `to`, see [`copy_database`].
+    /// Copies it to a new file at `to`, about `step_bytes` in each step, see [`copy_database`].
     ///
     /// # Errors
     /// Those of [`copy_database`].
-    pub(crate) fn copy<E: From<SqliteError>>(&self, to: &Path, step: CopyStep<'_, E>) -> Result<(), E> {
-        copy_database(&self.connection, to, step)
+    pub(crate) fn copy<E: From<SqliteError>>(
+        &self,
+        to: &Path,
+        step_bytes: usize,
+        step: CopyStep<'_, E>,
+    ) -> Result<(), E> {
+        let pages = i32::try_from(step_bytes / PAGE_BYTES).unwrap_or(COPY_STEP_PAGES).max(1);
+        copy_in_steps(&self.connection, to, pages, step)
     }
 }
 
@@ -73,6 +81,15 @@ impl SqliteSnapshot {
 pub(crate) fn copy_database<E: From<SqliteError>>(
     source: &Connection,
     to: &Path,
+    step: CopyStep<'_, E>,
+) -> Result<(), E> {
+    copy_in_steps(source, to, COPY_STEP_PAGES, step)
+}
+
+fn copy_in_steps<E: From<SqliteError>>(
+    source: &Connection,
+    to: &Path,
+    step_pages: i32,
     step: CopyStep<'_, E>,
 ) -> Result<(), E> {
     create_private(to).map_err(|error| SqliteError::failed(to, error.to_string()))?;
@@ -87,7 +104,7 @@ pub(crate) fn copy_database<E: From<SqliteError>>(
     let backup = Backup::new(source, &mut copy).map_err(failed)?;
     let mut left = None;
     loop {
-        let result = backup.step(COPY_STEP_PAGES).map_err(failed)?;
+        let result = backup.step(step_pages).map_err(failed)?;
         let progress = backup.progress();
         let (remaining, all) = (progress.remaining.unsigned_abs(), progress.pagecount.unsigned_abs());
         let pages = left.replace(remaining).unwrap_or(all).saturating_sub(remaining);
@@ -121,7 +138,7 @@ mod tests {
         write(3_000);
         let snapshot = SqliteSnapshot::take(&path, &PROFILE).expect("taken").expect("there");
         let (mut steps, mut bytes) = (0, 0);
-        let copied: Result<(), SqliteError> = snapshot.copy(&to, &mut |step| {
+        let copied: Result<(), SqliteError> = snapshot.copy(&to, 4 << 20, &mut |step| {
             (steps, bytes) = (steps + 1, bytes + step);
             write(100);
             Ok(())

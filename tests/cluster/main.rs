@@ -4,8 +4,13 @@
 #[path = "../common/mod.rs"]
 mod common;
 
+mod clock;
 mod faults;
+mod fences;
 mod log;
+mod postgres;
 mod registry;
 mod run;
 mod sessions;
+mod settings;
+mod stream;

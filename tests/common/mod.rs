@@ -8,12 +8,14 @@
 #![allow(dead_code, unreachable_pub, reason = "every test binary holds all of this and uses a part")]
 
 pub mod cluster;
+pub mod events;
 pub mod kept;
 pub mod load;
 pub mod members;
 pub mod memory;
 pub mod nats;
 pub mod openapi;
+pub mod postgres;
 pub mod servers;
 pub mod steady;
 pub mod threads;
@@ -85,6 +87,30 @@ impl Setup {
         let name = format!("HEADGATE_{}", key.to_uppercase().replace('.', "__"));
         self.env.insert(name, value.to_string());
         self
+    }
+
+    /// Has a cluster take these settings over, which no start does. Without a cluster there is nothing to do.
+    pub fn change_cluster(self) -> Self {
+        if self.env.get("HEADGATE_LOG__BACKEND").is_some_and(|backend| backend == "jetstream") {
+            let output = self.run(&["cluster", "change", "--yes"]);
+            assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        }
+        self
+    }
+
+    /// With a variable of the environment that is no setting.
+    pub fn with_env(mut self, name: &str, value: &str) -> Self {
+        self.env.insert(name.to_owned(), value.to_owned());
+        self
+    }
+
+    /// Another command of Headgate with these settings, to its end.
+    pub fn run(&self, arguments: &[&str]) -> Output {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_headgate"));
+        for (name, _) in std::env::vars().filter(|(name, _)| name.starts_with("HEADGATE_")) {
+            command.env_remove(name);
+        }
+        command.envs(&self.env).args(arguments).stdin(Stdio::null()).output().expect("headgate runs")
     }
 
     /// With no more open files than this, whatever the gateway asks for.

@@ -102,6 +102,11 @@ impl Servers {
         })
     }
 
+    /// The process id of one.
+    pub fn pid(&self, server: usize) -> u32 {
+        self.servers[server].child.as_ref().expect("it is running").id()
+    }
+
     /// SIGKILL to one, for a while, and back.
     pub fn kill(&mut self, server: usize) {
         self.servers[server].kill();

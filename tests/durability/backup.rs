@@ -53,7 +53,11 @@ fn restored(backup: &Path, data_dir: &Path) -> String {
 
 /// Begins a backup. It has to begin.
 fn begin(gateway: &Gateway, dir: &Path) {
-    let answer = gateway.post("/v1/backup", &gateway.admin_key(), &json!({ "dir": dir }));
+    begin_at(gateway, dir, true);
+}
+
+fn begin_at(gateway: &Gateway, dir: &Path, is_fast: bool) {
+    let answer = gateway.post("/v1/backup", &gateway.admin_key(), &json!({ "dir": dir, "fast": is_fast }));
     assert_eq!(answer.status, 202, "{}", answer.text());
 }
 
@@ -70,6 +74,14 @@ fn ended(gateway: &Gateway) -> Value {
 /// A backup that has to be made.
 fn made(gateway: &Gateway, dir: &Path) -> Value {
     begin(gateway, dir);
+    let backup = ended(gateway);
+    assert_eq!(backup["state"], "done", "{backup}");
+    backup
+}
+
+/// As [`made`], with rests between its pieces.
+fn made_paced(gateway: &Gateway, dir: &Path) -> Value {
+    begin_at(gateway, dir, false);
     let backup = ended(gateway);
     assert_eq!(backup["state"], "done", "{backup}");
     backup
@@ -352,7 +364,7 @@ fn what_was_set_aside_is_in_the_backup_and_so_is_every_secret_at_its_owners_alon
     let gateway = Setup::embedded_on(dir.path()).start();
     gateway.settle();
     let [lost] = &aside(dir.path(), "records")[..] else { panic!("one is set aside") };
-    made(&gateway, &to);
+    made_paced(&gateway, &to);
     let data = scratch();
     restored(&to, data.path());
     let again = data.path().join(lost.file_name().expect("a name"));
@@ -513,7 +525,7 @@ fn the_log_writes_no_file_over_that_a_backup_has() {
     };
     publish(15);
     gateway.settle();
-    let backup = made(&gateway, &backups.path().join("b"));
+    let backup = made_paced(&gateway, &backups.path().join("b"));
     assert!(backup["linked_bytes"].as_u64().expect("a number") > SEGMENT_BYTES / 2, "{backup}");
     let log = backups.path().join("b/log");
     let files = |what: &str| -> Vec<(String, u64, Vec<u8>)> {

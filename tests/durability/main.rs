@@ -13,4 +13,5 @@ mod faults;
 mod lake;
 mod log;
 mod once;
+mod postgres;
 mod stores;

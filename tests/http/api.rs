@@ -566,7 +566,9 @@ fn stored_records_come_in_pages_and_by_filter() {
 
     for (query, names) in [
         ("limit=0", "limit"),
-        ("limit=10001", "10000"),
+        ("order=newest&after_offset=1", "cursor"),
+        ("order=up", "order"),
+        ("format=xml", "format"),
         ("limit=x", "limit"),
         ("from=yesterday", "from"),
         ("topci=a", "topci"),

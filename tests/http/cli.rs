@@ -5,6 +5,7 @@ use std::path::Path;
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
+use crate::common::cluster::first_offset;
 use crate::common::{Gateway, scratch, wait_for};
 use serde_json::Value;
 
@@ -19,7 +20,7 @@ fn headgate(args: &[&str]) -> Command {
 }
 
 /// The command against a gateway of this test, with the admin key of its data directory.
-fn to(gateway: &Gateway, args: &[&str]) -> Command {
+pub fn to(gateway: &Gateway, args: &[&str]) -> Command {
     let mut command = headgate(args);
     command.env("HEADGATE_URL", format!("http://{}", gateway.http)).env("HEADGATE_DATA_DIR", gateway.dir());
     command
@@ -39,14 +40,14 @@ fn run(command: &mut Command) -> Output {
 }
 
 /// What a command that has to succeed prints.
-fn prints(command: &mut Command) -> String {
+pub fn prints(command: &mut Command) -> String {
     let output = run(command);
     assert_eq!(output.status.code(), Some(0), "{command:?}: {}", String::from_utf8_lossy(&output.stderr));
     String::from_utf8(output.stdout).expect("text")
 }
 
 /// What a command that has to fail says: one line, and nothing on standard output.
-fn fails(command: &mut Command) -> String {
+pub fn fails(command: &mut Command) -> String {
     let output = run(command);
     assert_eq!(output.status.code(), Some(1), "{command:?}: {}", String::from_utf8_lossy(&output.stdout));
     assert_eq!(String::from_utf8_lossy(&output.stdout), "", "{command:?}");
@@ -210,7 +211,7 @@ fn publish_sends_lines_of_standard_input_and_of_a_file() {
 }
 
 #[test]
-fn records_follows_pages_to_its_limit_and_takes_filters() {
+fn records_come_up_to_a_limit_or_all_in_either_order_and_by_filter() {
     let dir = scratch();
     let gateway = Gateway::start(dir.path());
     let source = gateway.create("press-4");
@@ -228,6 +229,22 @@ fn records_follows_pages_to_its_limit_and_takes_filters() {
     assert_eq!(count(&["--limit", "2400"]), 2_400);
     assert_eq!(count(&["--limit", "100000"]), 2_501);
     assert_eq!(count(&["--limit", "100000", "--topic", "a/#"]), 2_500);
+    assert_eq!(count(&["--all"]), 2_501);
+    assert_eq!(count(&["--all", "--to-offset", "7", "--from-offset", "2"]), 5);
+    let shown = |args: &[&str]| {
+        let args = [&["records", "press-4", "--order", "newest", "--limit", "2"], args].concat();
+        prints(&mut to(&gateway, &args))
+    };
+    let newest = shown(&["--format", "ndjson"]);
+    let offsets: Vec<u64> = newest
+        .lines()
+        .map(|line| serde_json::from_str::<Value>(line).expect("JSON")["offset"].as_u64().expect("a number"))
+        .collect();
+    assert_eq!(offsets, [2_500, 2_499].map(|offset| offset + first_offset()), "{newest}");
+    let further = shown(&["--format", "csv", "--cursor", &offsets[1].to_string(), "--topic", "a/b"]);
+    let further: Vec<&str> = further.lines().skip(1).filter_map(|line| line.split(',').nth(3)).collect();
+    assert_eq!(further, ["2498", "2497"]);
+    assert!(shown(&[]).contains("last"), "a table");
     assert_eq!(count(&["--from", "2100-01-01T00:00:00Z"]), 0);
     assert_eq!(count(&["--to", "2100-01-01T00:00:00Z", "--limit", "5"]), 5);
     let said = fails(&mut to(&gateway, &["records", "press-4", "--format", "json", "--from", "yesterday"]));

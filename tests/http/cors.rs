@@ -39,6 +39,7 @@ fn a_page_of_a_configured_origin_may_post_and_read() {
         ("/v1/ingest/press-4/spindle/temp", "POST"),
         (RECORDS, "GET"),
         ("/v1/datasources/press-4/latest", "GET"),
+        ("/v1/datasources/press-4/stream", "GET"),
         ("/v1/datasources/press-4/schema", "GET"),
     ] {
         for origin in [PAGE, "http://localhost:3000"] {
@@ -47,7 +48,7 @@ fn a_page_of_a_configured_origin_may_post_and_read() {
             assert_eq!(answer.headers["access-control-allow-methods"], method);
             let names = &answer.headers["access-control-allow-headers"];
             assert!(
-                ["authorization", "x-api-key", "content-type", "idempotency-key"]
+                ["authorization", "x-api-key", "content-type", "idempotency-key", "last-event-id"]
                     .iter()
                     .all(|n| names.contains(n))
             );

@@ -165,7 +165,7 @@ fn answers_that_nobody_reads_are_bounded_for_every_get() {
 }
 
 /// HTTP/2 frames by hand (RFC 9113).
-mod h2 {
+pub mod h2 {
     pub const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 
     pub fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
@@ -179,6 +179,15 @@ mod h2 {
     /// SETTINGS with a window of 0 for every stream.
     pub fn no_window() -> Vec<u8> {
         frame(0x4, 0, 0, &[0, 4, 0, 0, 0, 0])
+    }
+
+    /// `GET path` with a key.
+    pub fn get_with(stream: u32, path: &str, key: &str) -> Vec<u8> {
+        let mut block = vec![0x82, 0x86, 0x41, 1, b'h', 0x04, u8::try_from(path.len()).expect("short")];
+        block.extend_from_slice(path.as_bytes());
+        block.extend_from_slice(&[0x0f, 0x08, u8::try_from(key.len()).expect("short")]);
+        block.extend_from_slice(key.as_bytes());
+        frame(0x1, 0x5, stream, &block)
     }
 
     /// `GET path` without a key.

@@ -329,6 +329,54 @@ fn a_request_without_a_host_or_with_two_is_malformed() {
     assert!(refusals["refusals"][0]["count"].as_u64() >= Some(2), "{refusals}");
 }
 
+/// The answer to a request, without what differs from one to the next.
+fn answered(addr: SocketAddr, path: &str, headers: &[&str], body: &str) -> String {
+    let mut wire = Wire::open(addr);
+    wire.head("POST", path, &[headers, &[&format!("Content-Length: {}", body.len())]].concat());
+    wire.send(body);
+    let answer = wire.answer();
+    let (head, body) = answer.split_once("\r\n\r\n").expect("a header");
+    let head = head.lines().filter(|line| !line.starts_with("date:") && !line.starts_with("content-length:"));
+    let body: String = body.chars().map(|c| if c.is_ascii_digit() { '0' } else { c }).collect();
+    [head.collect::<Vec<_>>().join("\n"), body.replace("00", "0")].join("\n")
+}
+
+/// A path with nothing to decode does not pass through the router.
+#[test]
+fn a_request_for_ingest_is_answered_alike_with_and_without_the_router() {
+    let dir = scratch();
+    let origin = "http://page.example";
+    let gateway = Setup::on(dir.path()).set("http.cors_origins", format!("[\"{origin}\"]")).start();
+    let (key, json) = (with_key(&gateway.create("press-4").key), "Content-Type: application/json");
+    let page = format!("Origin: {origin}");
+    let routed = |path: &str| path.replace("press-4", "pres%73-4").replace("saw", "s%61w");
+    let requests: [(&str, &[&str], &str); 10] = [
+        ("200", &[&key, json], "{}"),
+        ("200", &[&key, json, &page], "[1,2]"),
+        ("400", &[&key, json], "{"),
+        ("400", &[&key, json, "Host: other"], "{}"),
+        ("400", &[&key, json, "Idempotency-Key: a", "Idempotency-Key: b"], "{}"),
+        ("415", &[&key, json, "Content-Encoding: br"], "{}"),
+        ("401", &[json], "{}"),
+        ("401", &[json, "X-API-Key: nonsense", &page], "{}"),
+        ("401", &[&key, json, "X-API-Key: nonsense"], "{}"),
+        ("200", &[&key, json, "Connection: close"], "{}"),
+    ];
+    for path in ["/v1/ingest/press-4", "/v1/ingest/press-4/a/b"] {
+        for (status, headers, body) in requests {
+            let direct = answered(gateway.http, path, headers, body);
+            assert!(direct.starts_with(&format!("HTTP/1.1 {status} ")), "{headers:?} {direct}");
+            let by_router = answered(gateway.http, &routed(path), headers, body);
+            assert_eq!(direct, by_router, "{path} {headers:?}");
+        }
+    }
+    for path in ["/v1/ingest/saw", "/v1/ingest/press-4?key=x", "/v1/ingest/press-4/a?b=hgk_secret"] {
+        let direct = answered(gateway.http, path, &[&key, json], "{}");
+        assert!(direct.starts_with("HTTP/1.1 4"), "{path} {direct}");
+        assert_eq!(direct, answered(gateway.http, &routed(path), &[&key, json], "{}"), "{path}");
+    }
+}
+
 /// It was 404.
 #[test]
 fn a_slash_behind_the_datasource_names_no_topic() {

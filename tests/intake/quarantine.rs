@@ -183,7 +183,7 @@ fn a_redrive_is_once_across_kills_and_beyond_the_window_of_message_ids() {
     assert_eq!(redrive(&gateway, "press-4", &json!({}))["redriven"], 3);
     gateway.kill();
     // A window of a second, which is over when the records are stored and it has been waited for.
-    let gateway = Setup::on(dir.path()).set("intake.dedup_window_s", 1).start();
+    let gateway = Setup::on(dir.path()).set("intake.dedup_window_s", 1).change_cluster().start();
     gateway.settle();
     let began = std::time::Instant::now();
     wait_for("the window to be over", || (began.elapsed().as_millis() > 1_500).then_some(()));
@@ -191,6 +191,34 @@ fn a_redrive_is_once_across_kills_and_beyond_the_window_of_message_ids() {
     assert_eq!((&answer["redriven"], &answer["failing"]), (&json!(0), &json!(0)), "{answer}");
     gateway.settle();
     assert_eq!(gateway.records("press-4").len(), 6);
+}
+
+/// The first redrive is not known to storage yet when the next one reads what is in quarantine, and its id is forgotten
+/// when that comes to the log.
+#[test]
+fn redrives_at_the_same_time_let_each_message_in_once_also_when_its_id_is_forgotten() {
+    const MESSAGES: usize = 300;
+    let dir = scratch();
+    let gateway = Setup::on(dir.path()).set("intake.dedup_ids_max", 1).start();
+    let source = gateway.create("press-4");
+    put_schema(&gateway, "press-4", &json!({"type": "number"}));
+    for n in 0..MESSAGES {
+        let body = format!("\"{n}\"");
+        let headers = [("content-type", "application/json")];
+        let answer = gateway.request("POST", "/v1/ingest/press-4", &source.key, &headers, body.as_bytes());
+        assert_eq!(answer.status, 422, "{}", answer.text());
+    }
+    put_schema(&gateway, "press-4", &json!({"type": ["number", "string"]}));
+    let redriven: u64 = std::thread::scope(|scope| {
+        let all: Vec<_> = (0..6).map(|_| scope.spawn(|| redrive(&gateway, "press-4", &json!({})))).collect();
+        all.into_iter().map(|one| one.join().expect("no panic")["redriven"].as_u64().expect("a number")).sum()
+    });
+    gateway.settle();
+    let mut records = payloads(&gateway.records("press-4"));
+    assert_eq!(redriven, MESSAGES as u64);
+    records.sort_unstable();
+    records.dedup();
+    assert_eq!((records.len(), gateway.records("press-4").len()), (MESSAGES, MESSAGES));
 }
 
 /// A sender repeats what it has no answer to. The repetition is not kept beside the first one, so that no redrive
@@ -240,7 +268,7 @@ fn a_repeated_message_is_in_quarantine_once_and_comes_out_once() {
     assert_eq!((&all["redriven"], &all["duplicates"]), (&json!(3), &json!(1)), "{all}");
     assert_eq!(by_http("h", "t", "\"h\"").json()["duplicate"], true);
     gateway.kill();
-    let gateway = Setup::on(dir.path()).set("intake.dedup_window_s", 1).start();
+    let gateway = Setup::on(dir.path()).set("intake.dedup_window_s", 1).change_cluster().start();
     gateway.settle();
     let began = std::time::Instant::now();
     wait_for("the window to be over", || (began.elapsed().as_millis() > 1_500).then_some(()));
@@ -273,7 +301,7 @@ fn a_message_that_was_corrected_is_not_let_in_by_a_later_redrive() {
     assert_eq!(held.len(), 1, "the mark is no message: {held:?}");
     assert_eq!(held[0]["redriven_offset"], records[0]["offset"]);
     gateway.kill();
-    let gateway = Setup::on(dir.path()).set("intake.dedup_window_s", 1).start();
+    let gateway = Setup::on(dir.path()).set("intake.dedup_window_s", 1).change_cluster().start();
     gateway.settle();
     let began = std::time::Instant::now();
     wait_for("the window to be over", || (began.elapsed().as_millis() > 2_500).then_some(()));

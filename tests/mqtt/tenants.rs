@@ -202,6 +202,44 @@ fn subscribers_that_do_not_read_cost_a_bounded_memory_however_many_they_are() {
     ResidentMemory::of(&gateway).assert_bounded("subscribers that read again");
 }
 
+/// Clients that read nothing kept the room for output for 30 s, and the memory of their key: nobody else of their
+/// datasource was sent anything meanwhile, nor read from.
+#[test]
+fn clients_that_do_not_read_leave_deliveries_and_acks_to_others_of_their_datasource() {
+    for payload_bytes in [40_000, 900_000] {
+        let dir = scratch();
+        let gateway = Gateway::start(dir.path());
+        let source = gateway.create_open("press-4");
+        let deaf: Vec<Wire> = (0..200)
+            .map(|_| {
+                let mut wire = Wire::login(gateway.mqtt, V5, &source.key);
+                assert_eq!(granted(&mut wire, &["#"]), [1]);
+                wire
+            })
+            .collect();
+        let payload = vec![b'x'; payload_bytes];
+        let mut writer = Wire::login(gateway.mqtt, V5, &source.key);
+        let fills = u16::try_from(6_000_000 / payload_bytes).expect("few");
+        for id in 1..=fills {
+            assert_eq!(writer.publish(V5, id, "spindle", &payload), 0);
+        }
+        let mut reader = Wire::login(gateway.mqtt, V5, &source.key);
+        assert_eq!(granted(&mut reader, &["last/#"]), [1]);
+        let began = Instant::now();
+        for n in 0..10 {
+            assert_eq!(writer.publish(V5, 1_000 + n, "last/words", &payload), 0);
+            match reader.next_within(Duration::from_secs(15)) {
+                Next::Packet(frame) if frame.kind() == PUBLISH => {
+                    assert_eq!(Message::read(V5, &frame).payload.len(), payload_bytes);
+                }
+                other => panic!("{payload_bytes} bytes, delivery {n}: {other:?}"),
+            }
+        }
+        assert!(began.elapsed() < Duration::from_secs(20), "{payload_bytes} bytes: {:?}", began.elapsed());
+        drop(deaf);
+    }
+}
+
 #[test]
 fn searches_of_the_log_leave_others_the_threads_and_end_with_their_clients() {
     let dir = scratch();

@@ -16,7 +16,7 @@ use async_nats::{Client, HeaderMap, Message};
 use bytes::Bytes;
 use futures_util::StreamExt;
 use headgate_bridge_nats::ingress::{self, Ingress};
-use headgate_bridge_nats::inlet::{Inlet, InletRefusal, InletVerdict, InletVerdicts, Parcel};
+use headgate_bridge_nats::inlet::{Inlet, InletRefusal, InletVerdict, InletVerdicts, Parcel, ParcelOverflow};
 use serde_json::{Value, json};
 
 const SUBJECT: &str = "ingest.press-4.spindle.temp";
@@ -551,7 +551,7 @@ impl Inlet for Lock {
         })
     }
 
-    fn overflow(&self, _: &Parcel) -> InletVerdict {
+    fn overflow(&self, _: &Parcel, _: ParcelOverflow) -> InletVerdict {
         let (text, body) = ("too many".to_owned(), b"{}".to_vec());
         InletVerdict::Refused(Box::new(InletRefusal { code: 503, text, body, retry_after: None }))
     }

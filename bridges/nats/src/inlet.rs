@@ -182,6 +182,24 @@ pub struct InletRefusal {
 /// Resolves to one verdict for each message of a batch, in their order.
 pub type InletVerdicts = Pin<Box<dyn Future<Output = Vec<InletVerdict>> + Send>>;
 
+/// Memory that the waiting messages of one lane are counted against, for as long as it exists.
+pub trait LaneMemory: Send {
+    /// Counts `bytes`, more or fewer than before. `false` if there is no room for so many: nothing changes then.
+    fn try_hold(&mut self, bytes: usize) -> bool;
+}
+
+/// What there is no room in for a message.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ParcelOverflow {
+    /// What may wait, of its lane or of all.
+    Waiting,
+    /// The memory that its lane is counted against.
+    Memory {
+        /// How many bytes it takes.
+        bytes: usize,
+    },
+}
+
 /// Admits messages.
 pub trait Inlet: Send + Sync + 'static {
     /// The lane of a message: a number of its sender's own. Messages of one lane keep their order, and a lane in which
@@ -199,8 +217,14 @@ pub trait Inlet: Send + Sync + 'static {
     /// batch follows them; the returned future gives the verdicts later.
     fn deliver(&self, parcels: Vec<Parcel>) -> impl Future<Output = InletVerdicts> + Send;
 
+    /// What the waiting messages of this one's lane are counted against, if anything: asked when the first begins to wait.
+    fn memory(&self, parcel: &Parcel) -> Option<Box<dyn LaneMemory>> {
+        let _ = parcel;
+        None
+    }
+
     /// The verdict on a message for which there is no room: NATS has no way to make a publisher wait.
-    fn overflow(&self, parcel: &Parcel) -> InletVerdict;
+    fn overflow(&self, parcel: &Parcel, full: ParcelOverflow) -> InletVerdict;
 }
 
 /// Encodes verdicts as JetStream encodes its answers.

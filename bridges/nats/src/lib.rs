@@ -17,4 +17,4 @@ pub use connection::{Nats, NatsCredentials, NatsError, NatsSettings};
 pub use kv::{KvBucket, KvBucketSettings, KvError, KvWrites};
 pub use outlet::{Outlet, OutletError, OutletPosition};
 pub use presence::Presence;
-pub use stream::{JetstreamStream, StreamError};
+pub use stream::{JetstreamStream, ManagedStream, SettingDifference, StreamError};

@@ -18,7 +18,8 @@
 //! step, in one transaction.
 //!
 //! ```sql
-//! datasources (id TEXT, name TEXT, created_at INTEGER, limits TEXT, schemas TEXT, incarnation INTEGER)
+//! datasources (id TEXT, name TEXT, created_at INTEGER, limits TEXT, schemas TEXT, incarnation INTEGER,
+//!              event_time TEXT)
 //! keys        (digest BLOB, datasource TEXT, scopes TEXT, label TEXT,
 //!              created_at INTEGER, expires_at INTEGER, revoked_at INTEGER, ended TEXT,
 //!              replaces TEXT, replaced_by TEXT, grace_ends_at INTEGER, limits TEXT, incarnation INTEGER)
@@ -34,7 +35,8 @@
 //! datasource of a key for all of them is `*`. A key id is the first 6 bytes of the digest, which is
 //! the primary key, so an id is found by a range search; other columns hold ids as 12 hex characters. A
 //! revoked key's row stays: its id is in the records written under it, and is never given to another
-//! key. `ended` is one word that says why a key ended. `limits`, `schemas`, `users` and `what` are JSON.
+//! key. `ended` is one word that says why a key ended. `limits`, `schemas`, `event_time`, `users` and
+//! `what` are JSON.
 //! `leaks` has every rule about the records of a leaked key that was ever made, see
 //! [`LeakRow`](super::leak_rules::LeakRow), and `incarnations` what has happened to the incarnations of datasources,
 //! see [`IncarnationRow`](super::incarnations::IncarnationRow); both share their versions, which count from 1, and
@@ -62,7 +64,7 @@ pub(super) const REGISTRY_DATABASE: SqliteProfile = SqliteProfile {
 };
 
 /// One migration from each version to the next; the first starts from an empty file.
-const REGISTRY_MIGRATIONS: [&str; 4] = [
+const REGISTRY_MIGRATIONS: [&str; 5] = [
     "CREATE TABLE datasources (
         id         TEXT PRIMARY KEY,
         name       TEXT NOT NULL,
@@ -126,6 +128,7 @@ const REGISTRY_MIGRATIONS: [&str; 4] = [
         at           INTEGER NOT NULL
     ) STRICT;
     CREATE INDEX incarnations_of_datasource ON incarnations (datasource, incarnation);",
+    "ALTER TABLE datasources ADD COLUMN event_time TEXT;",
 ];
 
 /// The open database. The registry serialises all changes.
@@ -274,14 +277,14 @@ mod tests {
     fn a_newer_format_is_refused_and_left_alone() {
         let dir = tempfile::tempdir().expect("temporary directory");
         drop(RegistryDatabase::open(dir.path()).expect("opens"));
-        written_by_hand(dir.path(), "PRAGMA user_version = 5");
+        written_by_hand(dir.path(), "PRAGMA user_version = 6");
         let error = RegistryDatabase::open(dir.path()).err().expect("newer");
         assert!(
-            matches!(error, RegistryError::Database(SqliteError::Newer { version: 5, known: 4, .. })),
+            matches!(error, RegistryError::Database(SqliteError::Newer { version: 6, known: 5, .. })),
             "{error}"
         );
         let connection = Connection::open(dir.path().join("registry.db")).expect("opens");
-        assert_eq!(version(&connection), 5);
+        assert_eq!(version(&connection), 6);
     }
 
     fn version(connection: &Connection) -> i64 {

@@ -16,6 +16,8 @@ pub struct Datasource {
     pub limits: JsonSetting,
     /// The schemas that its messages must match.
     pub schemas: JsonSetting,
+    /// Where the event time of its messages is.
+    pub event_time: JsonSetting,
     /// Which of the datasources that had this id it is.
     pub incarnation: Incarnation,
     /// Ends when it is deleted. What a key for all datasources sends to it is not appended after that.

@@ -36,13 +36,22 @@ pub struct NewDatasource<'a> {
     pub limits: Option<&'a str>,
     /// The schemas that its messages must match, a JSON text.
     pub schemas: Option<&'a str>,
+    /// Where the event time of its messages is, a JSON text.
+    pub event_time: Option<&'a str>,
+}
+
+/// The settings of a new datasource, each a JSON text.
+pub(super) struct NewDatasourceSettings<'a> {
+    pub(super) limits: Option<&'a str>,
+    pub(super) schemas: Option<&'a str>,
+    pub(super) event_time: Option<&'a str>,
 }
 
 /// What a change has noted about incarnations, each with the version that it has then.
 type NotedIncarnations = Vec<(u64, IncarnationRow)>;
 
 impl Registry {
-    /// Creates a datasource without limits and schemas, as [`Registry::create_datasource_with`].
+    /// Creates a datasource without settings, as [`Registry::create_datasource_with`].
     ///
     /// # Errors
     /// Those of [`Registry::create_datasource_with`].
@@ -54,7 +63,8 @@ impl Registry {
         name: &str,
         scopes: Scopes,
     ) -> Result<(Arc<Datasource>, Arc<Key>, ApiKey), RegistryError> {
-        self.create_datasource_with(actor, &NewDatasource { id, name, scopes, limits: None, schemas: None })
+        let (limits, schemas, event_time) = (None, None, None);
+        self.create_datasource_with(actor, &NewDatasource { id, name, scopes, limits, schemas, event_time })
     }
 
     /// Creates a datasource with its settings, and its first key. All of it is one change, which is durable on
@@ -75,7 +85,9 @@ impl Registry {
         }
         let scopes = new.scopes;
         let mut what = json!({ "name": name, "scopes": scopes });
-        for (setting, text) in [("limits", new.limits), ("schemas", new.schemas)] {
+        for (setting, text) in
+            [("limits", new.limits), ("schemas", new.schemas), ("event_time", new.event_time)]
+        {
             if text.is_some() {
                 what[setting] = setting_as_json(text);
             }
@@ -100,7 +112,9 @@ impl Registry {
         let first = NewKey { datasource: &id, label: "", scopes: new.scopes, expires_at: None, limits: None };
         let (key, secret) = generate_key(database, &first)?;
         let change = database.begin()?;
-        let (datasource, noted) = self.insert_new(&change, id, name, (new.limits, new.schemas))?;
+        let NewDatasource { limits, schemas, event_time, .. } = *new;
+        let settings = NewDatasourceSettings { limits, schemas, event_time };
+        let (datasource, noted) = self.insert_new(&change, id, name, &settings)?;
         change.insert_key(&key, &secret.digest())?;
         change.audit(actor, &AuditEvent::of_key("datasource.created", &key, what))?;
         change.commit()?;
@@ -109,22 +123,23 @@ impl Registry {
         Ok((datasource, key, secret))
     }
 
-    /// Inserts a datasource in a change, with its limits and schemas, as the next incarnation of its id. Once that is
+    /// Inserts a datasource in a change, with its settings, as the next incarnation of its id. Once that is
     /// committed, [`Registry::show_new`] lets it in.
     pub(super) fn insert_new(
         &self,
         change: &RegistryTransaction<'_>,
         id: DatasourceId,
         name: &str,
-        (limits, schemas): (Option<&str>, Option<&str>),
+        settings: &NewDatasourceSettings<'_>,
     ) -> Result<(Datasource, NotedIncarnations), RegistryError> {
         let (incarnation, noted) = self.begin_new_incarnation(change, &id)?;
         let datasource = Datasource {
             id,
             name: name.into(),
             created_at: now_micros(),
-            limits: JsonSetting::new(limits),
-            schemas: JsonSetting::new(schemas),
+            limits: JsonSetting::new(settings.limits),
+            schemas: JsonSetting::new(settings.schemas),
+            event_time: JsonSetting::new(settings.event_time),
             incarnation,
             lease: Lease::new(),
         };
@@ -217,6 +232,30 @@ impl Registry {
             change.audit(actor, &act)?;
             change.commit()?;
             datasource.limits.set(limits);
+            Ok(())
+        })
+    }
+
+    /// Sets where the event time of a datasource's messages is, a JSON text that the caller has validated; `None` for
+    /// nowhere. It counts for what comes in once this returns; what is in the log keeps what it has.
+    ///
+    /// # Errors
+    /// [`RegistryError::NoDatasource`]; [`RegistryError::Database`] if it cannot be made durable.
+    pub fn set_datasource_event_time(
+        &self,
+        actor: &Actor,
+        id: &DatasourceId,
+        event_time: Option<&str>,
+    ) -> Result<(), RegistryError> {
+        let what = json!({ "event_time": setting_as_json(event_time) });
+        let act = AuditEvent::of_datasource("datasource.event_time_changed", id, &what);
+        self.make_change(|database| {
+            let datasource = self.existing_datasource(id)?;
+            let change = database.begin()?;
+            change.set_datasource_event_time(id, event_time)?;
+            change.audit(actor, &act)?;
+            change.commit()?;
+            datasource.event_time.set(event_time);
             Ok(())
         })
     }
@@ -316,7 +355,14 @@ mod tests {
 
     fn new_datasource(name: &str) -> NewDatasource<'_> {
         let scopes = Scopes::from_slice(&[Scope::Ingest]);
-        NewDatasource { id: None, name, scopes, limits: Some(LIMITS), schemas: Some(SCHEMAS) }
+        NewDatasource {
+            id: None,
+            name,
+            scopes,
+            limits: Some(LIMITS),
+            schemas: Some(SCHEMAS),
+            event_time: None,
+        }
     }
 
     fn new_key(datasource: &DatasourceId) -> NewKey<'_> {

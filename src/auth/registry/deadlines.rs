@@ -3,7 +3,7 @@
 //!
 //! Deadlines are wall clock times, and the clock may be set. So the task that waits for them ([`run`])
 //! checks the clock at least once a second, and a key that has ended stays ended even if the clock goes
-//! back. In a cluster each node ends keys by its own clock, and the first one records it for all.
+//! back. In a cluster each node ends keys by the clock of the servers, and the first one records it for all.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -17,7 +17,8 @@ use super::key::Key;
 use super::key_ends::KeyEnd;
 use super::transaction::KeyEndReason;
 use crate::auth::connections::CloseReason;
-use crate::message::{TimeMicros, now_micros};
+use crate::message::TimeMicros;
+use crate::time::cluster_micros;
 
 /// How often the clock is checked.
 const DEADLINE_CHECK_INTERVAL: Duration = Duration::from_secs(1);
@@ -33,7 +34,7 @@ impl Registry {
     /// connections are told to close, whatever the disk says; in a cluster the lease of a key whose grace is over
     /// ends only when that is durable. Returns the keys, whose connections the caller waits for.
     fn end_due(&self) -> Vec<Arc<Key>> {
-        let now = now_micros();
+        let now = cluster_micros();
         let due: Vec<_> = {
             let deadlines = self.live.deadlines.lock();
             deadlines.iter().take_while(|(at, ..)| *at <= now).cloned().collect()
@@ -84,7 +85,7 @@ where
     let mut settling = JoinSet::new();
     loop {
         let (for_change, started) = (Arc::clone(&registry), Instant::now());
-        let is_due = registry.next_deadline().is_some_and(|at| at <= now_micros());
+        let is_due = registry.next_deadline().is_some_and(|at| at <= cluster_micros());
         let mut wait = DEADLINE_CHECK_INTERVAL;
         if is_due {
             match tokio::task::spawn_blocking(move || for_change.end_due()).await {
@@ -95,7 +96,7 @@ where
         }
         while settling.try_join_next().is_some() {}
         if let Some(at) = registry.next_deadline() {
-            let left = u64::try_from(at.saturating_sub(now_micros())).unwrap_or(0);
+            let left = u64::try_from(at.saturating_sub(cluster_micros())).unwrap_or(0);
             if left > 0 {
                 wait = wait.min(Duration::from_micros(left));
             }
@@ -119,6 +120,7 @@ mod tests {
     use super::*;
     use crate::auth::{ApiKey, Scope, Scopes};
     use crate::message::DatasourceId;
+    use crate::message::now_micros;
 
     fn with_key(lasts: TimeMicros) -> (TempDir, Registry, Arc<Key>, ApiKey) {
         let dir = tempfile::tempdir().expect("temporary directory");

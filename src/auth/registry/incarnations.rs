@@ -445,7 +445,8 @@ mod tests {
     fn create(registry: &Registry, id: &str) -> Arc<Key> {
         let id = DatasourceId::new(id).expect("a slug");
         let scopes = Scopes::from_slice(&[Scope::Ingest]);
-        let new = NewDatasource { id: Some(id), name: "Press 4", scopes, limits: None, schemas: None };
+        let (limits, schemas, event_time) = (None, None, None);
+        let new = NewDatasource { id: Some(id), name: "Press 4", scopes, limits, schemas, event_time };
         registry.create_datasource_with(&Actor::SYSTEM, &new).expect("created").1
     }
 

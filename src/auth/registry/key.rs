@@ -14,7 +14,8 @@ use super::setting::JsonSetting;
 use super::usage::PendingKeyUsage;
 use crate::auth::connections::{CloseReason, KeyConnections};
 use crate::auth::scope::Scopes;
-use crate::message::{DatasourceId, KeyId, Lease, TimeMicros, now_micros};
+use crate::message::{DatasourceId, KeyId, Lease, TimeMicros};
+use crate::time::cluster_micros;
 
 /// The end of a key that has none.
 const TIME_NEVER: TimeMicros = TimeMicros::MAX;
@@ -85,7 +86,7 @@ impl Key {
 
     /// Whether its end has passed.
     pub fn has_expired(&self) -> bool {
-        self.ends_at().is_some_and(|ends_at| ends_at <= now_micros())
+        self.ends_at().is_some_and(|ends_at| ends_at <= cluster_micros())
     }
 
     /// Whether its lease is still valid: an atomic load or two. Does not check the clock.

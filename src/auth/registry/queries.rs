@@ -42,9 +42,9 @@ impl RegistryDatabase {
     /// Calls `each` with every datasource.
     pub(super) fn for_each_datasource(&self, mut each: impl FnMut(Datasource)) -> Result<(), RegistryError> {
         let mut read_all = || -> rusqlite::Result<()> {
-            let mut select = self
-                .connection
-                .prepare("SELECT id, name, created_at, limits, schemas, incarnation FROM datasources")?;
+            let mut select = self.connection.prepare(
+                "SELECT id, name, created_at, limits, schemas, incarnation, event_time FROM datasources",
+            )?;
             let mut rows = select.query([])?;
             while let Some(row) = rows.next()? {
                 let id = DatasourceId::new(row.get_ref(0)?.as_str()?).map_err(FromSqlError::other)?;
@@ -54,6 +54,7 @@ impl RegistryDatabase {
                     created_at: row.get(2)?,
                     limits: JsonSetting::new(row.get_ref(3)?.as_str_or_null()?),
                     schemas: JsonSetting::new(row.get_ref(4)?.as_str_or_null()?),
+                    event_time: JsonSetting::new(row.get_ref(6)?.as_str_or_null()?),
                     incarnation: row.get(5)?,
                     lease: Lease::new(),
                 });

@@ -112,12 +112,14 @@ impl Registry {
             {
                 set_if_changed(&known.limits, row.limits.as_deref());
                 set_if_changed(&known.schemas, row.schemas.as_deref());
+                set_if_changed(&known.event_time, row.event_time.as_deref());
             }
             // Includes a datasource that was deleted and created again meanwhile.
             _ => {
                 self.forget_datasource(id);
                 let limits = JsonSetting::new(row.limits.as_deref());
                 let schemas = JsonSetting::new(row.schemas.as_deref());
+                let event_time = JsonSetting::new(row.event_time.as_deref());
                 let (id, name) = (id.clone(), row.name.as_str().into());
                 self.live.add_datasource(Datasource {
                     id,
@@ -125,6 +127,7 @@ impl Registry {
                     created_at: row.created_at,
                     limits,
                     schemas,
+                    event_time,
                     incarnation: row.incarnation.unwrap_or(1),
                     lease: Lease::new(),
                 });

@@ -15,7 +15,7 @@ use super::key_ends::KeyEnd;
 use super::keys::{NewKey, generate_key};
 use super::transaction::KeyEndReason;
 use crate::message::{DatasourceId, KeyId, TimeMicros};
-use crate::time::Rfc3339;
+use crate::time::{Rfc3339, cluster_micros};
 
 /// The result of a rotation.
 #[derive(Debug)]
@@ -109,7 +109,7 @@ impl Registry {
             new.set_rotation(Rotation { replaces: Some(id), replaced_by: None });
             let change = database.begin()?;
             let grace_micros = TimeMicros::try_from(grace.as_micros()).unwrap_or(TimeMicros::MAX);
-            let grace_ends_at = change.made_at().saturating_add(grace_micros);
+            let grace_ends_at = cluster_micros().saturating_add(grace_micros);
             let after = Rotation { replaced_by: Some((new.id, grace_ends_at)), ..old.rotation() };
             change.insert_key(&new, &secret.digest())?;
             change.set_rotation(id, after)?;

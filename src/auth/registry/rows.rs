@@ -2,7 +2,7 @@
 //! columns of the row in `registry.db`. No row holds a secret: a key is represented by its digest.
 //!
 //! ```text
-//! datasource.{id}     {"name", "created_at", "limits", "schemas", "incarnation"}
+//! datasource.{id}     {"name", "created_at", "limits", "schemas", "incarnation", "event_time"}
 //! key.{digest}        {"datasource", "scopes", "label", "created_at", "expires_at", "revoked_at", "ended",
 //!                      "replaces", "replaced_by", "grace_ends_at", "limits", "incarnation"}
 //! audit.{id}          {"at", "who", "address", "action", "datasource", "key_id", "what"}
@@ -16,7 +16,7 @@
 //!
 //! A digest has 64 hex characters, an id or version 12 digits. Absent values are left out, and so is the first
 //! incarnation. Times are
-//! microseconds since the Unix epoch; `limits`, `schemas` and `what` are JSON in a string, as given.
+//! microseconds since the Unix epoch; `limits`, `schemas`, `event_time` and `what` are JSON in a string, as given.
 
 use headgate_format::key::Digest;
 use rusqlite::{Connection, OptionalExtension, params};
@@ -54,6 +54,8 @@ pub(super) struct DatasourceRow {
     pub(super) schemas: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) incarnation: Option<Incarnation>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) event_time: Option<String>,
 }
 
 /// The row of a key.
@@ -178,7 +180,8 @@ impl RegistryRow {
     /// Reads a datasource's row from the database.
     pub(super) fn read_datasource(connection: &Connection, id: &DatasourceId) -> rusqlite::Result<Self> {
         let mut select = connection.prepare_cached(
-            "SELECT name, created_at, limits, schemas, nullif(incarnation, 1) FROM datasources WHERE id = ?1",
+            "SELECT name, created_at, limits, schemas, nullif(incarnation, 1), event_time
+             FROM datasources WHERE id = ?1",
         )?;
         let row = select.query_row([id.as_str()], |row| {
             Ok(DatasourceRow {
@@ -187,6 +190,7 @@ impl RegistryRow {
                 limits: row.get(2)?,
                 schemas: row.get(3)?,
                 incarnation: row.get(4)?,
+                event_time: row.get(5)?,
             })
         });
         Ok(RegistryRow::Datasource(id.clone(), row.optional()?))
@@ -260,14 +264,15 @@ impl RegistryRow {
     pub(super) fn write(&self, connection: &Connection) -> rusqlite::Result<()> {
         let changed = match self {
             RegistryRow::Datasource(id, Some(row)) => connection
-                .prepare_cached("INSERT OR REPLACE INTO datasources VALUES (?1, ?2, ?3, ?4, ?5, ?6)")?
+                .prepare_cached("INSERT OR REPLACE INTO datasources VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7)")?
                 .execute(params![
                     id.as_str(),
                     row.name,
                     row.created_at,
                     row.limits,
                     row.schemas,
-                    row.incarnation.unwrap_or(1)
+                    row.incarnation.unwrap_or(1),
+                    row.event_time
                 ]),
             RegistryRow::Datasource(id, None) => {
                 connection.prepare_cached("DELETE FROM datasources WHERE id = ?1")?.execute([id.as_str()])
@@ -350,6 +355,7 @@ mod tests {
             limits: None,
             schemas: None,
             incarnation: None,
+            event_time: Some("{}".to_owned()),
         };
         let leak = LeakRow {
             datasource: DatasourceId::all(),

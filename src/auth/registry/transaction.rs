@@ -19,6 +19,7 @@ use super::replica::{RegistryReplica, RegistryRevision};
 use super::rows::{REGISTRY_ROWS_FORMAT, RegistryRow, digest_range};
 use super::usage::KeyUsage;
 use crate::message::{DatasourceId, Incarnation, KeyId, Offset, TimeMicros, now_micros};
+use crate::time::cluster_micros;
 
 /// Why a key has ended, as stored in the registry's file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -125,8 +126,8 @@ impl<'a> RegistryTransaction<'a> {
     /// Inserts a datasource.
     pub(super) fn insert_datasource(&self, datasource: &Datasource) -> rusqlite::Result<()> {
         let mut insert = self.transaction.prepare_cached(
-            "INSERT INTO datasources (id, name, created_at, limits, schemas, incarnation)
-             VALUES (?1, ?2, ?3, ?4, ?5, ?6)",
+            "INSERT INTO datasources (id, name, created_at, limits, schemas, incarnation, event_time)
+             VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7)",
         )?;
         insert.execute(params![
             datasource.id.as_str(),
@@ -135,6 +136,7 @@ impl<'a> RegistryTransaction<'a> {
             datasource.limits.text(),
             datasource.schemas.text(),
             datasource.incarnation,
+            datasource.event_time.text(),
         ])?;
         self.touched(TouchedRow::Datasource(datasource.id.clone()));
         Ok(())
@@ -210,7 +212,7 @@ impl<'a> RegistryTransaction<'a> {
                  AND (expires_at IS NULL OR expires_at > ?3) AND ',' || scopes || ',' LIKE '%,admin,%'",
         )?;
         let (its, others): (i64, i64) =
-            select.query_row(params![first, last, now_micros()], |row| Ok((row.get(0)?, row.get(1)?)))?;
+            select.query_row(params![first, last, cluster_micros()], |row| Ok((row.get(0)?, row.get(1)?)))?;
         Ok(its > 0 && others == 0)
     }
 
@@ -309,6 +311,19 @@ impl<'a> RegistryTransaction<'a> {
         let mut update =
             self.transaction.prepare_cached("UPDATE datasources SET limits = ?2 WHERE id = ?1")?;
         update.execute(params![datasource.as_str(), limits])?;
+        self.touched(TouchedRow::Datasource(datasource.clone()));
+        Ok(())
+    }
+
+    /// Sets where the event time of a datasource's messages is.
+    pub(super) fn set_datasource_event_time(
+        &self,
+        datasource: &DatasourceId,
+        event_time: Option<&str>,
+    ) -> rusqlite::Result<()> {
+        let mut update =
+            self.transaction.prepare_cached("UPDATE datasources SET event_time = ?2 WHERE id = ?1")?;
+        update.execute(params![datasource.as_str(), event_time])?;
         self.touched(TouchedRow::Datasource(datasource.clone()));
         Ok(())
     }

@@ -11,6 +11,7 @@ use serde_json::{Value, json};
 use super::Registry;
 use super::audit::{Actor, AuditEvent};
 use super::database::RegistryDatabase;
+use super::datasources::NewDatasourceSettings;
 use super::error::RegistryError;
 use super::key::{Key, KeyAttributes, Rotation};
 use super::keys::check_name;
@@ -38,6 +39,9 @@ pub struct ExportedDatasource {
     /// The schemas that its messages must match, as the registry has them.
     #[serde(default)]
     pub schemas: Value,
+    /// Where the event time of its messages is.
+    #[serde(default, skip_serializing_if = "Value::is_null")]
+    pub event_time: Value,
     /// Its keys, without those that have ended.
     pub keys: Vec<ExportedKey>,
 }
@@ -105,6 +109,8 @@ pub struct NewImport<'a> {
     pub limits: Option<String>,
     /// The schemas that its messages must match, a JSON text.
     pub schemas: Option<String>,
+    /// Where the event time of its messages is, a JSON text.
+    pub event_time: Option<String>,
     /// Its keys, each with its own limits, a JSON text.
     pub keys: &'a [(&'a ExportedKey, Option<String>)],
     /// Whether it is only checked.
@@ -142,6 +148,7 @@ impl Registry {
             name: datasource.name.to_string(),
             limits: value(&datasource.limits),
             schemas: value(&datasource.schemas),
+            event_time: value(&datasource.event_time),
             keys: keys.collect(),
         })
     }
@@ -183,8 +190,12 @@ impl Registry {
         let ids: Vec<KeyId> = keys.iter().map(|(key, _)| key.id).collect();
         let what = json!({ "name": name, "imported_from": new.id, "keys": ids });
         let change = database.begin()?;
-        let settings = (new.limits.as_deref(), new.schemas.as_deref());
-        let (datasource, noted) = self.insert_new(&change, id, name, settings)?;
+        let settings = NewDatasourceSettings {
+            limits: new.limits.as_deref(),
+            schemas: new.schemas.as_deref(),
+            event_time: new.event_time.as_deref(),
+        };
+        let (datasource, noted) = self.insert_new(&change, id, name, &settings)?;
         for (key, digest) in &keys {
             change.insert_key(key, digest)?;
         }
@@ -255,8 +266,9 @@ mod tests {
     ) -> Result<ImportedDatasource, RegistryError> {
         let keys: Vec<_> = from.keys.iter().map(|key| (key, None)).collect();
         let id = DatasourceId::new(&from.id).expect("a slug");
-        let (limits, schemas) = (None, None);
-        let new = NewImport { id, may_rename, name: &from.name, limits, schemas, keys: &keys, is_rehearsal };
+        let (limits, schemas, event_time, name) = (None, None, None, from.name.as_str());
+        let keys = keys.as_slice();
+        let new = NewImport { id, may_rename, name, limits, schemas, event_time, keys, is_rehearsal };
         registry.import(&Actor::SYSTEM, &new)
     }
 

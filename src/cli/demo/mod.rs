@@ -258,11 +258,9 @@ fn gauge(metrics: &str, name: &str) -> anyhow::Result<u64> {
 fn read_back(admin: &ApiClient, sensor: Sensor, id: &str) -> anyhow::Result<StoredReadings> {
     let mut sent = sensor.readings();
     let mut comparison = Comparison::default();
-    records::for_each_page(admin, id, &[("topic", READING_TOPIC)], u64::MAX, |page| {
-        for record in &page {
-            let record: StoredPayload = serde_json::from_str(record.get())?;
-            comparison.record(record.payload.get(), sent.next());
-        }
+    records::for_each_record(admin, id, &[("topic", READING_TOPIC)], |record| {
+        let record: StoredPayload = serde_json::from_str(record)?;
+        comparison.record(record.payload.get(), sent.next());
         Ok(())
     })?;
     let latest: LatestAnswer = admin.get(&format!("{}/latest", datasource::path(id)?), &[])?;

@@ -75,6 +75,7 @@ mod tests {
             transport: Transport::Http,
             publisher: 7,
             received_at: 1_700_000_000_000_001,
+            event_at: None,
             flags: RecordFlags::RETAIN,
             note: &[],
         }

@@ -77,7 +77,7 @@ pub struct QuarantinedRecord {
 impl QuarantinedRecord {
     /// The record as it is in the log, without its note.
     pub fn as_record<'a>(&'a self, datasource: &'a DatasourceId) -> RecordRef<'a> {
-        let StoredRecord { offset, topic, payload, content_type, key_id, transport, received_at } =
+        let StoredRecord { offset, topic, payload, content_type, key_id, transport, received_at, event_at } =
             &self.record;
         RecordRef {
             offset: *offset,
@@ -90,6 +90,7 @@ impl QuarantinedRecord {
             transport: *transport,
             publisher: self.publisher,
             received_at: *received_at,
+            event_at: *event_at,
             flags: self.flags,
             note: &[],
         }
@@ -205,7 +206,7 @@ impl RecordsReader {
             let mut statement = connection.prepare_cached(
                 "SELECT o.key_id, o.transport, o.content_type, q.offset, q.received_us, t.topic, q.payload,
                      q.cause, q.keyword, q.pointer, q.detail, q.schema_version, q.redriven_offset,
-                     q.properties, q.publisher, q.flags
+                     q.properties, q.publisher, q.flags, q.event_us
                  FROM quarantined q
                  LEFT JOIN topics t ON t.id = q.topic_id
                  LEFT JOIN origins o ON o.id = q.origin_id
@@ -301,6 +302,7 @@ fn quarantined_record_of_row(row: &Row<'_>) -> rusqlite::Result<QuarantinedRecor
             key_id: origin.key_id,
             transport: origin.transport,
             received_at: row.get(4)?,
+            event_at: row.get(16)?,
         },
         cause,
         keyword: row.get(8)?,

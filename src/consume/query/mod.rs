@@ -4,8 +4,10 @@
 //! is for filters that few records pass: their pages may be short or empty and still have a next one, so
 //! that no request scans a whole database.
 
+mod range;
 mod row;
 mod scan;
+pub mod series;
 #[cfg(test)]
 mod tests;
 
@@ -21,11 +23,14 @@ use super::sink::sqlite::RECORDS_FILE_NAME;
 use crate::filter::{FilterError, TopicFilter};
 #[cfg(test)]
 use crate::limits::LATEST_TOPICS_MAX;
-use crate::limits::{QUERY_BYTES_MAX, QUERY_PIECE_BYTES, QUERY_RECORDS_MAX, QUERY_SCANNED_MAX};
+use crate::limits::{
+    QUERY_BYTES_MAX, QUERY_PIECE_BYTES, QUERY_PIECE_SCANNED, QUERY_RECORDS_MAX, QUERY_SCANNED_MAX,
+};
 use crate::message::{DatasourceId, KeyId, Offset, TimeMicros, Transport};
 use crate::sqlite::{SqliteError, SqliteReaders};
 
 pub(super) use super::sink::incarnations::row_id_of_scope;
+pub use range::StoredRange;
 pub(super) use row::{origin_of_row, payload_bytes_of_row};
 
 /// Reads `records.db`. Blocks, so call it where blocking is allowed. Cheap to clone.
@@ -45,12 +50,56 @@ pub struct RecordsQuery {
     pub from: Option<TimeMicros>,
     /// Received before.
     pub to: Option<TimeMicros>,
+    /// Measured at or after; the time of receipt counts where nobody says when that was.
+    pub event_from: Option<TimeMicros>,
+    /// Measured before.
+    pub event_to: Option<TimeMicros>,
     /// Only records with a greater offset.
     pub after_offset: Option<Offset>,
+    /// Only records with a lower offset.
+    pub before_offset: Option<Offset>,
+    /// Which come first.
+    pub order: RecordsOrder,
     /// Only records let in by this key.
     pub key_id: Option<KeyId>,
-    /// At most this many, and never more than [`QUERY_RECORDS_MAX`].
+    /// At most this many.
     pub limit: usize,
+}
+
+/// Which of the records come first.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum RecordsOrder {
+    /// Those with the lowest offsets.
+    #[default]
+    Oldest,
+    /// Those with the highest offsets.
+    Newest,
+}
+
+impl RecordsQuery {
+    /// Whether a record of these times is among those that are asked for.
+    fn has_times(&self, received_at: TimeMicros, event_at: Option<TimeMicros>) -> bool {
+        let is_within = |at: TimeMicros, from: Option<TimeMicros>, to: Option<TimeMicros>| {
+            from.is_none_or(|from| at >= from) && to.is_none_or(|to| at < to)
+        };
+        is_within(received_at, self.from, self.to)
+            && is_within(event_at.unwrap_or(received_at), self.event_from, self.event_to)
+    }
+
+    /// Goes on behind the record with this offset, in its order. The place stays valid whatever is removed meanwhile.
+    pub fn go_on_at(&mut self, cursor: Offset) {
+        match self.order {
+            RecordsOrder::Oldest => {
+                self.after_offset = Some(self.after_offset.map_or(cursor, |after| after.max(cursor)));
+            }
+            RecordsOrder::Newest => self.end_before(cursor),
+        }
+    }
+
+    /// Leaves out this offset and all above it.
+    pub fn end_before(&mut self, offset: Offset) {
+        self.before_offset = Some(self.before_offset.map_or(offset, |before| before.min(offset)));
+    }
 }
 
 /// One stored record.
@@ -70,14 +119,16 @@ pub struct StoredRecord {
     pub transport: Transport,
     /// When it was received.
     pub received_at: TimeMicros,
+    /// When it was measured, if its sender has said so.
+    pub event_at: Option<TimeMicros>,
 }
 
 /// A page of records, and where the next one starts.
 #[derive(Debug, Default)]
 pub struct RecordsPage {
-    /// Ordered by offset. May be empty although there is a next page.
+    /// In the order that was asked for. May be empty although there is a next page.
     pub records: Vec<StoredRecord>,
-    /// `after_offset` of the next page, if there may be one.
+    /// Where the next page [goes on](RecordsQuery::go_on_at), if there may be one.
     pub next: Option<Offset>,
 }
 
@@ -91,7 +142,9 @@ pub struct PageBudget {
     scanned: usize,
     /// What is left of the bytes of a piece of the page, if it is read in pieces.
     piece_bytes: usize,
-    /// The newest record that was scanned: the next page starts after it.
+    /// What is left of the records that are scanned for a piece.
+    piece_scanned: usize,
+    /// The record that was scanned last: the next page starts after it.
     pub(super) scanned_to: Option<Offset>,
 }
 
@@ -100,6 +153,7 @@ impl PageBudget {
     pub fn new(limit: usize) -> Self {
         Self {
             piece_bytes: usize::MAX,
+            piece_scanned: usize::MAX,
             records: limit.clamp(1, QUERY_RECORDS_MAX),
             bytes: QUERY_BYTES_MAX,
             scanned: QUERY_SCANNED_MAX,
@@ -107,9 +161,15 @@ impl PageBudget {
         }
     }
 
-    /// Begins a piece of the page, of about [`QUERY_PIECE_BYTES`].
+    /// For up to `limit` records of any size, which have to be read in pieces.
+    pub fn without_bounds(limit: usize) -> Self {
+        Self { records: limit.max(1), bytes: usize::MAX, scanned: usize::MAX, ..Self::new(1) }
+    }
+
+    /// Begins a piece of the page, of about [`QUERY_PIECE_BYTES`], for which at most [`QUERY_PIECE_SCANNED`] records are
+    /// scanned.
     pub fn begin_piece(&mut self) {
-        self.piece_bytes = QUERY_PIECE_BYTES;
+        (self.piece_bytes, self.piece_scanned) = (QUERY_PIECE_BYTES, QUERY_PIECE_SCANNED);
     }
 
     /// Whether the page ends here, and not only a piece of it.
@@ -119,12 +179,13 @@ impl PageBudget {
 
     /// Whether the page or the piece ends here.
     pub(super) fn is_spent(&self) -> bool {
-        self.is_page_spent() || self.piece_bytes == 0
+        self.is_page_spent() || self.piece_bytes == 0 || self.piece_scanned == 0
     }
 
     /// Counts a record that is looked at.
     pub(super) fn scan(&mut self, offset: Offset) {
         self.scanned -= 1;
+        self.piece_scanned -= 1;
         self.scanned_to = Some(offset);
     }
 
@@ -154,13 +215,13 @@ impl RecordsReader {
         Self { readers: Arc::new(readers) }
     }
 
-    /// One page of records, in the order of their offsets.
+    /// One page of records.
     #[cfg(test)]
     pub fn records(&self, query: &RecordsQuery) -> Result<RecordsPage, QueryError> {
         self.records_within(query, &mut PageBudget::new(query.limit))
     }
 
-    /// The next records of a page of which `budget` is left, in the order of their offsets.
+    /// The next records of a page of which `budget` is left.
     ///
     /// # Errors
     /// [`QueryError::Filter`] for a topic that is not valid; [`QueryError::Database`].

@@ -1,6 +1,6 @@
 //! Pages of records: what they hold, where they end, and that a query sees a snapshot.
 
-use super::scan::RECORDS_PAGE_SQL;
+use super::scan::{EVENT_RANGE_SQL, RECORDS_PAGE_SQL, TIME_RANGE_SQL};
 use super::*;
 use crate::consume::sink::sqlite::SqliteSink;
 use crate::consume::testing::{EPOCH, record};
@@ -20,7 +20,11 @@ fn all_of(datasource: &str) -> RecordsQuery {
         topic: None,
         from: None,
         to: None,
+        event_from: None,
+        event_to: None,
         after_offset: None,
+        before_offset: None,
+        order: RecordsOrder::Oldest,
         key_id: None,
         limit: QUERY_RECORDS_MAX,
     }
@@ -76,34 +80,43 @@ fn every_combination_of_conditions_gives_exactly_the_records_that_meet_them_page
     for (from, to) in times {
         for topic in filters {
             for key_id in keys {
-                for after in [None, Some(11_111)] {
+                for (after, order) in [
+                    (None, RecordsOrder::Oldest),
+                    (Some(11_111), RecordsOrder::Oldest),
+                    (Some(11_111), RecordsOrder::Newest),
+                ] {
                     let mut asked = RecordsQuery {
                         from,
                         to,
                         topic: topic.map(str::to_owned),
                         key_id,
                         after_offset: after,
+                        before_offset: after.map(|_| 19_000),
+                        order,
                         limit: 700,
                         ..all_of("press-5")
                     };
                     let filter = topic.map(|topic| TopicFilter::new(topic).expect("a filter"));
-                    let expected: Vec<Offset> = records
+                    let mut expected: Vec<Offset> = records
                         .iter()
                         .filter(|r| r.datasource == "press-5")
-                        .filter(|r| after.is_none_or(|after| r.offset > after))
+                        .filter(|r| after.is_none_or(|after| r.offset > after && r.offset < 19_000))
                         .filter(|r| from.is_none_or(|from| r.received_at >= from))
                         .filter(|r| to.is_none_or(|to| r.received_at < to))
                         .filter(|r| key_id.is_none_or(|key_id| r.key_id == key_id))
                         .filter(|r| filter.as_ref().is_none_or(|filter| filter.matches(r.topic)))
                         .map(|r| r.offset)
                         .collect();
+                    if order == RecordsOrder::Newest {
+                        expected.reverse();
+                    }
                     let mut found = Vec::new();
                     loop {
                         let page = query.records(&asked).expect("reads");
                         assert!(page.records.len() <= 700);
                         found.extend(page.records.iter().map(|record| record.offset));
                         let Some(next) = page.next else { break };
-                        asked.after_offset = Some(next);
+                        asked.go_on_at(next);
                     }
                     assert_eq!(found, expected, "{asked:?}");
                     found_some += usize::from(!found.is_empty());
@@ -120,6 +133,7 @@ fn a_record_comes_back_as_it_was_sent() {
     let mut sent = record(3, "press-4", "spindle/temp °C", b"\xff\x00{");
     sent.content_type = "image/x";
     sent.transport = Transport::Nats;
+    sent.event_at = Some(-1);
     let query = stored(dir.path(), [sent].into_iter(), 4);
     let page = query.records(&all_of("press-4")).expect("reads");
     let expected = StoredRecord {
@@ -130,6 +144,7 @@ fn a_record_comes_back_as_it_was_sent() {
         key_id: sent.key_id,
         transport: Transport::Nats,
         received_at: sent.received_at,
+        event_at: Some(-1),
     };
     assert_eq!((page.records, page.next), (vec![expected], None));
     assert!(query.records(&all_of("press-9")).expect("reads").records.is_empty());
@@ -188,18 +203,35 @@ fn a_topic_that_is_no_filter_is_an_error_of_its_own() {
 fn pages_are_read_along_an_index_and_never_sorted() {
     let dir = tempfile::tempdir().expect("temporary directory");
     let query = stored(dir.path(), [record(0, "press-4", "a", b"1")].into_iter(), 1);
-    for (along, index) in [("datasource_id", "entries_datasource"), ("topic_id", "entries_topic")] {
-        let sql = RECORDS_PAGE_SQL[usize::from(along == "topic_id")];
-        let plan = query
-            .read(|connection| {
-                let mut statement = connection.prepare(&format!("EXPLAIN QUERY PLAN {sql}"))?;
-                let steps = statement.query_map([1, 2, 3], |row| row.get::<_, String>(3))?;
-                steps.collect::<rusqlite::Result<Vec<_>>>()
-            })
-            .expect("explained");
+    let plan_of = |sql: &str, parameters: &[i64]| {
+        let explained = query.read(|connection| {
+            let mut statement = connection.prepare(&format!("EXPLAIN QUERY PLAN {sql}"))?;
+            let steps =
+                statement.query_map(rusqlite::params_from_iter(parameters), |row| row.get::<_, String>(3))?;
+            steps.collect::<rusqlite::Result<Vec<_>>>()
+        });
+        explained.expect("explained")
+    };
+    for (along, index, sqls) in [
+        ("datasource_id", "entries_datasource", RECORDS_PAGE_SQL[0]),
+        ("topic_id", "entries_topic", RECORDS_PAGE_SQL[1]),
+    ] {
         let expected = format!("SEARCH entries USING INDEX {index} ({along}=? AND rowid>? AND rowid<?)");
-        assert_eq!(plan, [expected]);
+        for sql in sqls {
+            assert_eq!(plan_of(sql, &[1, 2, 3]), [expected.as_str()]);
+        }
     }
+    // It has a row for 4096 records.
+    assert_eq!(plan_of(TIME_RANGE_SQL, &[1, 2]), ["SCAN time_index"]);
+    let plan = plan_of(EVENT_RANGE_SQL, &[1, 2, 3]);
+    let expected =
+        "SEARCH entries USING COVERING INDEX entries_event (topic_id=? AND event_us>? AND event_us<?)";
+    assert_eq!(plan, [expected]);
+    // What docs/backends.md says of SQL by time.
+    let by_time = "SELECT count(*) FROM records WHERE received_us >= ?1
+         AND offset >= (SELECT min(first_offset) FROM time_index WHERE newest_us >= ?1)";
+    let plan = plan_of(by_time, &[1]);
+    assert!(plan[0].starts_with("SEARCH e USING INTEGER PRIMARY KEY (rowid>?)"), "{plan:?}");
 }
 
 #[test]
@@ -214,4 +246,53 @@ fn a_query_sees_what_is_stored_while_storage_writes() {
     });
     sink.store(records, 3, false).expect("stored");
     assert_eq!(count(), 3);
+}
+
+#[test]
+fn a_range_of_event_times_takes_the_time_of_receipt_where_nobody_says_more() {
+    let dir = tempfile::tempdir().expect("temporary directory");
+    let records: Vec<RecordRef<'static>> = mixed()
+        .into_iter()
+        .map(|mut record| {
+            // Sent late, in part in another order, and a third of them without a time.
+            let late = SECOND * i64::try_from(record.offset * 7_919 % 900).expect("small");
+            record.event_at = (!record.offset.is_multiple_of(3)).then_some(record.received_at - late);
+            record
+        })
+        .collect();
+    let query = stored(dir.path(), records.iter().copied(), 20_000);
+    let ranges = [
+        (Some(EPOCH + 100 * SECOND), Some(EPOCH + 130 * SECOND)),
+        (None, Some(EPOCH - 800 * SECOND)),
+        (Some(EPOCH + 1_900 * SECOND), None),
+        (Some(EPOCH + 40_000 * SECOND), None),
+    ];
+    for (event_from, event_to) in ranges {
+        for topic in [None, Some("door"), Some("spindle/+")] {
+            let mut asked = RecordsQuery {
+                event_from,
+                event_to,
+                topic: topic.map(str::to_owned),
+                limit: 500,
+                ..all_of("press-5")
+            };
+            let filter = topic.map(|topic| TopicFilter::new(topic).expect("a filter"));
+            let expected: Vec<Offset> = records
+                .iter()
+                .filter(|r| r.datasource == "press-5")
+                .filter(|r| filter.as_ref().is_none_or(|filter| filter.matches(r.topic)))
+                .filter(|r| event_from.is_none_or(|from| r.event_at.unwrap_or(r.received_at) >= from))
+                .filter(|r| event_to.is_none_or(|to| r.event_at.unwrap_or(r.received_at) < to))
+                .map(|r| r.offset)
+                .collect();
+            let mut found = Vec::new();
+            loop {
+                let page = query.records(&asked).expect("reads");
+                found.extend(page.records.iter().map(|record| record.offset));
+                let Some(next) = page.next else { break };
+                asked.go_on_at(next);
+            }
+            assert_eq!(found, expected, "{asked:?}");
+        }
+    }
 }

@@ -7,6 +7,7 @@ use rusqlite::types::FromSqlError;
 use rusqlite::{Connection, params};
 
 use super::incarnations;
+use super::samples::OpenChunks;
 use super::schema::sql_offset;
 use crate::message::{DatasourceId, Incarnation, KeyId, RecordRef, Transport};
 
@@ -34,6 +35,8 @@ pub(super) struct RememberedIds {
     datasources: HashMap<Box<str>, RememberedDatasource>,
     origins: HashMap<(KeyId, Transport), HashMap<Box<str>, i64>>,
     remembered: usize,
+    /// Where the samples of remembered topics go.
+    pub(super) open_chunks: OpenChunks,
 }
 
 impl RememberedIds {

@@ -9,8 +9,9 @@ use std::collections::BTreeSet;
 
 use rusqlite::{Connection, OptionalExtension, params};
 
-use super::newest;
-use super::quarantined::{CREATE_MOVED, for_each_moved_topic};
+use super::quarantined::{CREATE_MOVED, for_each_moved_topic, forget_moved, restore_moved};
+use super::retention::forget_sizes;
+use super::samples;
 use super::schema::{offset_from_sql, sql_offset};
 use crate::log::{IncarnationHistory, IncarnationStep, WithheldSnapshot};
 use crate::message::{DatasourceId, Incarnation, KeyId, Offset};
@@ -148,12 +149,12 @@ fn move_selected(
     if table == "quarantined" {
         return Ok(());
     }
-    for_each_moved_topic(connection, |topic_id| newest::forget_moved(connection, topic_id))?;
+    for_each_moved_topic(connection, |topic_id| forget_moved(connection, topic_id))?;
     connection.execute(
         "UPDATE temp.moved SET topic_id = (SELECT topic_id FROM entries e WHERE e.offset = moved.offset)",
         [],
     )?;
-    for_each_moved_topic(connection, |topic_id| newest::restore_moved(connection, topic_id))
+    for_each_moved_topic(connection, |topic_id| restore_moved(connection, topic_id))
 }
 
 /// The row of the incarnation with this scope, which has this name then; without one, makes it.
@@ -181,6 +182,7 @@ pub(super) fn ensure_row(connection: &Connection, scope: &DatasourceId, name: &s
 /// nothing is left of it.
 pub(super) fn purge_some(connection: &Connection, scope: &DatasourceId) -> rusqlite::Result<bool> {
     let Some(row) = row_id_of_scope(connection, scope)? else { return Ok(true) };
+    forget_sizes(connection)?;
     let mut left = PURGE_RECORDS_PER_TRANSACTION;
     for table in ["entries", "quarantined"] {
         let removed = connection.execute(
@@ -191,6 +193,9 @@ pub(super) fn purge_some(connection: &Connection, scope: &DatasourceId) -> rusql
         )?;
         left -= i64::try_from(removed).unwrap_or(i64::MAX);
     }
+    if left > 0 {
+        left -= i64::try_from(samples::purge_some(connection, row, left)?).unwrap_or(i64::MAX);
+    }
     if left <= 0 {
         return Ok(false);
     }
@@ -199,6 +204,7 @@ pub(super) fn purge_some(connection: &Connection, scope: &DatasourceId) -> rusql
         [row],
     )?;
     connection.execute("DELETE FROM topics WHERE datasource_id = ?1", [row])?;
+    connection.execute("DELETE FROM retention WHERE datasource_id = ?1", [row])?;
     connection.execute("DELETE FROM datasources WHERE id = ?1", [row])?;
     Ok(true)
 }
@@ -222,7 +228,7 @@ mod tests {
     use std::sync::Arc;
 
     use super::*;
-    use crate::consume::query::{RecordsQuery, RecordsReader};
+    use crate::consume::query::{RecordsOrder, RecordsQuery, RecordsReader};
     use crate::consume::sink::sqlite::{RECORDS_FILE_NAME, SqliteSink};
     use crate::consume::testing::record;
     use crate::log::{WithheldChange, WithheldRules};
@@ -261,7 +267,11 @@ mod tests {
             topic: None,
             from: None,
             to: None,
+            event_from: None,
+            event_to: None,
             after_offset: None,
+            before_offset: None,
+            order: RecordsOrder::Oldest,
             key_id: None,
             limit: 100,
         };

@@ -6,25 +6,31 @@ use rusqlite::{Connection, params};
 
 use super::ids::{RememberedIds, RowIds};
 use super::incarnations;
-use super::newest::NewestValues;
+use super::newest::{NewestValues, read_members};
 use super::quarantined;
+use super::retention::StoredSizes;
+use super::samples::{NewSamples, SampledRecord};
 use super::schema::{TIME_INDEX_OFFSETS, sql_offset};
 use crate::log::WithheldSnapshot;
 use crate::message::{Offset, RecordFlags, RecordRef, TimeMicros};
 
 /// Stores `records`, in the transaction that `transaction` is in. Those whose key has leaked go into quarantine, and
-/// those of a purged incarnation are left out.
+/// those of a purged incarnation are left out. With `keeps_samples`, also stores the numbers in their payloads.
 pub(super) fn insert_records<'a>(
     transaction: &Connection,
-    ids: &mut RememberedIds,
+    (ids, sizes): (&mut RememberedIds, &mut StoredSizes),
     left_out: &WithheldSnapshot,
+    keeps_samples: bool,
     records: impl Iterator<Item = RecordRef<'a>>,
 ) -> rusqlite::Result<()> {
     let mut newest = NewestValues::default();
+    let mut samples = NewSamples::default();
+    // Of the present record; kept for its allocation.
+    let mut members = Vec::new();
     let mut times = TimeIndexRow::default();
     let mut entry = transaction.prepare_cached(
-        "INSERT INTO entries (offset, datasource_id, topic_id, origin_id, received_us, payload)
-         VALUES (?1, ?2, ?3, ?4, ?5, ?6)",
+        "INSERT INTO entries (offset, datasource_id, topic_id, origin_id, received_us, payload, event_us)
+         VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7)",
     )?;
     for record in records {
         let Some(row) = row_ids_of(transaction, ids, left_out, &record)? else { continue };
@@ -35,6 +41,7 @@ pub(super) fn insert_records<'a>(
         if quarantined::note_superseded(transaction, &record)? {
             continue;
         }
+        sizes.add(row.datasource, sql_offset(record.offset), record.payload.len());
         let is_leaked = left_out.covers(record.datasource, record.key_id, record.received_at, record.offset);
         if record.flags.contains(RecordFlags::QUARANTINED) || is_leaked {
             quarantined::insert_quarantined(transaction, &record, row, ToSqlOutput::Borrowed(payload))?;
@@ -50,9 +57,25 @@ pub(super) fn insert_records<'a>(
             row.origin,
             record.received_at,
             ToSqlOutput::Borrowed(payload),
+            record.event_at,
         ])?;
-        newest.observe(row.topic, &record, text);
+        let is_object = text.is_some_and(|text| read_members(text, &mut members));
+        if keeps_samples {
+            let RecordRef { offset, received_at, event_at, topic, content_type, .. } = record;
+            let sampled = SampledRecord {
+                offset,
+                received_at,
+                event_at,
+                topic,
+                content_type,
+                text,
+                members: is_object.then_some(&*members),
+            };
+            samples.observe(row.topic, &sampled, &ids.open_chunks);
+        }
+        newest.observe(row.topic, &record, text, is_object.then_some(&mut members));
     }
+    samples.write(transaction, &mut ids.open_chunks)?;
     times.write(transaction)?;
     newest.write(transaction)
 }

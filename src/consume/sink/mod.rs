@@ -1,4 +1,4 @@
-//! Where the storage consumers write: SQLite, a Delta lake.
+//! Where the storage consumers write: SQLite, PostgreSQL, a Delta lake.
 //!
 //! A sink keeps its own cursor and moves it in the transaction that writes the records. So each record
 //! is stored exactly once: after a kill at any moment the cursor says which records are there, and the log
@@ -11,6 +11,10 @@ mod insert;
 #[cfg(feature = "delta")]
 pub(in crate::consume) mod lake;
 mod newest;
+pub(in crate::consume) mod postgres;
 pub mod quarantined;
+pub mod retention;
+pub(in crate::consume) mod sample_chunk;
+mod samples;
 pub mod schema;
 pub mod sqlite;

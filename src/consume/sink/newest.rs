@@ -2,7 +2,8 @@
 //! changes a thousand times in it is written once.
 //!
 //! A payload that is a JSON object gives a value to each of its top-level keys; any other payload is
-//! itself the value of the key `""`. Of a member that an object has twice, the first one counts: SQLite's JSON
+//! itself the value of the key `""`. Payloads of other shapes (`src/values/shape`) give the values that those have, the one with
+//! the latest time where a key has several. Of a member that an object has twice, the first one counts: SQLite's JSON
 //! functions read that one in the payloads and values of every view. A topic keeps its [`LATEST_KEYS_PER_TOPIC_MAX`] newest keys: one
 //! more replaces the key whose value is oldest.
 
@@ -22,13 +23,15 @@ use crate::limits::{
     LATEST_KEY_BYTES_MAX, LATEST_KEYS_PER_TOPIC_MAX, LATEST_LOOK_BACK_MAX, LATEST_VALUE_BYTES_MAX,
 };
 use crate::message::{Offset, RecordRef, TimeMicros};
+use crate::values::ShapedPayload;
+use crate::values::samples::{JsonMember, MemberName};
 
 /// The newest values, by the topic's row id.
 #[derive(Default)]
 pub(super) struct NewestValues<'a> {
     topics: HashMap<i64, NewestTopic<'a>>,
-    /// The members of the present object; kept for its allocation.
-    members: Vec<(Cow<'a, str>, &'a str)>,
+    /// The values of the present payload, if it is of another shape; kept for its allocation.
+    shaped: Vec<ShapedEntry>,
 }
 
 /// The newest values of one topic.
@@ -42,36 +45,72 @@ struct NewestTopic<'a> {
 }
 
 /// The newest value of one key.
-struct NewestEntry<'a> {
-    key: Cow<'a, str>,
+pub(super) struct NewestEntry<'a> {
+    pub(super) key: Cow<'a, str>,
     value: PayloadValue<'a>,
-    offset: Offset,
-    received_at: TimeMicros,
+    pub(super) offset: Offset,
+    pub(super) received_at: TimeMicros,
+}
+
+/// A value as it is kept.
+pub(super) enum KeptValue<'a> {
+    /// JSON.
+    Json(Cow<'a, str>),
+    /// A payload that is no text.
+    Bytes(&'a [u8]),
+    /// One that is too long to be copied.
+    TooLong,
 }
 
 /// A value as the payload has it.
-#[derive(Clone, Copy)]
 enum PayloadValue<'a> {
     /// JSON or other text.
-    Text(&'a str),
+    Text(Cow<'a, str>),
     /// A payload that is not text.
     Bytes(&'a [u8]),
 }
 
 impl<'a> NewestValues<'a> {
-    /// Adds the next record; `text` is its payload, if it is text.
-    pub(super) fn observe(&mut self, topic_id: i64, record: &RecordRef<'a>, text: Option<&'a str>) {
+    /// Adds the next record; `text` is its payload, if it is text, and `members` are its members, if it is a JSON object.
+    pub(super) fn observe(
+        &mut self,
+        topic_id: i64,
+        record: &RecordRef<'a>,
+        text: Option<&'a str>,
+        members: Option<&mut Vec<JsonMember<'a>>>,
+    ) {
         let topic = self.topics.entry(topic_id).or_default();
         topic.offset = record.offset;
-        match text {
-            Some(text) if read_members(text, &mut self.members) => {
-                for (place, (key, value)) in self.members.drain(..).enumerate() {
-                    topic.set(place, key, PayloadValue::Text(value), record);
-                }
+        if let Some(text) = text
+            && read_shaped(&shaped_payload(record, text), &mut self.shaped)
+        {
+            for (place, ShapedEntry { key, json, .. }) in self.shaped.drain(..).enumerate() {
+                topic.set(place, Cow::Owned(key), PayloadValue::Text(Cow::Owned(json)), record);
             }
-            Some(text) => topic.set(0, Cow::Borrowed(""), PayloadValue::Text(text), record),
+            return;
+        }
+        if let Some(members) = members {
+            for (place, (key, value)) in members.drain(..).enumerate() {
+                topic.set(place, key, PayloadValue::Text(Cow::Borrowed(value)), record);
+            }
+            return;
+        }
+        match text {
+            Some(text) => topic.set(0, Cow::Borrowed(""), PayloadValue::Text(Cow::Borrowed(text)), record),
             None => topic.set(0, Cow::Borrowed(""), PayloadValue::Bytes(record.payload), record),
         }
+    }
+
+    /// As [`NewestValues::observe`], where nobody has read the members yet.
+    pub(super) fn observe_payload(&mut self, topic_id: i64, record: &RecordRef<'a>, text: Option<&'a str>) {
+        let mut members = Vec::new();
+        let is_object = text.is_some_and(|text| read_members(text, &mut members));
+        self.observe(topic_id, record, text, is_object.then_some(&mut members));
+    }
+
+    /// The topics, each with the offset of its newest record and its newest values.
+    pub(super) fn into_topics(self) -> impl Iterator<Item = (i64, Offset, Vec<NewestEntry<'a>>)> {
+        self.topics.into_iter().map(|(topic_id, topic)| (topic_id, topic.offset, topic.into_newest()))
     }
 
     /// Writes the gathered values, in the transaction that `connection` is in.
@@ -120,7 +159,9 @@ pub(super) fn forget_moved(connection: &Connection, topic_id: i64) -> rusqlite::
         .collect::<rusqlite::Result<HashSet<String>>>()?;
     set_latest_offset(connection, topic_id)?;
     let mut entries = connection.prepare_cached(
-        "SELECT offset, received_us, payload FROM entries WHERE topic_id = ?1 ORDER BY offset DESC LIMIT ?2",
+        "SELECT e.offset, e.received_us, e.payload, o.content_type, t.topic
+         FROM entries e JOIN origins o ON o.id = e.origin_id JOIN topics t ON t.id = e.topic_id
+         WHERE e.topic_id = ?1 ORDER BY e.offset DESC LIMIT ?2",
     )?;
     let mut rows = entries.query([topic_id, i64::try_from(LATEST_LOOK_BACK_MAX).unwrap_or(i64::MAX)])?;
     while !wanted.is_empty()
@@ -136,8 +177,9 @@ pub(super) fn forget_moved(connection: &Connection, topic_id: i64) -> rusqlite::
 pub(super) fn restore_moved(connection: &Connection, topic_id: i64) -> rusqlite::Result<()> {
     set_latest_offset(connection, topic_id)?;
     let mut entries = connection.prepare_cached(
-        "SELECT offset, received_us, payload FROM entries
-         WHERE topic_id = ?1 AND offset IN (SELECT offset FROM temp.moved) ORDER BY offset",
+        "SELECT e.offset, e.received_us, e.payload, o.content_type, t.topic
+         FROM entries e JOIN origins o ON o.id = e.origin_id JOIN topics t ON t.id = e.topic_id
+         WHERE e.topic_id = ?1 AND e.offset IN (SELECT offset FROM temp.moved) ORDER BY e.offset",
     )?;
     let mut rows = entries.query([topic_id])?;
     while let Some(row) = rows.next()? {
@@ -156,7 +198,7 @@ fn set_latest_offset(connection: &Connection, topic_id: i64) -> rusqlite::Result
     Ok(())
 }
 
-/// Writes those values of one record (`offset, received_us, payload`) that are `wanted` and newer than the
+/// Writes those values of one record (`offset, received_us, payload, content_type, topic`) that are `wanted` and newer than the
 /// present ones.
 fn put_values(
     connection: &Connection,
@@ -176,9 +218,17 @@ fn put_values(
     let values = match payload {
         ValueRef::Text(_) => {
             let text = payload.as_str()?;
-            match read_members(text, &mut members) {
-                true => members.into_iter().map(|(key, value)| (key, PayloadValue::Text(value))).collect(),
-                false => vec![(Cow::Borrowed(""), PayloadValue::Text(text))],
+            let (content_type, topic) = (row.get_ref(3)?.as_str()?, row.get_ref(4)?.as_str()?);
+            let mut shaped = Vec::new();
+            if read_shaped(&ShapedPayload { topic, content_type, text, received_at }, &mut shaped) {
+                let owned =
+                    |entry: ShapedEntry| (Cow::Owned(entry.key), PayloadValue::Text(Cow::Owned(entry.json)));
+                shaped.into_iter().map(owned).collect()
+            } else if read_members(text, &mut members) {
+                let borrowed = |(key, value)| (key, PayloadValue::Text(Cow::Borrowed(value)));
+                members.into_iter().map(borrowed).collect()
+            } else {
+                vec![(Cow::Borrowed(""), PayloadValue::Text(Cow::Borrowed(text)))]
             }
         }
         payload => vec![(Cow::Borrowed(""), PayloadValue::Bytes(payload.as_bytes()?))],
@@ -244,27 +294,72 @@ impl<'a> NewestTopic<'a> {
     }
 }
 
+impl<'a> NewestEntry<'a> {
+    /// The value as it is kept.
+    pub(super) fn kept(&self) -> KeptValue<'_> {
+        self.value.kept()
+    }
+}
+
 impl<'a> PayloadValue<'a> {
-    /// The form in `latest_values`: JSON, a BLOB, or NULL for a value that is too long.
-    fn to_sql(self) -> ToSqlOutput<'a> {
+    fn kept(&self) -> KeptValue<'_> {
         match self {
             PayloadValue::Text(text) if text.len() <= LATEST_VALUE_BYTES_MAX => {
-                match render::portable_json(text) {
-                    Some(json) => ToSqlOutput::Borrowed(ValueRef::Text(json.as_bytes())),
-                    None => ToSqlOutput::Owned(types::Value::Text(serde_json::Value::from(text).to_string())),
-                }
+                KeptValue::Json(match render::portable_json(text) {
+                    Some(json) => Cow::Borrowed(json),
+                    None => Cow::Owned(serde_json::Value::from(&**text).to_string()),
+                })
             }
-            PayloadValue::Bytes(bytes) if bytes.len() <= LATEST_VALUE_BYTES_MAX => {
-                ToSqlOutput::Borrowed(ValueRef::Blob(bytes))
-            }
-            PayloadValue::Text(_) | PayloadValue::Bytes(_) => ToSqlOutput::Owned(types::Value::Null),
+            PayloadValue::Bytes(bytes) if bytes.len() <= LATEST_VALUE_BYTES_MAX => KeptValue::Bytes(bytes),
+            PayloadValue::Text(_) | PayloadValue::Bytes(_) => KeptValue::TooLong,
+        }
+    }
+
+    /// The form in `latest_values`: JSON, a BLOB, or NULL for a value that is too long.
+    fn to_sql(&self) -> ToSqlOutput<'_> {
+        match self.kept() {
+            KeptValue::Json(Cow::Borrowed(json)) => ToSqlOutput::Borrowed(ValueRef::Text(json.as_bytes())),
+            KeptValue::Json(Cow::Owned(json)) => ToSqlOutput::Owned(types::Value::Text(json)),
+            KeptValue::Bytes(bytes) => ToSqlOutput::Borrowed(ValueRef::Blob(bytes)),
+            KeptValue::TooLong => ToSqlOutput::Owned(types::Value::Null),
         }
     }
 }
 
+fn shaped_payload<'a>(record: &RecordRef<'a>, text: &'a str) -> ShapedPayload<'a> {
+    let RecordRef { topic, content_type, received_at, .. } = *record;
+    ShapedPayload { topic, content_type, text, received_at }
+}
+
+/// A value of a payload that is of another shape than JSON's.
+struct ShapedEntry {
+    key: String,
+    json: String,
+    at: TimeMicros,
+}
+
+/// Reads the values of a payload of another shape, of each key the one with the latest time. Returns whether it is of one.
+fn read_shaped(payload: &ShapedPayload<'_>, values: &mut Vec<ShapedEntry>) -> bool {
+    values.clear();
+    let mut places: HashMap<String, usize> = HashMap::new();
+    payload.read(&mut |key, value, at| {
+        let at = at.unwrap_or(payload.received_at);
+        match places.get(key) {
+            Some(&place) if at >= values[place].at => {
+                (values[place].json, values[place].at) = (value.to_json(), at)
+            }
+            Some(_) => {}
+            None => {
+                places.insert(key.to_owned(), values.len());
+                values.push(ShapedEntry { key: key.to_owned(), json: value.to_json(), at });
+            }
+        }
+    })
+}
+
 /// Reads the members of a JSON object. Returns whether `text` is one. Values are parsed only as far as
 /// needed to find their end.
-fn read_members<'a>(text: &'a str, members: &mut Vec<(Cow<'a, str>, &'a str)>) -> bool {
+pub(super) fn read_members<'a>(text: &'a str, members: &mut Vec<JsonMember<'a>>) -> bool {
     members.clear();
     if !text.trim_start().starts_with('{') {
         return false;
@@ -273,7 +368,7 @@ fn read_members<'a>(text: &'a str, members: &mut Vec<(Cow<'a, str>, &'a str)>) -
     (&mut json).deserialize_map(MembersVisitor(members)).and_then(|()| json.end()).is_ok()
 }
 
-struct MembersVisitor<'m, 'a>(&'m mut Vec<(Cow<'a, str>, &'a str)>);
+struct MembersVisitor<'m, 'a>(&'m mut Vec<JsonMember<'a>>);
 
 impl<'a> Visitor<'a> for MembersVisitor<'_, 'a> {
     type Value = ();
@@ -283,34 +378,9 @@ impl<'a> Visitor<'a> for MembersVisitor<'_, 'a> {
     }
 
     fn visit_map<A: MapAccess<'a>>(self, mut map: A) -> Result<(), A::Error> {
-        while let Some((MemberKey(key), value)) = map.next_entry::<MemberKey<'a>, &'a RawValue>()? {
-            self.0.push((key, value.get()));
+        while let Some((MemberName(name), value)) = map.next_entry::<MemberName<'a>, &'a RawValue>()? {
+            self.0.push((name, value.get()));
         }
         Ok(())
-    }
-}
-
-/// A key, borrowed unless it is written with escapes.
-struct MemberKey<'a>(Cow<'a, str>);
-
-impl<'a> serde::Deserialize<'a> for MemberKey<'a> {
-    fn deserialize<D: Deserializer<'a>>(deserializer: D) -> Result<Self, D::Error> {
-        struct MemberKeyVisitor;
-        impl<'a> Visitor<'a> for MemberKeyVisitor {
-            type Value = MemberKey<'a>;
-
-            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str("a key")
-            }
-
-            fn visit_borrowed_str<E>(self, key: &'a str) -> Result<MemberKey<'a>, E> {
-                Ok(MemberKey(Cow::Borrowed(key)))
-            }
-
-            fn visit_str<E>(self, key: &str) -> Result<MemberKey<'a>, E> {
-                Ok(MemberKey(Cow::Owned(key.to_owned())))
-            }
-        }
-        deserializer.deserialize_str(MemberKeyVisitor)
     }
 }

@@ -11,6 +11,8 @@ use rusqlite::{Connection, params};
 use super::ids::RowIds;
 use super::incarnations;
 use super::newest;
+use super::retention::forget_sizes;
+use super::samples;
 use super::schema::{offset_from_sql, sql_offset};
 use crate::log::{RecordNote, WithheldChange, WithheldSnapshot};
 use crate::message::{KeyId, Offset, RecordFlags, RecordRef};
@@ -23,7 +25,7 @@ pub const CAUSE_LIMIT: &str = "limit";
 pub const CAUSE_KEY: &str = "key";
 
 /// The columns that a record has in both tables.
-const ENTRY_COLUMNS: &str = "offset, datasource_id, topic_id, origin_id, received_us, payload";
+const ENTRY_COLUMNS: &str = "offset, datasource_id, topic_id, origin_id, received_us, payload, event_us";
 
 /// The records that a correction moves out of `entries` or back.
 pub(super) const CREATE_MOVED: &str =
@@ -44,8 +46,8 @@ pub(super) fn insert_quarantined(
     connection
         .prepare_cached(
             "INSERT INTO quarantined (offset, datasource_id, topic_id, origin_id, received_us, payload,
-                 properties, publisher, flags, cause, keyword, pointer, detail, schema_version)
-             VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14)",
+                 properties, publisher, flags, cause, keyword, pointer, detail, schema_version, event_us)
+             VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14, ?15)",
         )?
         .execute(params![
             sql_offset(record.offset),
@@ -62,6 +64,7 @@ pub(super) fn insert_quarantined(
             reason.as_ref().map(|reason| &*reason.pointer),
             reason.as_ref().map(|reason| &*reason.words),
             reason.as_ref().map(|reason| reason.schema_version),
+            record.event_at,
         ])?;
     Ok(())
 }
@@ -132,8 +135,10 @@ pub(super) fn forget_from(connection: &Connection, end: Offset) -> rusqlite::Res
         .execute("INSERT INTO temp.moved SELECT offset, topic_id FROM entries WHERE offset >= ?1", [end])?;
     connection.execute("DELETE FROM entries WHERE offset >= ?1", [end])?;
     connection.execute("DELETE FROM quarantined WHERE offset >= ?1", [end])?;
+    connection.execute("UPDATE retention SET removed_below = min(removed_below, ?1)", [end])?;
+    forget_sizes(connection)?;
     connection.execute("UPDATE quarantined SET redriven_offset = NULL WHERE redriven_offset >= ?1", [end])?;
-    for_each_moved_topic(connection, |topic_id| newest::forget_moved(connection, topic_id))
+    for_each_moved_topic(connection, |topic_id| forget_moved(connection, topic_id))
 }
 
 /// Moves records that rules about this key cover into quarantine.
@@ -171,7 +176,7 @@ fn withhold(connection: &Connection, key_id: KeyId, left_out: &WithheldSnapshot)
         [],
     )?;
     connection.execute("DELETE FROM entries WHERE offset IN (SELECT offset FROM temp.moved)", [])?;
-    for_each_moved_topic(connection, |topic_id| newest::forget_moved(connection, topic_id))
+    for_each_moved_topic(connection, |topic_id| forget_moved(connection, topic_id))
 }
 
 /// Moves records that no rule about this key covers any more back to `entries`.
@@ -202,7 +207,19 @@ fn give_back(connection: &Connection, key_id: KeyId, left_out: &WithheldSnapshot
         [],
     )?;
     connection.execute("DELETE FROM quarantined WHERE offset IN (SELECT offset FROM temp.moved)", [])?;
-    for_each_moved_topic(connection, |topic_id| newest::restore_moved(connection, topic_id))
+    for_each_moved_topic(connection, |topic_id| restore_moved(connection, topic_id))
+}
+
+/// Takes out what a topic has of its records that are in `temp.moved` and no longer in `entries`: newest values and samples.
+pub(super) fn forget_moved(connection: &Connection, topic_id: i64) -> rusqlite::Result<()> {
+    newest::forget_moved(connection, topic_id)?;
+    samples::forget_moved(connection, topic_id)
+}
+
+/// Puts back what [`forget_moved`] has taken out, of records that are in `entries`.
+pub(super) fn restore_moved(connection: &Connection, topic_id: i64) -> rusqlite::Result<()> {
+    newest::restore_moved(connection, topic_id)?;
+    samples::restore_moved(connection, topic_id)
 }
 
 /// Calls `work` with each topic of the records in `temp.moved`.

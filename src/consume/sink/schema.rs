@@ -1,15 +1,17 @@
 //! The shape of `records.db`: what somebody who opens it with `sqlite3` finds.
 //!
-//! Three views are for reading, even while the gateway runs:
+//! Four views are for reading, even while the gateway runs:
 //!
 //! - `records`: `offset`, `datasource`, `topic`, `payload`, `content_type`, `key_id`, `transport`,
-//!   `received_at`, `received_us`. A payload is TEXT when it is UTF-8 without a NUL, else BLOB.
+//!   `received_at`, `received_us`, and `event_at`, `event_us`: when it was measured, NULL if nobody says so. A payload is TEXT when it is UTF-8 without a NUL, else BLOB.
 //! - `latest`: `datasource`, `topic`, `key`, `value`, `offset`, `received_at`, `received_us`: the
 //!   newest value of each top-level key of a topic's JSON objects, and under the key `''` of its
 //!   other payloads.
 //!
 //! - `quarantine`: records that are kept and not passed on, with the columns of `records` and `cause`
 //!   (`schema` or `key`), `keyword`, `pointer`, `detail`, `schema_version`, `redriven_offset`.
+//! - `samples`: `offset`, `datasource`, `topic`, `key`, `value`, `at`, `at_us`: each number of the stored payloads, its key as
+//!   `src/values/samples.rs` says. Its time is that of the event where that is known, or else of the receipt.
 //!
 //! A datasource that was deleted is called `press-4~1` in all of them, with the number of its incarnation: the id stays
 //! free for one that is created again.
@@ -38,7 +40,8 @@ const CACHE_KIB: i64 = 32 << 10;
 /// How the sink opens `records.db`. The opening waits long for a lock: without the database there is nothing
 /// to do. Each transaction fails soon, and is tried again.
 pub(in crate::consume) const RECORDS_DATABASE: SqliteProfile = SqliteProfile {
-    migrations: &[CREATE_RECORDS_TABLES, ADD_QUARANTINE, ADD_INCARNATIONS],
+    migrations: &[CREATE_RECORDS_TABLES, ADD_QUARANTINE, ADD_INCARNATIONS, ADD_EVENT_TIME, ADD_RETENTION],
+    gives_pages_back: true,
     open_lock_wait_max: Duration::from_secs(5),
     lock_wait_max: Duration::from_millis(250),
     pragmas: &[
@@ -73,6 +76,22 @@ macro_rules! rfc3339 {
             " || printf('.%06dZ', ",
             $us,
             " % 1000000)"
+        )
+    };
+}
+
+/// As [`rfc3339`], also for times before 1970, and NULL for NULL.
+macro_rules! rfc3339_of_any {
+    ($us:literal) => {
+        concat!(
+            "strftime('%Y-%m-%dT%H:%M:%S', (",
+            $us,
+            " - (",
+            $us,
+            " % 1000000 + 1000000) % 1000000) / 1000000, 'unixepoch')",
+            " || printf('.%06dZ', (",
+            $us,
+            " % 1000000 + 1000000) % 1000000)"
         )
     };
 }
@@ -213,6 +232,88 @@ const ADD_INCARNATIONS: &str = "
     ALTER TABLE datasources ADD COLUMN incarnation INTEGER NOT NULL DEFAULT 1;
 ";
 
+/// Turns format 3 into format 4.
+const ADD_EVENT_TIME: &str = concat!(
+    "
+    -- When it was measured, as its sender says: NULL if nobody does.
+    ALTER TABLE entries ADD COLUMN event_us INTEGER;
+    ALTER TABLE quarantined ADD COLUMN event_us INTEGER;
+    CREATE INDEX entries_event ON entries (topic_id, event_us) WHERE event_us IS NOT NULL;
+
+    -- The numbers of a topic's payloads, from a run of its records: {\"KEY\":[[OFFSET,TIME,VALUE],...],...}, with
+    -- offsets that count from first_offset and times in microseconds that count from base_us.
+    CREATE TABLE sample_chunks (
+        id           INTEGER PRIMARY KEY,
+        topic_id     INTEGER NOT NULL,
+        first_offset INTEGER NOT NULL,
+        last_offset  INTEGER NOT NULL,
+        base_us      INTEGER NOT NULL,
+        oldest_us    INTEGER NOT NULL,
+        newest_us    INTEGER NOT NULL,
+        samples      TEXT NOT NULL
+    );
+    CREATE INDEX sample_chunks_time ON sample_chunks (topic_id, newest_us, oldest_us);
+
+    CREATE VIEW samples AS
+    SELECT c.first_offset + json_extract(s.value, '$[0]') AS offset, d.datasource, t.topic, k.key,
+        json_extract(s.value, '$[2]') AS value, ",
+    rfc3339_of_any!("(c.base_us + json_extract(s.value, '$[1]'))"),
+    " AS at, c.base_us + json_extract(s.value, '$[1]') AS at_us
+    FROM sample_chunks c
+    JOIN topics t ON t.id = c.topic_id
+    JOIN datasources d ON d.id = t.datasource_id
+    JOIN json_each(c.samples) k
+    JOIN json_each(k.value) s;
+
+    -- That a record's topic is of its datasource lets SQLite begin with the topic, if both names are given.
+    DROP VIEW records;
+    CREATE VIEW records AS
+    SELECT e.offset, d.datasource, t.topic, e.payload, o.content_type, o.key_id, o.transport,
+        ",
+    rfc3339!("e.received_us"),
+    " AS received_at, e.received_us, ",
+    rfc3339_of_any!("e.event_us"),
+    " AS event_at, e.event_us
+    FROM entries e
+    LEFT JOIN datasources d ON d.id = e.datasource_id
+    LEFT JOIN topics t ON t.id = e.topic_id AND t.datasource_id = e.datasource_id
+    LEFT JOIN origins o ON o.id = e.origin_id;
+
+    DROP VIEW quarantine;
+    CREATE VIEW quarantine AS
+    SELECT q.offset, d.datasource, t.topic, q.payload, o.content_type, o.key_id, o.transport,
+        ",
+    rfc3339!("q.received_us"),
+    " AS received_at, q.received_us, q.cause, q.keyword, q.pointer, q.detail, q.schema_version,
+        q.redriven_offset, ",
+    rfc3339_of_any!("q.event_us"),
+    " AS event_at, q.event_us
+    FROM quarantined q
+    LEFT JOIN datasources d ON d.id = q.datasource_id
+    LEFT JOIN topics t ON t.id = q.topic_id
+    LEFT JOIN origins o ON o.id = q.origin_id;
+    "
+);
+
+/// Turns format 4 into format 5.
+const ADD_RETENTION: &str = "
+    -- Below removed_below nothing is stored of a datasource any more: its limits have had it removed.
+    CREATE TABLE retention (
+        datasource_id INTEGER PRIMARY KEY,
+        removed_below INTEGER NOT NULL
+    );
+
+    -- What the records of a datasource with a limit in bytes take, as far as that is counted: below next_offset.
+    CREATE TABLE stored_sizes (
+        datasource_id INTEGER PRIMARY KEY,
+        bytes         INTEGER NOT NULL,
+        next_offset   INTEGER NOT NULL
+    );
+
+    -- Finds the samples of what is removed.
+    CREATE INDEX sample_chunks_offset ON sample_chunks (topic_id, first_offset);
+";
+
 #[cfg(test)]
 mod tests {
     use rusqlite::Connection;
@@ -230,9 +331,34 @@ mod tests {
         drop(connection);
         let connection = RECORDS_DATABASE.open(&path).expect("upgraded");
         let number = |sql| connection.query_row(sql, [], |row| row.get::<_, i64>(0)).expect("reads");
-        assert_eq!(number("PRAGMA user_version"), 3);
+        assert_eq!(number("PRAGMA user_version"), RECORDS_DATABASE.newest_version());
         assert_eq!(number("SELECT next_offset FROM cursor"), 41);
         assert_eq!(number("SELECT count(*) FROM quarantine"), 0);
         assert_eq!(number("SELECT version FROM withheld"), 0);
+        assert_eq!(number("SELECT count(*) FROM retention"), 0);
+        assert_eq!(number("PRAGMA auto_vacuum"), 0, "an older one keeps its form");
+    }
+
+    #[test]
+    fn a_new_database_can_give_pages_back() {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let connection = RECORDS_DATABASE.open(&dir.path().join("records.db")).expect("made");
+        let mode: i64 = connection.pragma_query_value(None, "auto_vacuum", |row| row.get(0)).expect("reads");
+        assert_eq!(mode, 2, "incremental");
+    }
+    #[test]
+    fn sql_finds_the_records_of_a_topic_by_their_event_times_with_an_index() {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let connection = RECORDS_DATABASE.open(&dir.path().join("records.db")).expect("made");
+        let mut plan = connection
+            .prepare(
+                "EXPLAIN QUERY PLAN SELECT offset, payload FROM records
+                 WHERE datasource = 'press-4' AND topic = 'a' AND event_us >= 5 AND event_us < 9",
+            )
+            .expect("SQL");
+        let steps = plan.query_map([], |row| row.get::<_, String>(3)).expect("a plan");
+        let steps: Vec<String> = steps.map(|step| step.expect("a text")).collect();
+        let by_time = "SEARCH e USING INDEX entries_event (topic_id=? AND event_us>? AND event_us<?)";
+        assert!(steps.iter().any(|step| step == by_time), "{steps:?}");
     }
 }

@@ -17,6 +17,7 @@ use super::ids::RememberedIds;
 use super::incarnations;
 use super::insert::insert_records;
 use super::quarantined;
+use super::retention::{self, StoredSizes};
 use super::schema::{RECORDS_DATABASE, offset_from_sql, sql_offset};
 use crate::log::{IncarnationHistory, IncarnationStep, WithheldChange, WithheldRules, WithheldSnapshot};
 use crate::message::{DatasourceId, Offset, RecordRef};
@@ -56,6 +57,7 @@ pub struct SqliteSink {
     connection: Connection,
     path: PathBuf,
     ids: RememberedIds,
+    sizes: StoredSizes,
     cursor: Offset,
     durable_cursor: Offset,
     /// The version of the rules about leaked keys that the tables follow.
@@ -64,6 +66,8 @@ pub struct SqliteSink {
     left_out: Option<WithheldSnapshot>,
     /// The incarnation that a purge has begun to remove.
     purging: Option<DatasourceId>,
+    /// Whether the numbers in payloads are stored too.
+    keeps_samples: bool,
     /// A transaction was begun and not committed: ids that it inserted do not exist.
     ids_uncertain: bool,
 }
@@ -86,6 +90,7 @@ impl SqliteSink {
             connection,
             path: path.to_owned(),
             ids: RememberedIds::default(),
+            sizes: StoredSizes::default(),
             cursor: offset_from_sql(cursor),
             // The stored records may be in the operating system's memory only. Until the first synced
             // transaction the durable cursor stays 0, so that the log keeps everything.
@@ -93,8 +98,15 @@ impl SqliteSink {
             withheld_version,
             left_out: None,
             purging: None,
+            keeps_samples: true,
             ids_uncertain: false,
         })
+    }
+
+    /// Whether the numbers in the payloads of what is stored from now on are stored too, as samples. They are, unless
+    /// this says otherwise; what is there stays.
+    pub fn keep_samples(&mut self, keeps_samples: bool) {
+        self.keeps_samples = keeps_samples;
     }
 
     /// Names the file in an error of SQLite's.
@@ -110,9 +122,27 @@ impl SqliteSink {
         &mut self.connection
     }
 
+    /// The connection, and what the datasources take.
+    pub(super) fn connection_and_sizes(&mut self) -> (&mut Connection, &mut StoredSizes) {
+        (&mut self.connection, &mut self.sizes)
+    }
+
+    /// Forgets what is remembered of the tables: they have changed, or may have.
+    pub(super) fn clear_remembered(&mut self) {
+        self.ids.clear();
+        self.sizes.clear();
+    }
+
+    /// As [`SqliteSink::clear_remembered`], if the last transaction of records was not committed.
+    pub(super) fn forget_uncertain(&mut self) {
+        if std::mem::take(&mut self.ids_uncertain) {
+            self.clear_remembered();
+        }
+    }
+
     /// Notes that the database was brought back to `end`, and is on the disk so.
     pub(super) fn set_back(&mut self, end: Offset) {
-        self.ids.clear();
+        self.clear_remembered();
         (self.cursor, self.durable_cursor) = (end, end);
     }
 
@@ -151,7 +181,7 @@ impl SqliteSink {
             self.withheld_version = 0;
         }
         let (changes, left_out) = withheld.changes_and_rules(self.withheld_version);
-        self.ids.clear();
+        self.clear_remembered();
         let is_done =
             self.write_reconciled(&changes, &left_out).map_err(|error| self.database_error(&error))?;
         self.left_out = Some(left_out);
@@ -184,6 +214,7 @@ impl SqliteSink {
             }
             let version = self.withheld_version + part.len() as u64;
             let transaction = self.connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
+            retention::forget_sizes(&transaction)?;
             quarantined::reconcile(&transaction, part, left_out, version)?;
             transaction.commit()?;
             self.withheld_version = version;
@@ -236,9 +267,8 @@ impl SqliteSink {
         next: Offset,
         sync: bool,
     ) -> Result<(), SinkError> {
-        if std::mem::replace(&mut self.ids_uncertain, true) {
-            self.ids.clear();
-        }
+        self.forget_uncertain();
+        self.ids_uncertain = true;
         let moved = self.write(records, next, sync).map_err(|error| self.database_error(&error))?;
         if !moved {
             return Err(SinkError::CursorMoved { expected: self.cursor });
@@ -269,7 +299,14 @@ impl SqliteSink {
         let records = records.skip_while(|record| record.offset < self.cursor);
         let nothing = WithheldSnapshot::default();
         let left_out = self.left_out.as_ref().unwrap_or(&nothing);
-        insert_records(&transaction, &mut self.ids, left_out, records)?;
+        insert_records(
+            &transaction,
+            (&mut self.ids, &mut self.sizes),
+            left_out,
+            self.keeps_samples,
+            records,
+        )?;
+        self.sizes.write(&transaction)?;
         transaction.commit()?;
         Ok(true)
     }
@@ -438,7 +475,9 @@ mod tests {
         let mut sink = open(dir.path());
         let mut first = record(0, "press-4", "spindle/temp", PAYLOAD);
         first.content_type = "application/json";
-        sink.store([first, record(1, "press-4", "note", b"hello")].into_iter(), 2, false).expect("stored");
+        let mut second = record(1, "press-4", "note", b"hello");
+        second.event_at = Some(-1);
+        sink.store([first, second].into_iter(), 2, false).expect("stored");
         let sqlite3 = |sql: &str| {
             let path: PathBuf = dir.path().join(RECORDS_FILE_NAME);
             let output = std::process::Command::new("sqlite3").arg(path).arg(sql).output();
@@ -448,8 +487,8 @@ mod tests {
         };
         assert_eq!(
             sqlite3("SELECT * FROM records"),
-            "0|press-4|spindle/temp|{\"t\": 21.5}|application/json|0a0a0a0a0a0a|mqtt|2026-11-23T09:28:39.000000Z|1795426119000000\n\
-             1|press-4|note|hello||0a0a0a0a0a0a|mqtt|2026-11-23T09:28:39.001000Z|1795426119001000\n"
+            "0|press-4|spindle/temp|{\"t\": 21.5}|application/json|0a0a0a0a0a0a|mqtt|2026-11-23T09:28:39.000000Z|1795426119000000||\n\
+             1|press-4|note|hello||0a0a0a0a0a0a|mqtt|2026-11-23T09:28:39.001000Z|1795426119001000|1969-12-31T23:59:59.999999Z|-1\n"
         );
         assert_eq!(
             sqlite3("SELECT topic, key, value, offset, received_at FROM latest ORDER BY topic"),
@@ -466,13 +505,17 @@ mod tests {
         let dir = tempfile::tempdir().expect("temporary directory");
         let path = dir.path().join(RECORDS_FILE_NAME);
         drop(open(dir.path()));
-        Connection::open(&path).and_then(|c| c.pragma_update(None, "user_version", 4)).expect("set");
+        const NEXT_FORMAT: i64 = RECORDS_DATABASE.newest_version() + 1;
+        Connection::open(&path)
+            .and_then(|c| c.pragma_update(None, "user_version", NEXT_FORMAT))
+            .expect("set");
         let error = SqliteSink::open(&path).map(drop).expect_err("a newer format");
         assert_eq!(
             error.to_string(),
             format!(
-                "{} has format 4 and this Headgate knows formats up to 3: use a newer one",
-                path.display()
+                "{} has format {NEXT_FORMAT} and this Headgate knows formats up to {}: use a newer one",
+                path.display(),
+                NEXT_FORMAT - 1
             )
         );
 

@@ -117,7 +117,12 @@ impl StorageFollower {
         if let Some(log_end) = self.unopened {
             self.open_late(log_end)?;
         }
-        let round = self.store();
+        let round = self.store().and_then(|round| {
+            if let (Some(sink), Some(limits)) = (&mut self.sink, self.shared.limits.get()) {
+                sink.keep_within(limits, begun.elapsed())?;
+            }
+            Ok(round)
+        });
         if let Err(StorageRoundError::Sink(error)) = &round
             && !error.is_clean_rollback()
         {

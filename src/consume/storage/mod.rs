@@ -14,13 +14,15 @@ mod follower;
 #[cfg(feature = "delta")]
 mod lake_place;
 mod pace;
+mod postgres_place;
 pub(in crate::consume) mod record_sink;
+mod retention;
 mod sinks;
 mod sqlite_place;
 #[cfg(test)]
 mod tests;
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Instant;
 
 use parking_lot::Mutex;
@@ -29,6 +31,7 @@ use tokio::sync::watch;
 use self::follower::StorageFollower;
 use self::pace::StoragePace;
 use self::record_sink::{OpenedSink, SinkFault, SinkPlace};
+pub use self::retention::StoredLimitsSource;
 use super::follower::{FollowerControl, FollowerProfile};
 use super::sink::sqlite::SinkError;
 use crate::config::SinkKind;
@@ -48,12 +51,20 @@ const fn profile_of(kind: SinkKind) -> &'static FollowerProfile {
             late: "storage did not finish by its deadline; the log has the rest",
             patient: true,
         },
+        SinkKind::Postgres => &FollowerProfile {
+            name: "postgres",
+            down: "storage in PostgreSQL is failing",
+            up: "storage in PostgreSQL has recovered",
+            late: "storage in PostgreSQL did not finish by its deadline; the log has the rest",
+            // The server may be away for long, and the next start stores the rest.
+            patient: false,
+        },
         SinkKind::Delta => &FollowerProfile {
             name: "delta",
             down: "storage in the Delta lake is failing",
             up: "storage in the Delta lake has recovered",
             late: "storage in the Delta lake did not finish by its deadline; the log has the rest",
-            patient: true,
+            patient: false,
         },
     }
 }
@@ -110,6 +121,8 @@ struct StorageProgress {
     pace: Mutex<StoragePace>,
     /// The newest error and when it was, also if it is over.
     last_error: Mutex<Option<(TimeMicros, String)>>,
+    /// How much may stay stored, once that is known.
+    limits: OnceLock<StoredLimitsSource>,
 }
 
 impl StorageConsumer {
@@ -141,6 +154,7 @@ impl StorageConsumer {
             is_writer: watch::Sender::new(true),
             pace: Mutex::default(),
             last_error: Mutex::default(),
+            limits: OnceLock::new(),
         });
         if let Some(trouble) = &trouble {
             shared.note_error(trouble.clone());
@@ -155,6 +169,12 @@ impl StorageConsumer {
     /// The kind of its sink.
     pub fn kind(&self) -> SinkKind {
         self.kind
+    }
+
+    /// Removes from now on what is over these limits. They are asked for again and again.
+    pub fn begin_retention(&self, limits: StoredLimitsSource) {
+        // The first one asks the registry, which does not change.
+        let _ = self.shared.limits.set(limits);
     }
 
     /// The first offset that is not stored yet.

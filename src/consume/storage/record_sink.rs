@@ -1,14 +1,17 @@
 //! What storage asks of a database that it writes into, whichever it is. [`RecordSink`] is an open one; [`SinkPlace`]
 //! is where it is and how it is opened.
 
+use std::time::Duration;
+
 use crate::config::SinkKind;
 #[cfg(feature = "delta")]
 use crate::consume::sink::lake::LakeFault;
+use crate::consume::sink::postgres::PostgresError;
 use crate::consume::sink::sqlite::SinkError;
 use crate::log::{Log, WithheldRules};
 use crate::message::{Offset, RecordRef};
 
-use super::StorageError;
+use super::{StorageError, StoredLimitsSource};
 
 /// An open database with its cursor in the log. All methods may block on a disk or a network.
 pub(in crate::consume) trait RecordSink: Send {
@@ -53,6 +56,12 @@ pub(in crate::consume) trait RecordSink: Send {
         next: Offset,
         sync: bool,
     ) -> Result<(), SinkFault>;
+
+    /// Removes some of what is over these limits, for about as long as `storing` has just taken, if it is time.
+    ///
+    /// # Errors
+    /// [`SinkFault`].
+    fn keep_within(&mut self, limits: &StoredLimitsSource, storing: Duration) -> Result<(), SinkFault>;
 
     /// Brings it into its best state to be left alone, once no more is stored.
     ///
@@ -106,6 +115,9 @@ pub enum SinkFault {
     #[cfg(feature = "delta")]
     #[error(transparent)]
     Lake(#[from] LakeFault),
+    /// PostgreSQL.
+    #[error(transparent)]
+    Postgres(#[from] PostgresError),
 }
 
 impl SinkFault {
@@ -115,6 +127,7 @@ impl SinkFault {
             Self::Sqlite(error) => error.is_damage(),
             #[cfg(feature = "delta")]
             Self::Lake(_) => false,
+            Self::Postgres(_) => false,
         }
     }
 
@@ -124,6 +137,7 @@ impl SinkFault {
             Self::Sqlite(error) => error.is_clean_rollback(),
             #[cfg(feature = "delta")]
             Self::Lake(_) => false,
+            Self::Postgres(_) => false,
         }
     }
 
@@ -131,7 +145,7 @@ impl SinkFault {
     pub fn remedy(&self) -> &'static str {
         match self {
             Self::Sqlite(SinkError::Database(error)) => error.remedy(),
-            Self::Sqlite(SinkError::CursorMoved { .. }) => "it is tried again",
+            Self::Sqlite(SinkError::CursorMoved { .. }) | Self::Postgres(_) => "it is tried again",
             #[cfg(feature = "delta")]
             Self::Lake(fault) => fault.remedy(),
         }

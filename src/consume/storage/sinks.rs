@@ -8,9 +8,10 @@ use futures_util::future::join_all;
 
 #[cfg(feature = "delta")]
 use super::lake_place::DeltaPlace;
+use super::postgres_place::PostgresPlace;
 use super::record_sink::SinkPlace;
 use super::sqlite_place::SqlitePlace;
-use super::{StorageConsumer, StorageError};
+use super::{StorageConsumer, StorageError, StoredLimitsSource};
 use crate::config::{self, SinkKind};
 use crate::log::Log;
 use crate::message::{Offset, TimeMicros};
@@ -48,7 +49,7 @@ pub struct SinkState {
 }
 
 impl StorageSinks {
-    /// Starts a consumer for each sink of the settings. `None` without any. Blocks: a sink in `dir` is opened, which may read the
+    /// Starts a consumer for each sink of the settings. `None` without any. `is_shared`: other gateways have the same log. Blocks: a sink in `dir` is opened, which may read the
     /// log.
     ///
     /// # Errors
@@ -57,11 +58,15 @@ impl StorageSinks {
         dir: &Path,
         config: &config::StorageConfig,
         log: &Arc<dyn Log>,
+        is_shared: bool,
     ) -> Result<Option<Self>, StorageError> {
         let mut consumers = Vec::new();
         for kind in &config.sinks {
             let place: Box<dyn SinkPlace> = match kind {
-                SinkKind::Sqlite => Box::new(SqlitePlace::new(dir)),
+                SinkKind::Sqlite => Box::new(SqlitePlace::new(dir, config.samples)),
+                SinkKind::Postgres => {
+                    Box::new(PostgresPlace::new(&config.postgres, config.samples, is_shared))
+                }
                 #[cfg(feature = "delta")]
                 SinkKind::Delta => Box::new(DeltaPlace::new(dir, &config.delta)),
                 // The settings have been checked.
@@ -76,6 +81,11 @@ impl StorageSinks {
         let read_from = config.read_from();
         let read_from = consumers.iter().position(|consumer| Some(consumer.kind()) == read_from);
         Ok(Some(Self { consumers, read_from: read_from.unwrap_or(0) }))
+    }
+
+    /// Removes from now on what is over these limits. They are asked for again and again.
+    pub fn begin_retention(&self, limits: &StoredLimitsSource) {
+        self.consumers.iter().for_each(|consumer| consumer.begin_retention(limits.clone()));
     }
 
     /// Each sink, in the order of the settings.

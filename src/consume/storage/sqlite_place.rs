@@ -1,11 +1,13 @@
 //! `records.db` as a sink: where it is, and what is done about one that is damaged or ahead of the log.
 
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use tracing::error;
 
 use super::record_sink::{OpenedSink, RecordSink, SinkFault, SinkPlace};
-use super::{StorageError, ahead, unopened_words};
+use super::retention::RetentionTurns;
+use super::{StorageError, StoredLimitsSource, ahead, unopened_words};
 use crate::config::SinkKind;
 use crate::consume::sink::sqlite::{RECORDS_FILE_NAME, SinkError, SqliteSink};
 use crate::log::{Log, WithheldRules};
@@ -18,12 +20,19 @@ const WAS_DAMAGED: &str = "was damaged";
 /// The `records.db` of a data directory.
 pub(in crate::consume) struct SqlitePlace {
     path: PathBuf,
+    /// Whether the numbers in payloads are stored as samples too.
+    keeps_samples: bool,
 }
 
 impl SqlitePlace {
     /// That of the data directory `dir`.
-    pub(in crate::consume) fn new(dir: &Path) -> Self {
-        Self { path: dir.join(RECORDS_FILE_NAME) }
+    pub(in crate::consume) fn new(dir: &Path, keeps_samples: bool) -> Self {
+        Self { path: dir.join(RECORDS_FILE_NAME), keeps_samples }
+    }
+
+    fn in_use(&self, mut sink: SqliteSink) -> Box<dyn RecordSink> {
+        sink.keep_samples(self.keeps_samples);
+        Box::new(SqliteStore { sink, retention: RetentionTurns::default() })
     }
 }
 
@@ -38,38 +47,44 @@ impl SinkPlace for SqlitePlace {
 
     fn open(&mut self, log: &dyn Log, log_end: Offset, is_ordered: bool) -> Result<OpenedSink, StorageError> {
         let (sink, said) = open_right(&self.path, log, log_end, is_ordered)?;
-        Ok(OpenedSink { sink: Box::new(sink), said })
+        Ok(OpenedSink { sink: self.in_use(sink), said })
     }
 
     fn reopen(&mut self) -> Result<Box<dyn RecordSink>, SinkFault> {
-        Ok(Box::new(SqliteSink::open(&self.path)?))
+        Ok(self.in_use(SqliteSink::open(&self.path)?))
     }
 
     fn begin_anew(&mut self, log: &dyn Log) -> Result<OpenedSink, SinkFault> {
         let (sink, said) = begin_anew(&self.path, log, WAS_DAMAGED)?;
-        Ok(OpenedSink { sink: Box::new(sink), said: Some(said) })
+        Ok(OpenedSink { sink: self.in_use(sink), said: Some(said) })
     }
 }
 
-impl RecordSink for SqliteSink {
+/// The open `records.db`, and where its retention is.
+struct SqliteStore {
+    sink: SqliteSink,
+    retention: RetentionTurns,
+}
+
+impl RecordSink for SqliteStore {
     fn cursor(&self) -> Offset {
-        self.cursor()
+        self.sink.cursor()
     }
 
     fn durable_cursor(&self) -> Offset {
-        self.durable_cursor()
+        self.sink.durable_cursor()
     }
 
     fn withheld_version(&self) -> u64 {
-        self.withheld_version()
+        self.sink.withheld_version()
     }
 
     fn has_rules(&self) -> bool {
-        self.has_rules()
+        self.sink.has_rules()
     }
 
     fn reconcile_some(&mut self, withheld: &WithheldRules) -> Result<bool, SinkFault> {
-        Ok(self.reconcile_some(withheld)?)
+        Ok(self.sink.reconcile_some(withheld)?)
     }
 
     fn store<'a>(
@@ -78,12 +93,16 @@ impl RecordSink for SqliteSink {
         next: Offset,
         sync: bool,
     ) -> Result<(), SinkFault> {
-        Ok(self.store(records, next, sync)?)
+        Ok(self.sink.store(records, next, sync)?)
+    }
+
+    fn keep_within(&mut self, limits: &StoredLimitsSource, storing: Duration) -> Result<(), SinkFault> {
+        Ok(self.retention.take_turn(&mut self.sink, limits, storing)?)
     }
 
     /// Copies the write-ahead log into the one file, if nobody else reads it.
     fn finish(&mut self) -> Result<(), SinkFault> {
-        self.checkpoint()?;
+        self.sink.checkpoint()?;
         Ok(())
     }
 }

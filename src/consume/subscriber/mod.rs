@@ -2,7 +2,7 @@
 //! that one that was away, or is slow, misses nothing.
 //!
 //! The [`router`] matches new records against all filters at once; a [`feed`] is one subscriber's
-//! place in the log, live or catching up; a [`group`] is a place that several share. [`retained`] has
+//! place in the log, live or catching up, over MQTT or as a stream over HTTP; a [`group`] is a place that several share. [`retained`] has
 //! the newest retained message of each topic. [`sessions`] keeps on the disk what outlives a connection.
 //!
 //! **Live and behind** meet without a lock. The router announces a batch before it routes it. A feed that
@@ -24,6 +24,8 @@ pub mod sessions;
 
 mod filter_set;
 mod matched;
+mod output_cover;
+mod replay;
 mod session_ends;
 mod trie;
 
@@ -32,11 +34,13 @@ mod tests;
 
 pub use feed::{FeedItem, SubscriberFeed};
 pub use group::{
-    ClusterShareGroups, GroupJoinError, GroupSession, ShareDelivery, ShareGroupKey, ShareGroups, ShareMember,
-    batches_weight,
+    ClusterShareGroups, GroupCount, GroupJoinError, GroupSession, ShareDelivery, ShareGroupKey, ShareGroups,
+    ShareMember, batches_weight,
 };
 pub use mailbox::{Mailbox, SubscriberProgress};
 pub use matched::MatchedRecords;
+pub use output_cover::OutputCover;
+pub use replay::{ReplayError, ReplayStart};
 pub use router::Router;
 pub use session_ends::SessionEnds;
 
@@ -79,7 +83,10 @@ impl Subscribers {
         let router = Router::start(&log)?;
         let shares = Arc::new(TenantShares::default());
         let groups = match groups {
-            Some(groups) => ShareGroups::Cluster(Box::new(groups)),
+            Some(groups) => {
+                groups.count_in(shares.clone());
+                ShareGroups::Cluster(Box::new(groups))
+            }
             None => ShareGroups::local(router.clone(), log.clone(), shares.clone()),
         };
         Ok(Self { log, router, groups, store, session_ends: SessionEnds::default(), retained, shares })

@@ -51,12 +51,13 @@ impl Batch {
         let mut sections = BodySections::parse(version, &body)?;
         let mut seen = 0_u32;
         let mut ids = false;
-        let mut noted = false;
+        let (mut noted, mut timed) = (false, false);
         while sections.left > 0 {
             let (head, mut bytes) = sections.take()?;
             for _ in 0..head.records {
                 let (record, rest) = RecordBody::take(&head, bytes)?;
                 noted |= record.flags.has_note();
+                timed |= record.event_at.is_some();
                 bytes = rest;
             }
             if !bytes.is_empty() || head.once.len() % OnceId::BYTES != 0 {
@@ -70,7 +71,8 @@ impl Batch {
         let whole = behind.is_empty()
             && seen == records
             && (once || !ids)
-            && (!noted || flags.contains(FrameFlags::NOTED));
+            && (!noted || flags.contains(FrameFlags::NOTED))
+            && (!timed || flags.contains(FrameFlags::EVENT_TIMED));
         whole.then_some(Self { version, flags, first_offset, records, body })
     }
 
@@ -355,6 +357,38 @@ mod tests {
         let a = section("press-4", &[b"1".to_vec(), b"2".to_vec()]);
         assert!(checked(0, 1, body(&[&a])).is_none());
         assert!(checked(0, 3, body(&[&a])).is_none());
+    }
+
+    #[test]
+    fn event_times_come_back_and_a_frame_says_that_it_has_some() {
+        let mut timed = section("press-4", &[b"1".to_vec()]);
+        let plain = checked(0, 1, body(&[&timed])).expect("whole");
+        assert_eq!(plain.records().map(|record| record.event_at).collect::<Vec<_>>(), [None]);
+        for (event_at, note) in [(Some(0), &[][..]), (Some(-1), &[5]), (Some(i64::MAX), &[]), (None, &[])] {
+            let flags = if note.is_empty() { RecordFlags::default() } else { RecordFlags::QUARANTINED };
+            let (topic, content_type, properties, payload) = ("a", "", &[][..], &b"2"[..]);
+            timed.push_body(&RecordBody { flags, topic, content_type, properties, payload, event_at, note });
+        }
+        let batch = Batch::gather(0, std::slice::from_ref(&timed));
+        assert!(
+            batch.flags.contains(FrameFlags::EVENT_TIMED) && !plain.flags.contains(FrameFlags::EVENT_TIMED)
+        );
+        let seen: Vec<_> =
+            batch.records().map(|record| (record.event_at, record.note, record.flags)).collect();
+        let (none, quarantined) = (RecordFlags::default(), RecordFlags::QUARANTINED);
+        let expected = [
+            (None, &[][..], RecordFlags::RETAIN),
+            (Some(0), &[], none),
+            (Some(-1), &[5], quarantined),
+            (Some(i64::MAX), &[], none),
+            (None, &[], none),
+        ];
+        assert_eq!(seen, expected, "in none of them is the flag of the log");
+        // An earlier version knows neither the flag nor what it announces.
+        let flags = FrameFlags::NOTED;
+        assert!(Batch::check(LogFormatVersion::V3, flags, 0, 5, body(&[&timed])).is_none());
+        let flags = flags.with(FrameFlags::EVENT_TIMED);
+        assert!(Batch::check(LogFormatVersion::V3, flags, 0, 5, body(&[&timed])).is_some());
     }
 
     proptest! {

@@ -54,6 +54,8 @@ impl FrameFlags {
     pub const NOTED: FrameFlags = FrameFlags(4);
     /// The next frame belongs to the same commit: without it this one does not count.
     pub const CONTINUED: FrameFlags = FrameFlags(8);
+    /// A record has an event time.
+    pub const EVENT_TIMED: FrameFlags = FrameFlags(16);
 
     /// The flags in a header, known or not.
     pub const fn from_bits(bits: u32) -> Self {
@@ -81,7 +83,7 @@ impl FrameFlags {
         match version {
             LogFormatVersion::V1 => FrameFlags::default(),
             LogFormatVersion::V2 => v2,
-            LogFormatVersion::V3 => v2.with(Self::CONTINUED),
+            LogFormatVersion::V3 => v2.with(Self::CONTINUED).with(Self::EVENT_TIMED),
         }
     }
 }

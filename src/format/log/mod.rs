@@ -29,7 +29,7 @@
 //! | 40 | u64, a position in this file: all in front of it had been acknowledged when this was written |
 //! | 48 | u32, bytes of the body, at most 256 MiB |
 //! | 52 | u32, records; 0 in the frame that a clean shutdown writes, and in one of releases alone |
-//! | 56 | u32, flags: 1, a record is to be retained; 2, a once part is in the body; 4, a record has a note; 8, the next frame belongs to the same commit |
+//! | 56 | u32, flags: 1, a record is to be retained; 2, a once part is in the body; 4, a record has a note; 8, the next frame belongs to the same commit; 16, a record has an event time |
 //! | 60 | u32, 0 |
 //! | 64 | the body |
 //!
@@ -45,8 +45,8 @@
 //!    once ids (bytes, 16 an id), labels (bytes: topic and media type, topic and media type, ...), records,
 //!    bytes of records;
 //! 3. the records of all sections, each as flags, the byte of the labels where its topic and media type
-//!    are, MQTT 5 properties, payload, and with flag 8 (in quarantine) or 16 (sent again from there) a note
-//!    (bytes);
+//!    are, MQTT 5 properties, payload, with flag 64 the event time (i64, µs since the Unix epoch), and with flag 8 (in
+//!    quarantine) or 16 (sent again from there) a note (bytes);
 //! 4. with flag 2, the once part: how many message ids were ever kept before the frame (u64), the
 //!    window's clock (u64, µs) and the wall clock (i64, µs) when it was written; in a segment's first
 //!    frame only, the exchanges that were open
@@ -123,7 +123,7 @@ mod label;
 pub mod note;
 pub mod offsets;
 pub mod once;
-mod record;
+pub mod record;
 pub mod section;
 pub mod segment;
 

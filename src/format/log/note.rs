@@ -91,6 +91,9 @@ impl std::fmt::Display for QuarantineReason<'_> {
         if self.is_limit() {
             return f.write_str(words);
         }
+        if *schema_version == 0 {
+            return write!(f, "{keyword} at {pointer:?}: {words}");
+        }
         write!(f, "schema version {schema_version}, {keyword} at {pointer:?}: {words}")
     }
 }

@@ -97,17 +97,26 @@ impl<'a> SectionHead<'a> {
     }
 }
 
-/// One record.
-pub(super) struct RecordBody<'a> {
+/// One record, without what its section says of all of its records.
+#[derive(Debug, Clone, Copy)]
+pub struct RecordBody<'a> {
+    /// How it was published.
     pub flags: RecordFlags,
+    /// Its topic.
     pub topic: &'a str,
+    /// Its media type, or empty.
     pub content_type: &'a str,
+    /// Its MQTT 5 properties in wire form, or empty.
     pub properties: &'a [u8],
+    /// What its sender sent.
     pub payload: &'a [u8],
+    /// When it was measured, if its sender has said so.
+    pub event_at: Option<TimeMicros>,
+    /// Its note, which its flags have to say, or empty.
     pub note: &'a [u8],
 }
 
-/// A record as it is stored, without its note, which follows if the flags say so.
+/// A record as it is stored, without its event time and its note, which follow if the flags say so.
 #[derive(Serialize, Deserialize)]
 pub(super) struct StoredRecord<'a> {
     pub flags: RecordFlags,
@@ -137,13 +146,20 @@ impl<'a> RecordBody<'a> {
         let (mut record, rest) = if head.labels_inline {
             let (stored, rest) = postcard::take_from_bytes::<StoredRecordV2>(bytes).ok()?;
             let StoredRecordV2 { flags, topic, content_type, properties, payload } = stored;
-            (Self { flags, topic, content_type, properties, payload, note: &[] }, rest)
+            (Self { flags, topic, content_type, properties, payload, event_at: None, note: &[] }, rest)
         } else {
             let (stored, rest) = postcard::take_from_bytes::<StoredRecord>(bytes).ok()?;
             let StoredRecord { flags, label, properties, payload } = stored;
             let (topic, content_type) = label_at(head.labels, label)?;
-            (Self { flags, topic, content_type, properties, payload, note: &[] }, rest)
+            (Self { flags, topic, content_type, properties, payload, event_at: None, note: &[] }, rest)
         };
+        let mut rest = rest;
+        if record.flags.contains(RecordFlags::EVENT_TIMED) && !head.labels_inline {
+            let event_at;
+            (event_at, rest) = postcard::take_from_bytes::<TimeMicros>(rest).ok()?;
+            record.event_at = Some(event_at);
+            record.flags = record.flags.without(RecordFlags::EVENT_TIMED);
+        }
         if !record.flags.has_note() {
             return Some((record, rest));
         }
@@ -193,6 +209,7 @@ pub(super) fn record_of<'a>(head: &SectionHead<'a>, record: RecordBody<'a>, offs
         transport: head.transport,
         publisher: head.publisher,
         received_at: head.received_at,
+        event_at: record.event_at,
         flags: record.flags,
         note: record.note,
     }

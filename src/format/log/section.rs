@@ -37,6 +37,7 @@ pub struct Section {
     /// Messages and payload bytes that go into quarantine.
     quarantined: (u32, u64),
     noted: bool,
+    timed: bool,
     labels: LabelTable,
     bytes: Vec<u8>,
 }
@@ -68,6 +69,7 @@ impl Section {
             retained: false,
             quarantined: (0, 0),
             noted: false,
+            timed: false,
             labels: LabelTable::default(),
             bytes: Vec::new(),
         }
@@ -155,12 +157,15 @@ impl Section {
         properties: &[u8],
         flags: RecordFlags,
     ) {
-        let label = self.labels.place(topic, content_type);
-        self.digest = None;
-        put_postcard(&StoredRecord { flags, label, properties, payload }, &mut self.bytes);
-        self.retained |= flags.contains(RecordFlags::RETAIN);
-        self.records += 1;
-        self.payload_bytes += payload.len() as u64;
+        self.push_body(&RecordBody {
+            flags,
+            topic,
+            content_type,
+            properties,
+            payload,
+            event_at: None,
+            note: &[],
+        });
     }
 
     /// Like [`Section::push`], for a message whose flags say that it has a note.
@@ -173,8 +178,31 @@ impl Section {
         flags: RecordFlags,
         note: &[u8],
     ) {
-        debug_assert!(flags.has_note(), "a note without its flag would be taken for the next record");
-        self.push(topic, payload, content_type, properties, flags);
+        self.push_body(&RecordBody { flags, topic, content_type, properties, payload, event_at: None, note });
+    }
+
+    /// Adds one message, with its event time and its note if it has them.
+    #[inline]
+    pub fn push_body(&mut self, body: &RecordBody<'_>) {
+        let RecordBody { flags, topic, content_type, properties, payload, event_at, note } = *body;
+        debug_assert!(
+            flags.has_note() || note.is_empty(),
+            "a note without its flag would be taken for the next record"
+        );
+        let label = self.labels.place(topic, content_type);
+        self.digest = None;
+        let kept = event_at.map_or(flags, |_| flags.with(RecordFlags::EVENT_TIMED));
+        put_postcard(&StoredRecord { flags: kept, label, properties, payload }, &mut self.bytes);
+        if let Some(event_at) = event_at {
+            put_postcard(&event_at, &mut self.bytes);
+            self.timed = true;
+        }
+        self.retained |= flags.contains(RecordFlags::RETAIN);
+        self.records += 1;
+        self.payload_bytes += payload.len() as u64;
+        if !flags.has_note() {
+            return;
+        }
         put_postcard(serde_bytes::Bytes::new(note), &mut self.bytes);
         self.noted = true;
         if flags.contains(RecordFlags::QUARANTINED) {
@@ -201,11 +229,8 @@ impl Section {
     /// Adds a copy of a message from another section. Returns its encoded size in bytes.
     pub fn push_copy(&mut self, record: RecordRef<'_>) -> usize {
         let before = self.bytes.len();
-        let RecordRef { topic, payload, content_type, properties, flags, note, .. } = record;
-        match flags.has_note() {
-            true => self.push_noted(topic, payload, content_type, properties, flags, note),
-            false => self.push(topic, payload, content_type, properties, flags),
-        }
+        let RecordRef { topic, payload, content_type, properties, event_at, flags, note, .. } = record;
+        self.push_body(&RecordBody { flags, topic, content_type, properties, payload, event_at, note });
         self.bytes.len() - before
     }
 
@@ -323,6 +348,7 @@ pub fn put_body<'a>(sections: impl Iterator<Item = &'a Section> + Clone, to: &mu
         put_postcard(&section.head(), to);
         flags = flags.with_if(section.retained, FrameFlags::RETAINED);
         flags = flags.with_if(section.noted, FrameFlags::NOTED);
+        flags = flags.with_if(section.timed, FrameFlags::EVENT_TIMED);
     }
     sections.for_each(|section| to.extend_from_slice(&section.bytes));
     flags

@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 
 use super::credentials::Caller;
 use super::{HttpFrontState, run_blocking};
-use crate::backup::{BackupError, BackupReport};
+use crate::backup::{BackupError, BackupPace, BackupReport};
 use crate::front::problem::Problem;
 use crate::observe::cause::Cause;
 
@@ -21,6 +21,9 @@ use crate::observe::cause::Cause;
 #[serde(deny_unknown_fields)]
 struct BackupRequest {
     dir: PathBuf,
+    /// As fast as the disk allows, whoever waits for it meanwhile.
+    #[serde(default)]
+    fast: bool,
 }
 
 /// The answer to a request for a backup, and to one for its progress.
@@ -37,9 +40,10 @@ pub(super) async fn begin(
     request: Request,
 ) -> Result<Response, Problem> {
     caller.require_gateway_admin()?;
-    let BackupRequest { dir } = shared.read_json(request).await?;
+    let BackupRequest { dir, fast } = shared.read_json(request).await?;
     let (backups, actor) = (shared.parts.backups.clone(), caller.actor());
-    let begun = run_blocking(move || Ok(backups.begin(&dir, &actor)?)).await;
+    let pace = if fast { BackupPace::Fast } else { BackupPace::Paced };
+    let begun = run_blocking(move || Ok(backups.begin(&dir, pace, &actor)?)).await;
     let backup = Some(begun.map_err(Problem::after_body_read)?);
     Ok((StatusCode::ACCEPTED, Json(BackupResponse { backup })).into_response())
 }

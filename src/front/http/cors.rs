@@ -19,20 +19,22 @@ use super::HttpFrontState;
 use crate::config::CorsOrigin;
 
 /// The paths that pages may use, with the method of each.
-const CORS_ROUTES: [(Method, &str); 6] = [
+const CORS_ROUTES: [(Method, &str); 8] = [
     (Method::POST, "/v1/ingest/{datasource}"),
     (Method::POST, "/v1/ingest/{datasource}/"),
     (Method::POST, "/v1/ingest/{datasource}/{*topic}"),
     (Method::GET, "/v1/datasources/{datasource}/records"),
     (Method::GET, "/v1/datasources/{datasource}/latest"),
+    (Method::GET, "/v1/datasources/{datasource}/series"),
+    (Method::GET, "/v1/datasources/{datasource}/stream"),
     (Method::GET, "/v1/datasources/{datasource}/schema"),
 ];
 /// What a page may send beside what every page may.
 const CORS_REQUEST_HEADERS: &str =
-    "authorization, x-api-key, content-type, content-encoding, idempotency-key";
+    "authorization, x-api-key, content-type, content-encoding, idempotency-key, event-time, last-event-id";
 /// What a page may see of an answer beside what every page may.
-const CORS_ANSWER_HEADERS: &str =
-    "retry-after, www-authenticate, x-ratelimit-limit, x-ratelimit-remaining, x-ratelimit-reset";
+const CORS_ANSWER_HEADERS: &str = "retry-after, www-authenticate, x-ratelimit-limit, x-ratelimit-remaining, x-ratelimit-reset, \
+     headgate-stored-from, headgate-stored-from-time, headgate-removed-below";
 /// How long a browser may remember a preflight's answer, in seconds.
 const CORS_MAX_AGE_S: &str = "600";
 /// What the answer to a preflight depends on.
@@ -44,12 +46,26 @@ pub(super) async fn cors_middleware(
     request: Request,
     next: Next,
 ) -> Response {
+    let route = request.extensions().get::<MatchedPath>().cloned();
+    let path = route.as_ref().map(MatchedPath::as_str).unwrap_or_default();
+    wrap_page(&shared, path, request, |request| next.run(request)).await
+}
+
+/// As [`cors_middleware`], around whatever answers a request for this route.
+pub(super) async fn wrap_page<F: Future<Output = Response>>(
+    shared: &HttpFrontState,
+    path: &str,
+    request: Request,
+    answer: impl FnOnce(Request) -> F,
+) -> Response {
     let origins = &shared.parts.config.cors_origins;
-    let path = request.extensions().get::<MatchedPath>().map(MatchedPath::as_str).unwrap_or_default();
+    if origins.is_empty() {
+        return answer(request).await;
+    }
     let methods: Vec<&Method> =
         CORS_ROUTES.iter().filter(|(_, of_pages)| *of_pages == path).map(|(method, _)| method).collect();
-    if origins.is_empty() || methods.is_empty() {
-        return next.run(request).await;
+    if methods.is_empty() {
+        return answer(request).await;
     }
     let allowed = allowed_origin(origins, request.headers());
     if request.method() == Method::OPTIONS {
@@ -58,11 +74,11 @@ pub(super) async fn cors_middleware(
                 preflight_answer(origin, methods[0])
             }
             // What a page of no such origin asks for is a method that there is not.
-            _ => next.run(request).await,
+            _ => answer(request).await,
         };
     }
     let is_of_pages = methods.contains(&request.method()) || request.method() == Method::HEAD;
-    let mut response = next.run(request).await;
+    let mut response = answer(request).await;
     // A cache must not show one page's answer to another.
     response.headers_mut().append(VARY, HeaderValue::from_static("origin"));
     if let Some(origin) = allowed.filter(|_| is_of_pages) {

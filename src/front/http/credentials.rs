@@ -54,24 +54,38 @@ impl FromRequestParts<Arc<HttpFrontState>> for Caller {
     type Rejection = Problem;
 
     async fn from_request_parts(parts: &mut Parts, shared: &Arc<HttpFrontState>) -> Result<Self, Problem> {
+        Self::identify(parts, shared, presented_key(&parts.headers)).await
+    }
+}
+
+impl Caller {
+    /// Who sent a request that presents `key`.
+    pub(super) async fn identify(
+        parts: &Parts,
+        shared: &HttpFrontState,
+        key: Result<&[u8], GrantDenial>,
+    ) -> Result<Self, Problem> {
         let Some(peer) = parts.extensions.get::<HttpPeer>() else {
             return Err(Problem::internal(&"a request without the address it came from"));
         };
         let (authorizer, from) = (shared.parts.intake.authorizer(), peer.addr.ip());
-        let key = presented_key(&parts.headers).map_err(|denied| match denied {
+        let key = key.map_err(|denied| match denied {
             GrantDenial::Ambiguous => authorizer.reject_ambiguous(from),
             other => other.into(),
         })?;
         let grant = authorizer.identify_from(key, from)?;
-        if peer.keys.enter(grant.key()) {
-            if let Err(refusal) = shared.parts.intake.check_connections(&grant) {
+        let intake = &shared.parts.intake;
+        let (is_first, account) = peer.keys.enter(grant.key(), || intake.memory_account(&grant));
+        if is_first {
+            if let Err(refusal) = intake.check_connections(&grant) {
                 peer.keys.leave(grant.key_id());
                 return Err(refusal.into());
             }
             peer.entry.present(grant.key_id());
-            peer.payer.set(shared.parts.intake.processor().of_grant(&grant));
+            peer.payer.set(intake.processor().of_grant(&grant));
+            peer.payer.change_lane().await;
         }
-        let charge = shared.parts.intake.memory_account(&grant).charge(HTTP_REQUEST_BYTES)?;
+        let charge = account.charge(HTTP_REQUEST_BYTES)?;
         if let Some(memory) = parts.extensions.get::<RequestMemory>() {
             memory.charge_to_key(charge);
         }
@@ -96,8 +110,11 @@ pub(super) fn refuse_key_in_url(uri: &Uri) -> Result<(), Problem> {
     let Ok(Query(pairs)) = Query::<Vec<(String, String)>>::try_from_uri(uri) else {
         return Ok(()); // The query string cannot be parsed: the handler that reads it reports that.
     };
+    // There, `key` is that of a value in payloads.
+    let is_of_series = uri.path().starts_with("/v1/datasources/") && uri.path().ends_with("/series");
     let is_key = |(name, value): &(String, String)| {
         KEY_QUERY_PARAMETERS.iter().any(|parameter| name.eq_ignore_ascii_case(parameter))
+            && !(is_of_series && name == "key")
             || name.contains(KEY_PREFIX)
             || value.contains(KEY_PREFIX)
     };
@@ -141,12 +158,19 @@ mod tests {
             "/v1/ingest/a?b=%68gk_secret",
             "/v1/ingest/a?hgk_secret",
             "/v1/ingest/hgk_secret",
+            "/v1/datasources/a/series?key=hgk_secret",
+            "/v1/datasources/a/series?API_KEY=x",
+            "/v1/datasources/a/records?key=x",
         ] {
             let problem = refuse_key_in_url(&Uri::from_static(uri)).expect_err(uri);
             assert_eq!(problem.kind(), ProblemKind::KeyInUrl);
             assert!(!format!("{problem:?}").contains("secret"));
         }
-        for uri in ["/v1/ingest/a", "/v1/datasources/a/records?key_id=0123456789ab&topic=key"] {
+        for uri in [
+            "/v1/ingest/a",
+            "/v1/datasources/a/records?key_id=0123456789ab&topic=key",
+            "/v1/datasources/a/series?topic=t&key=temp",
+        ] {
             assert!(refuse_key_in_url(&Uri::from_static(uri)).is_ok(), "{uri}");
         }
     }

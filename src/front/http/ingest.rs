@@ -10,27 +10,32 @@
 //! is known (`intake.dedup_window_s`), the same request to the same datasource is answered as the first one was,
 //! and nothing is kept again, also if a limit or a schema would refuse it now. Topic, payloads and their
 //! number count, and not how they were sent; a request with other ones is refused.
+//!
+//! InfluxDB's own endpoints ([`super::influx`]) end here too.
 
 use std::sync::Arc;
 
 use axum::Json;
-use axum::extract::{Request, State};
-use axum::http::HeaderMap;
+use axum::extract::{FromRequestParts, Query, Request, State};
 use axum::http::header::CONTENT_TYPE;
+use axum::http::{HeaderMap, Method, Uri};
 use axum::response::{IntoResponse, Response};
-use serde::Serialize;
+use headgate_format::line::TimePrecision;
+use serde::{Deserialize, Serialize};
 
 use super::body::{self, ReceivedBody};
+use super::cors::wrap_page;
 use super::credentials::Caller;
 use super::limits::rate_headers;
-use super::messages::RequestMessages;
-use super::{HttpFrontState, PathParameters, run_blocking};
+use super::messages::{RequestMessages, TopicBuffer};
+use super::middleware::wrap_request;
+use super::{HttpFrontState, PathParameters, event_time, run_blocking};
 use crate::auth::usage::KeyClient;
 use crate::auth::{Grant, Scope};
 use crate::front::problem::Problem;
 use crate::front::reserved_names::is_reserved_name;
 use crate::intake::{Draft, DurableOffsets, IncomingMessage, Intake, Refusal, check_message_id};
-use crate::limits::{HTTP_INLINE_BYTES_MAX, HTTP_MESSAGES_MAX, VALIDATION_ERRORS_MAX};
+use crate::limits::{HTTP_INLINE_BYTES_MAX, VALIDATION_ERRORS_MAX};
 use crate::log::{Offsets, QuarantineReason};
 use crate::memory::{MemoryAccount, MemoryCharge};
 use crate::message::{DatasourceId, Offset, RecordFlags, Transport};
@@ -61,7 +66,7 @@ pub(super) async fn to_datasource(
     PathParameters(datasource): PathParameters<String>,
     request: Request,
 ) -> Result<Response, Problem> {
-    ingest(&shared, caller, &datasource, TOPIC_DEFAULT.to_owned(), request).await
+    ingest(&shared, caller, &datasource, None, request).await
 }
 
 /// `POST /v1/ingest/{datasource}/{topic…}`
@@ -71,21 +76,99 @@ pub(super) async fn to_topic(
     PathParameters((datasource, topic)): PathParameters<(String, String)>,
     request: Request,
 ) -> Result<Response, Problem> {
-    ingest(&shared, caller, &datasource, topic, request).await
+    ingest(&shared, caller, &datasource, Some(topic), request).await
+}
+
+/// A request for ingest that needs no router: all of its path is as it is meant.
+pub(super) struct IngestRoute {
+    /// The route, as the router names it.
+    name: &'static str,
+    datasource: String,
+    topic: Option<String>,
+}
+
+impl IngestRoute {
+    /// The route of a request; `None` if it is for the router.
+    pub(super) fn of(method: &Method, path: &str) -> Option<Self> {
+        let rest = path.strip_prefix("/v1/ingest/").filter(|_| method == Method::POST)?;
+        let is_plain = |byte: u8| byte.is_ascii_alphanumeric() || b"-._~/".contains(&byte);
+        let (name, datasource, topic) = match rest.split_once('/') {
+            None => ("/v1/ingest/{datasource}", rest, None),
+            Some((datasource, topic)) => ("/v1/ingest/{datasource}/{*topic}", datasource, Some(topic)),
+        };
+        let is_whole = !datasource.is_empty() && topic != Some("") && rest.bytes().all(is_plain);
+        is_whole.then(|| Self { name, datasource: datasource.to_owned(), topic: topic.map(str::to_owned) })
+    }
+
+    /// Answers the request as the router does, without its layers: each of them is a future on the heap, and a copy of
+    /// the request.
+    pub(super) async fn answer(self, shared: Arc<HttpFrontState>, request: Request) -> Response {
+        let Self { name, datasource, topic } = self;
+        let shared = &shared;
+        // Boxed, because what is around it would be copied with it.
+        let handle = |request: Request| {
+            Box::pin(async move {
+                let (mut parts, body) = request.into_parts();
+                let answered = match Caller::from_request_parts(&mut parts, shared).await {
+                    Ok(caller) => {
+                        ingest(shared, caller, &datasource, topic, Request::from_parts(parts, body)).await
+                    }
+                    Err(problem) => Err(problem),
+                };
+                answered.into_response()
+            })
+        };
+        wrap_request(shared, name, request, |request| wrap_page(shared, name, request, handle)).await
+    }
 }
 
 async fn ingest(
     shared: &HttpFrontState,
-    Caller(grant, peer): Caller,
+    caller: Caller,
     datasource: &str,
-    topic: String,
+    topic: Option<String>,
     request: Request,
 ) -> Result<Response, Problem> {
+    let content_type = content_type(request.headers())?;
+    let precision = precision(request.uri(), &content_type)?;
+    let topic = match (precision, topic) {
+        (None, topic) => topic.unwrap_or_else(|| TOPIC_DEFAULT.to_owned()),
+        // Each point has a topic of its own.
+        (Some(_), None) => String::new(),
+        (Some(_), Some(topic)) => topic + "/",
+    };
+    let destination = IngestDestination { datasource, topic, content_type, precision };
+    let (accepted, standing) = keep(shared, caller, destination, request).await?;
+    let mut response = Json(accepted).into_response();
+    response.headers_mut().extend(standing.iter().flat_map(rate_headers));
+    Ok(response)
+}
+
+/// Where the messages of a request go, and what they are.
+pub(super) struct IngestDestination<'a> {
+    /// The datasource.
+    pub(super) datasource: &'a str,
+    /// The topic; with a precision the one above those of the points, empty or with a slash at its end.
+    pub(super) topic: String,
+    /// As the client sent it, or empty.
+    pub(super) content_type: String,
+    /// That of line protocol.
+    pub(super) precision: Option<TimePrecision>,
+}
+
+/// Keeps the messages of a request. Resolves when they are durable.
+pub(super) async fn keep(
+    shared: &HttpFrontState,
+    Caller(grant, peer): Caller,
+    destination: IngestDestination<'_>,
+    request: Request,
+) -> Result<(IngestResponse, Option<QuotaStanding>), Problem> {
+    let IngestDestination { datasource, topic, content_type, precision } = destination;
     grant.allows(Scope::Ingest, datasource).inspect_err(|_| shared.registry().note_refusal(grant.key()))?;
     let datasource = shared.datasource(datasource)?.id.clone();
     let (parts, body) = request.into_parts();
-    let content_type = content_type(&parts.headers)?;
     let message_id = idempotency_key(&parts.headers)?;
+    let properties = event_time::stated_property(&parts.headers)?;
     let reserved = parts.headers.keys().filter(|name| is_reserved_name(name.as_str())).count() as u64;
     if reserved > 0 {
         shared.parts.intake.metrics().count_reserved_names(Transport::Http, reserved);
@@ -95,7 +178,18 @@ async fn ingest(
 
     let intake = shared.parts.intake.clone();
     let (client, payer) = (peer.client, peer.payer);
-    let upload = Upload { grant, client, datasource, topic, content_type, message_id, body, account };
+    let upload = Upload {
+        grant,
+        client,
+        datasource,
+        topic,
+        content_type,
+        precision,
+        message_id,
+        properties,
+        body,
+        account,
+    };
     let kept = async {
         // The draft has copies of the messages: the body is free before the wait for the disk.
         let (drafted, question) = if upload.body.bytes.len() <= HTTP_INLINE_BYTES_MAX {
@@ -131,10 +225,7 @@ async fn ingest(
     let (DurableOffsets { offsets, duplicate, .. }, standing) =
         kept.await.map_err(Problem::after_body_read)?;
     let (accepted, first_offset, last_offset) = (offsets.records(), offsets.first(), offsets.last());
-    let accepted = IngestResponse { accepted, first_offset, last_offset, duplicate };
-    let mut response = Json(accepted).into_response();
-    response.headers_mut().extend(standing.iter().flat_map(rate_headers));
-    Ok(response)
+    Ok((IngestResponse { accepted, first_offset, last_offset, duplicate }, standing))
 }
 
 /// Submits a draft of one origin.
@@ -150,6 +241,40 @@ fn content_type(headers: &HeaderMap) -> Result<String, Problem> {
     let Some(value) = headers.get(CONTENT_TYPE) else { return Ok(String::new()) };
     let text = value.to_str().map(str::to_owned);
     text.map_err(|_| Problem::new(Cause::Malformed, "The Content-Type is not printable ASCII."))
+}
+
+/// The query of a request that publishes.
+#[derive(Deserialize)]
+struct IngestQuery {
+    precision: Option<String>,
+}
+
+/// The precision of line protocol, if the body is that: it is what says so.
+fn precision(uri: &Uri, content_type: &str) -> Result<Option<TimePrecision>, Problem> {
+    let in_type = TimePrecision::from_media_type(content_type).map_err(unknown_precision)?;
+    let Query(query) = Query::<IngestQuery>::try_from_uri(uri)?;
+    let Some(name) = query.precision else { return Ok(in_type) };
+    let essence = content_type.split(';').next().unwrap_or_default().trim_ascii();
+    // The last is what `curl -d` says.
+    let may_be_points = ["", "text/plain", "application/x-www-form-urlencoded"];
+    if !may_be_points.iter().any(|of_points| essence.eq_ignore_ascii_case(of_points)) {
+        let words = format!("A precision is for line protocol (text/plain), and the body is {essence:?}.");
+        return Err(Problem::new(Cause::Malformed, words));
+    }
+    let named = TimePrecision::parse(&name).ok_or_else(|| unknown_precision(&name))?;
+    match in_type {
+        Some(other) if other != named => {
+            let words = "The query and the Content-Type name different precisions.";
+            Err(Problem::new(Cause::Malformed, words))
+        }
+        _ => Ok(Some(named)),
+    }
+}
+
+pub(super) fn unknown_precision(name: &str) -> Problem {
+    let name: String = name.chars().take(16).collect();
+    let words = format!("The precision is ns, us, ms, s, m or h, and not {name:?}.");
+    Problem::new(Cause::Malformed, words)
 }
 
 /// The id that all messages of a request share. The IETF draft "The Idempotency-Key HTTP Header Field"
@@ -212,12 +337,14 @@ impl IngestFailures {
         }
         let words = match (&self.listed[..], self.all) {
             ([only], 1) => format!(
-                "{} (schema version {}). The message is in quarantine at offset {}; nothing of the \
+                "{}{}. The message is in quarantine at offset {}; nothing of the \
                  request was let in.",
-                only.detail, only.schema_version, only.offset
+                only.detail,
+                of_schema(only.schema_version),
+                only.offset
             ),
             (_, all) => format!(
-                "{all} messages do not meet their schema. They are in quarantine; nothing of the request \
+                "{all} messages do not meet their schema or have no usable event time. They are in quarantine; nothing of the request \
                  was let in."
             ),
         };
@@ -231,10 +358,13 @@ impl IngestFailures {
     }
 }
 
+/// What to add to a reason of this schema version; 0 is that of an event time.
+fn of_schema(version: u32) -> String {
+    if version == 0 { String::new() } else { format!(" (schema version {version})") }
+}
+
 /// What the draft takes for each message beside its payload, mostly.
 const DRAFT_BYTES_PER_MESSAGE: usize = 8;
-/// What is kept of a message's place in its body, while the list of them grows to twice its size.
-const PLACE_BYTES: usize = 2 * (size_of::<&[u8]>() + size_of::<u32>());
 
 /// A request whose body was read.
 struct Upload {
@@ -243,7 +373,10 @@ struct Upload {
     datasource: DatasourceId,
     topic: String,
     content_type: String,
+    precision: Option<TimePrecision>,
     message_id: Option<String>,
+    /// MQTT 5 properties of each message, in wire form.
+    properties: Vec<u8>,
     body: ReceivedBody,
     /// Who is charged for the memory of what is made of it.
     account: Arc<MemoryAccount>,
@@ -273,18 +406,26 @@ impl Upload {
         draft.charge_to(&self.account, self.grant.key_id());
         draft.only_ask();
         self.message_id.as_deref().map_or(Ok(()), |id| draft.keep_once(id))?;
-        for payload in &messages.payloads {
-            draft.push(&self.grant, Some(&self.datasource), self.message(messages.content_type, payload))?;
+        let mut topic = TopicBuffer::new(&self.topic);
+        for index in 0..messages.payloads.len() {
+            let message = self.message(&messages, index, &mut topic);
+            draft.push(&self.grant, Some(&self.datasource), message)?;
         }
         Ok(draft)
     }
 
-    fn message<'a>(&'a self, content_type: &'a str, payload: &'a [u8]) -> IncomingMessage<'a> {
+    /// One of the messages.
+    fn message<'a, 'b>(
+        &'b self,
+        messages: &'b RequestMessages<'a>,
+        index: usize,
+        topic: &'b mut TopicBuffer<'a>,
+    ) -> IncomingMessage<'b> {
         IncomingMessage {
-            topic: &self.topic,
-            payload,
-            content_type,
-            properties: &[],
+            topic: messages.topic(index, topic),
+            payload: messages.payloads[index],
+            content_type: messages.content_type,
+            properties: &self.properties,
             flags: RecordFlags::default(),
             message_id: None,
             exchange: None,
@@ -306,14 +447,16 @@ impl Upload {
         let mut failures = IngestFailures::default();
         let (count, bytes) = (messages.payloads.len() as u64, self.body.bytes.len() as u64);
         let standing = draft.pay(&self.grant, &self.datasource, count, bytes)?;
-        for (index, payload) in messages.payloads.iter().enumerate() {
+        let mut topic = TopicBuffer::new(&self.topic);
+        for index in 0..messages.payloads.len() {
             if index == 1 {
                 draft.reserve_charged(
-                    self.body.bytes.len() + DRAFT_BYTES_PER_MESSAGE * messages.payloads.len(),
+                    self.body.bytes.len()
+                        + (DRAFT_BYTES_PER_MESSAGE + self.properties.len()) * messages.payloads.len(),
                 )?;
             }
             let message =
-                IncomingMessage { message_id: of_one, ..self.message(messages.content_type, payload) };
+                IncomingMessage { message_id: of_one, ..self.message(&messages, index, &mut topic) };
             match draft.push(&self.grant, Some(&self.datasource), message) {
                 Ok(_) => {}
                 Err(Refusal::Quarantined(quarantined)) => failures.add(&messages, index, quarantined.reason),
@@ -331,11 +474,40 @@ impl Upload {
         Ok((draft, standing, failures))
     }
 
-    /// The messages of the body, with the charge for the places where they are in it: a body of short lines takes ten
-    /// times as much.
+    /// The messages of the body, with the charge for the places where they are in it.
     fn split(&self) -> Result<(MemoryCharge, RequestMessages<'_>), Problem> {
-        let places = self.body.bytes.len().min(HTTP_MESSAGES_MAX);
-        let charge = self.account.charge(places * PLACE_BYTES)?;
-        Ok((charge, RequestMessages::split(&self.content_type, &self.body.bytes)?))
+        let (body, precision) = (&self.body.bytes, self.precision);
+        let charge = self.account.charge(RequestMessages::place_bytes_max(body, precision))?;
+        Ok((charge, RequestMessages::split(&self.content_type, precision, body)?))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_path_with_nothing_to_decode_needs_no_router() {
+        let of = |path| {
+            IngestRoute::of(&Method::POST, path).map(|route| (route.name, route.datasource, route.topic))
+        };
+        let found = |name, datasource: &str, topic: Option<&str>| {
+            Some((name, datasource.to_owned(), topic.map(str::to_owned)))
+        };
+        let (short, long) = ("/v1/ingest/{datasource}", "/v1/ingest/{datasource}/{*topic}");
+        assert_eq!(of("/v1/ingest/press-4"), found(short, "press-4", None));
+        assert_eq!(of("/v1/ingest/press-4/a/b.c"), found(long, "press-4", Some("a/b.c")));
+        assert_eq!(of("/v1/ingest/press-4//a/"), found(long, "press-4", Some("/a/")));
+        for path in [
+            "/v1/ingest/",
+            "/v1/ingest/press-4/",
+            "/v1/ingest//a",
+            "/v1/ingest/press%2D4",
+            "/v1/ingest/a/b%2Fc",
+            "/v1/datasources",
+        ] {
+            assert_eq!(of(path), None, "{path}");
+        }
+        assert!(IngestRoute::of(&Method::PUT, "/v1/ingest/press-4").is_none());
     }
 }

@@ -19,10 +19,10 @@ use crate::auth::usage::{KeyClientUse, KeyUsage};
 use crate::auth::{ApiKey, Key, NewKey, RegistryError, Scope, Scopes};
 use crate::front::problem::Problem;
 use crate::limits::{GRACE_DEFAULT_S, GRACE_S_MAX, USAGE_KEYS_PER_CHANGE};
-use crate::message::{DatasourceId, KeyId, Offset, now_micros};
+use crate::message::{DatasourceId, KeyId, Offset};
 use crate::observe::cause::Cause;
 use crate::quota::QuotaLimits;
-use crate::time::{Rfc3339, parse_time};
+use crate::time::{Rfc3339, cluster_micros, parse_time};
 
 /// The body of a request that creates a key.
 #[derive(Deserialize)]
@@ -220,7 +220,7 @@ pub(super) async fn create(
     let expires_at = match expires_at {
         None => None,
         Some(text) => {
-            let time = parse_time(&text).filter(|&time| time > now_micros());
+            let time = parse_time(&text).filter(|&time| time > cluster_micros());
             Some(time.ok_or_else(|| {
                 let words = "expires_at has to be a future RFC 3339 time such as 2027-01-31T12:00:00Z.";
                 Problem::new(Cause::Malformed, words).with("pointer", "/expires_at").after_body_read()

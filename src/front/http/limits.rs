@@ -11,7 +11,7 @@ use serde::Deserialize;
 use serde_json::Value;
 
 use super::credentials::Caller;
-use super::{HttpFrontState, PathParameters, keys, manage, run_blocking};
+use super::{HttpFrontState, PathParameters, event_time, keys, manage, run_blocking};
 use crate::auth::Scope;
 use crate::auth::setting::JsonSetting;
 use crate::front::problem::Problem;
@@ -20,7 +20,23 @@ use crate::message::KeyId;
 use crate::observe::cause::Cause;
 use crate::quota::{LimitOwner, LimitsError, QuotaLimits, QuotaStanding};
 
-/// The body of a change: a JSON merge patch of the key or datasource.
+/// The body of a change: a JSON merge patch of the datasource.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct DatasourcePatch {
+    /// `Some(null)` takes all of them away; so for the setting below.
+    #[serde(default, deserialize_with = "stated")]
+    limits: Option<Value>,
+    #[serde(default, deserialize_with = "stated")]
+    event_time: Option<Value>,
+}
+
+/// A member that is there, `null` or not.
+fn stated<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<Option<Value>, D::Error> {
+    Value::deserialize(deserializer).map(Some)
+}
+
+/// The body of a change: a JSON merge patch of the key.
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct LimitsPatch {
@@ -33,8 +49,8 @@ fn nothing() -> Value {
     Value::Object(serde_json::Map::new())
 }
 
-/// `PATCH /v1/datasources/{datasource}`: answers once the limits apply, also to clients that are held back.
-pub(super) async fn patch_datasource_limits(
+/// `PATCH /v1/datasources/{datasource}`: answers once the settings apply, limits also to clients that are held back.
+pub(super) async fn patch_datasource(
     State(shared): State<Arc<HttpFrontState>>,
     caller: Caller,
     PathParameters(id): PathParameters<String>,
@@ -42,15 +58,22 @@ pub(super) async fn patch_datasource_limits(
 ) -> Result<Response, Problem> {
     caller.require_scope(Scope::Admin, &id)?;
     let id = shared.datasource(&id)?.id.clone();
-    let LimitsPatch { limits: patch } = shared.read_json(request).await?;
+    let DatasourcePatch { limits, event_time } = shared.read_json(request).await?;
     let actor = caller.actor();
     let changed = run_blocking(move || {
         let _one_at_a_time = shared.limiting.lock();
         let datasource = shared.datasource(id.as_str())?;
-        let limits = current_limits(&datasource.limits).patched(&patch)?;
-        let old = meters(&datasource.limits, || LimitOwner::Datasource(id.clone()));
-        shared.registry().set_datasource_limits(&actor, &id, limits.text())?;
-        old.inspect(|old| old.mark_replaced());
+        // Both are checked before one of them is set.
+        let limits = limits.map(|patch| current_limits(&datasource.limits).patched(&patch)).transpose()?;
+        let event_time = event_time.map(|patch| event_time::patched(&datasource.event_time, &patch));
+        if let Some(event_time) = event_time.transpose()? {
+            shared.registry().set_datasource_event_time(&actor, &id, event_time.as_deref())?;
+        }
+        if let Some(limits) = limits {
+            let old = meters(&datasource.limits, || LimitOwner::Datasource(id.clone()));
+            shared.registry().set_datasource_limits(&actor, &id, limits.text())?;
+            old.inspect(|old| old.mark_replaced());
+        }
         Ok(Json(manage::DatasourceView::new(&datasource)).into_response())
     });
     changed.await.map_err(Problem::after_body_read)

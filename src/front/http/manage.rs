@@ -16,7 +16,7 @@ use super::connect::ConnectLines;
 use super::credentials::Caller;
 use super::deletion::EndedIncarnationView;
 use super::keys::NewKeyView;
-use super::{HttpFrontState, PathParameters, limits, run_blocking, run_in_turn, schema};
+use super::{HttpFrontState, PathParameters, event_time, limits, run_blocking, run_in_turn, schema};
 use crate::auth::{Datasource, NewDatasource, Scope, Scopes};
 use crate::consume::render::Rfc3339;
 use crate::front::problem::Problem;
@@ -34,6 +34,8 @@ pub(super) struct CreateDatasourceRequest {
     schema: Option<Value>,
     #[serde(default)]
     limits: Value,
+    #[serde(default)]
+    event_time: Value,
 }
 
 /// The answer to creating a datasource.
@@ -68,6 +70,8 @@ pub(super) struct DatasourceView<'a> {
     incarnation: Incarnation,
     /// The limits on all its keys together.
     limits: QuotaLimits,
+    /// Where the event time of its messages is; `null` if that is not said.
+    event_time: Value,
 }
 
 impl<'a> DatasourceView<'a> {
@@ -75,7 +79,8 @@ impl<'a> DatasourceView<'a> {
         let created_at = Rfc3339(datasource.created_at);
         let limits = limits::current_limits(&datasource.limits);
         let Datasource { id, name, incarnation, .. } = datasource;
-        Self { id, name, created_at, incarnation: *incarnation, limits }
+        let event_time = event_time::current(&datasource.event_time);
+        Self { id, name, created_at, incarnation: *incarnation, limits, event_time }
     }
 }
 
@@ -87,8 +92,10 @@ pub(super) async fn create(
     request: Request,
 ) -> Result<Response, Problem> {
     caller.require_gateway_admin()?;
-    let CreateDatasourceRequest { id, name, scopes, schema, limits } = shared.read_json(request).await?;
+    let CreateDatasourceRequest { id, name, scopes, schema, limits, event_time } =
+        shared.read_json(request).await?;
     let limits = limits::parse(&limits).map_err(Problem::after_body_read)?;
+    let event_time = event_time::parse(&event_time).map_err(Problem::after_body_read)?;
     let id = match id {
         Some(id) => Some(
             DatasourceId::new(&id).map_err(|e| Problem::from(e).with("pointer", "/id").after_body_read())?,
@@ -102,7 +109,8 @@ pub(super) async fn create(
     let created = run_blocking(move || {
         let limits = limits.text();
         let (limits, schemas) = (limits.as_deref(), schemas.as_deref());
-        let new = NewDatasource { id, name: &name, scopes, limits, schemas };
+        let event_time = event_time.as_deref();
+        let new = NewDatasource { id, name: &name, scopes, limits, schemas, event_time };
         Ok(registry.create_datasource_with(&actor, &new)?)
     });
     let created = created.await;

@@ -6,13 +6,19 @@
 //! | `application/json` | one for each element of an array; any other value is one |
 //! | `application/x-ndjson`, `application/ndjson`, `application/jsonl` | one for each line that is not blank |
 //! | none, or `application/x-www-form-urlencoded` (what `curl -d` says) | a JSON object or array as `application/json`; anything else is one, as it is |
+//! | `text/plain` with a precision, in the query or as its parameter | one for each line that is a point ([`headgate_format::line`]) |
 //! | any other | one, as it is |
 //!
 //! A byte order mark before JSON is taken off (RFC 8259, section 8.1): some editors and libraries write one, and it is no
 //! part of the value. A message from a JSON body has the content type `application/json`. A request without any
 //! message (`[]`, no line, an empty body where JSON was announced) is malformed, because there would
 //! be no offset to answer with. An empty body of any other type is one empty message, as in MQTT.
+//!
+//! A message from line protocol has the content type `text/plain; precision=…`, with the precision of its request: the line
+//! itself does not tell it. Its topic is its series ([`PointSeries::write_topic`]), below the topic that it is posted to, if
+//! that is one.
 
+use headgate_format::line::{PointError, PointLines, PointSeries, TimePrecision};
 use serde::Deserializer;
 use serde::de::{IgnoredAny, SeqAccess, Visitor};
 use serde_json::value::RawValue;
@@ -30,20 +36,55 @@ pub(super) struct RequestMessages<'a> {
     pub(super) content_type: &'a str,
     /// One payload for each message.
     pub(super) payloads: Vec<&'a [u8]>,
-    places: MessagePlaces,
+    places: MessagePlaces<'a>,
 }
 
 /// How an error names the place of a message in its body.
 #[derive(Debug, PartialEq, Eq)]
-enum MessagePlaces {
+enum MessagePlaces<'a> {
     Whole,
     Elements,
     Lines(Vec<u32>),
+    Points(Vec<(u32, PointSeries<'a>)>),
+}
+
+/// The topic of a message, in room that is used again for the next one.
+pub(super) struct TopicBuffer<'a> {
+    /// The topic that the request names, or the one above those of its points: empty, or with a slash at its end.
+    base: &'a str,
+    text: String,
+    /// The series whose topic is there.
+    series: Option<PointSeries<'a>>,
+}
+
+impl<'a> TopicBuffer<'a> {
+    pub(super) fn new(base: &'a str) -> Self {
+        Self { base, text: String::new(), series: None }
+    }
 }
 
 impl<'a> RequestMessages<'a> {
-    /// Splits `body` into messages. `content_type` is as the client sent it, or empty.
-    pub(super) fn split(content_type: &'a str, body: &'a [u8]) -> Result<Self, Problem> {
+    /// The bytes of memory that the places of messages in a body may take, while the list of them grows to twice its
+    /// size. A body of short lines takes ten times as much.
+    pub(super) fn place_bytes_max(body: &[u8], precision: Option<TimePrecision>) -> usize {
+        let (bytes_min, place) = match precision {
+            // "m v=1\n"
+            Some(_) => (6, size_of::<(u32, PointSeries<'_>)>()),
+            None => (1, size_of::<u32>()),
+        };
+        (body.len() / bytes_min + 1).min(HTTP_MESSAGES_MAX) * 2 * (size_of::<&[u8]>() + place)
+    }
+
+    /// Splits `body` into messages. `content_type` is as the client sent it, or empty; with a precision the body is line
+    /// protocol, whatever it is.
+    pub(super) fn split(
+        content_type: &'a str,
+        precision: Option<TimePrecision>,
+        body: &'a [u8],
+    ) -> Result<Self, Problem> {
+        if let Some(precision) = precision {
+            return Self::points(precision, body);
+        }
         let essence = content_type.split(';').next().unwrap_or_default().trim().to_ascii_lowercase();
         match essence.as_str() {
             JSON_MEDIA_TYPE => Self::json(body),
@@ -61,11 +102,33 @@ impl<'a> RequestMessages<'a> {
         match &self.places {
             MessagePlaces::Whole => problem,
             MessagePlaces::Elements => problem.with("pointer", format!("/{index}")),
-            MessagePlaces::Lines(lines) => match lines.get(index) {
-                Some(&line) => problem.with("line", line),
+            MessagePlaces::Lines(_) | MessagePlaces::Points(_) => match self.line(index) {
+                Some(line) => problem.with("line", line),
                 None => problem,
             },
         }
+    }
+
+    /// The line of the body that a message begins at, if it is one of lines.
+    fn line(&self, index: usize) -> Option<u32> {
+        match &self.places {
+            MessagePlaces::Whole | MessagePlaces::Elements => None,
+            MessagePlaces::Lines(lines) => lines.get(index).copied(),
+            MessagePlaces::Points(points) => points.get(index).map(|(line, _)| *line),
+        }
+    }
+
+    /// The topic of a message.
+    pub(super) fn topic<'b>(&self, index: usize, buffer: &'b mut TopicBuffer<'a>) -> &'b str {
+        let MessagePlaces::Points(points) = &self.places else { return buffer.base };
+        let series = points.get(index).map(|(_, series)| *series);
+        if let Some(of_this) = series.filter(|_| series != buffer.series) {
+            buffer.text.clear();
+            buffer.text.push_str(buffer.base);
+            of_this.write_topic(&mut buffer.text);
+            buffer.series = series;
+        }
+        &buffer.text
     }
 
     /// Translates a JSON pointer within one message into one within the body. In a body of lines the
@@ -74,7 +137,7 @@ impl<'a> RequestMessages<'a> {
         match &self.places {
             MessagePlaces::Whole => (within.to_owned(), None),
             MessagePlaces::Elements => (format!("/{index}{within}"), None),
-            MessagePlaces::Lines(lines) => (within.to_owned(), lines.get(index).copied()),
+            MessagePlaces::Lines(_) | MessagePlaces::Points(_) => (within.to_owned(), self.line(index)),
         }
     }
 
@@ -126,6 +189,24 @@ impl<'a> RequestMessages<'a> {
         }
         Ok(Self { content_type: JSON_MEDIA_TYPE, payloads, places: MessagePlaces::Lines(lines) })
     }
+
+    fn points(precision: TimePrecision, body: &'a [u8]) -> Result<Self, Problem> {
+        let mut payloads = Vec::new();
+        let mut points = Vec::new();
+        for point in PointLines::new(without_bom(body), precision).map_err(invalid_point_problem)? {
+            let point = point.map_err(invalid_point_problem)?;
+            if payloads.len() == HTTP_MESSAGES_MAX {
+                return Err(too_many_messages_problem());
+            }
+            payloads.push(point.text.as_bytes());
+            points.push((point.number, point.series));
+        }
+        if payloads.is_empty() {
+            return Err(no_message_problem("The body has no line with a point"));
+        }
+        let content_type = precision.media_type();
+        Ok(Self { content_type, payloads, places: MessagePlaces::Points(points) })
+    }
 }
 
 /// A body without the byte order mark that it may begin with.
@@ -172,6 +253,11 @@ fn invalid_json_problem(what: &str, line: usize, error: &serde_json::Error) -> P
     .with("column", column)
 }
 
+fn invalid_point_problem(error: PointError) -> Problem {
+    let words = format!("The body is not line protocol: {error}. Nothing of it was kept.");
+    Problem::new(Cause::Malformed, words).with("line", error.line).with("column", error.column)
+}
+
 fn no_message_problem(what: &str) -> Problem {
     Problem::new(Cause::Malformed, format!("{what}: there is no message in this request."))
 }
@@ -188,7 +274,7 @@ mod tests {
 
     fn split(content_type: &'static str, body: &str) -> Result<(String, Vec<String>), ProblemKind> {
         let messages =
-            RequestMessages::split(content_type, body.as_bytes()).map_err(|problem| problem.kind())?;
+            RequestMessages::split(content_type, None, body.as_bytes()).map_err(|problem| problem.kind())?;
         let payloads = messages.payloads.iter().map(|p| String::from_utf8_lossy(p).into_owned());
         Ok((messages.content_type.to_owned(), payloads.collect()))
     }
@@ -291,22 +377,22 @@ mod tests {
             ("application/x-ndjson", "{} {}", 1, 4),
             ("application/x-ndjson", "  {} {}\r\n", 1, 6),
         ] {
-            let problem = RequestMessages::split(content_type, body.as_bytes()).expect_err(body);
+            let problem = RequestMessages::split(content_type, None, body.as_bytes()).expect_err(body);
             let place = format!("(line {line}, column {column})");
             assert_eq!(problem.kind(), ProblemKind::Malformed);
             assert!(format!("{problem:?}").contains(&place), "{body:?}: {problem:?}");
         }
         // Not UTF-8, so not JSON either.
         let latin1: &[u8] = b"{\"unit\": \"\xB0C\"}";
-        assert!(RequestMessages::split(JSON_MEDIA_TYPE, latin1).is_err());
-        assert!(RequestMessages::split("application/x-ndjson", latin1).is_err());
-        assert!(RequestMessages::split("text/plain", latin1).is_ok());
+        assert!(RequestMessages::split(JSON_MEDIA_TYPE, None, latin1).is_err());
+        assert!(RequestMessages::split("application/x-ndjson", None, latin1).is_err());
+        assert!(RequestMessages::split("text/plain", None, latin1).is_ok());
     }
 
     #[test]
     fn nesting_as_deep_as_a_body_allows_is_no_danger() {
         let deep = [vec![b'['; 1 << 20], vec![b']'; 1 << 20]].concat();
-        let messages = RequestMessages::split(JSON_MEDIA_TYPE, &deep).map(|m| m.payloads.len());
+        let messages = RequestMessages::split(JSON_MEDIA_TYPE, None, &deep).map(|m| m.payloads.len());
         assert_eq!(messages.map_err(|problem| problem.kind()), Ok(1));
     }
 
@@ -315,7 +401,8 @@ mod tests {
         let array = |n: usize| format!("[{}]", vec!["1"; n].join(","));
         let lines = |n: usize| "1\n".repeat(n);
         let count = |content_type, body: String| {
-            let messages = RequestMessages::split(content_type, body.as_bytes()).map(|m| m.payloads.len());
+            let messages =
+                RequestMessages::split(content_type, None, body.as_bytes()).map(|m| m.payloads.len());
             messages.map_err(|problem| problem.kind())
         };
         assert_eq!(count(JSON_MEDIA_TYPE, array(HTTP_MESSAGES_MAX)), Ok(HTTP_MESSAGES_MAX));
@@ -326,9 +413,66 @@ mod tests {
     }
 
     #[test]
+    fn each_point_of_line_protocol_is_a_message_on_the_topic_of_its_series() {
+        let body =
+            "\u{feff}cpu,host=b,cpu=0 v=1 5\n\n# x\r\ncpu,host=b,cpu=0 v=2 6\r\n  mem used=\"a\nb\",x=1";
+        let messages = RequestMessages::split("", Some(TimePrecision::Seconds), body.as_bytes());
+        let messages = messages.expect("points");
+        assert_eq!(messages.content_type, "text/plain; precision=s");
+        for base in ["", "hall/a/"] {
+            let mut buffer = TopicBuffer::new(base);
+            let found: Vec<_> = (0..messages.payloads.len())
+                .map(|index| {
+                    let payload = String::from_utf8_lossy(messages.payloads[index]).into_owned();
+                    (messages.topic(index, &mut buffer).to_owned(), payload, messages.pointer(index, "").1)
+                })
+                .collect();
+            let expected = [
+                ("cpu/cpu=0/host=b", "cpu,host=b,cpu=0 v=1 5", 1),
+                ("cpu/cpu=0/host=b", "cpu,host=b,cpu=0 v=2 6", 4),
+                ("mem", "mem used=\"a\nb\",x=1", 5),
+            ];
+            let expected = expected.map(|(topic, line, n)| (format!("{base}{topic}"), line.into(), Some(n)));
+            assert_eq!(found, expected);
+        }
+        let whole = RequestMessages::split("text/plain", None, b"cpu v=1\n").expect("one message");
+        assert_eq!((whole.topic(0, &mut TopicBuffer::new("data")), whole.payloads.len()), ("data", 1));
+    }
+
+    #[test]
+    fn a_line_that_is_no_point_is_refused_with_its_place() {
+        for (body, line, column) in [
+            (&b"a v=1\nb v=\n"[..], 2, 5),
+            (b"a v=1 9223372037", 1, 7),
+            (b"a v=1\n\xff", 2, 1),
+            (b"{\"a\": 1}", 1, 9),
+        ] {
+            let refused =
+                RequestMessages::split("", Some(TimePrecision::Seconds), body).expect_err("no points");
+            assert_eq!(refused.kind(), ProblemKind::Malformed);
+            let (shown, place) = (format!("{refused:?}"), format!("(line {line}, column {column})"));
+            assert!(shown.contains(&place), "{shown}");
+            assert!(shown.contains(&format!("\"line\": Number({line})")), "{shown}");
+        }
+        for body in ["", "\n", "# x"] {
+            let refused = RequestMessages::split("", Some(TimePrecision::Seconds), body.as_bytes());
+            assert_eq!(refused.expect_err("no points").kind(), ProblemKind::Malformed);
+        }
+        let lines = |n: usize| {
+            let body = "m v=1\n".repeat(n);
+            let places = RequestMessages::place_bytes_max(body.as_bytes(), Some(TimePrecision::Seconds));
+            assert!(places >= n.min(HTTP_MESSAGES_MAX) * 56);
+            let split = RequestMessages::split("", Some(TimePrecision::Seconds), body.as_bytes());
+            split.map(|messages| messages.payloads.len()).map_err(|problem| problem.kind())
+        };
+        assert_eq!(lines(HTTP_MESSAGES_MAX), Ok(HTTP_MESSAGES_MAX));
+        assert_eq!(lines(HTTP_MESSAGES_MAX + 1), Err(ProblemKind::TooLarge));
+    }
+
+    #[test]
     fn a_problem_with_one_of_several_messages_says_which() {
         let locate = |content_type, body: &'static str, index| {
-            let messages = RequestMessages::split(content_type, body.as_bytes()).map_err(|p| p.kind());
+            let messages = RequestMessages::split(content_type, None, body.as_bytes()).map_err(|p| p.kind());
             let problem = Problem::new(Cause::TooLarge, "over");
             format!("{:?}", messages.expect("valid").locate(index, problem))
         };

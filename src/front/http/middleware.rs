@@ -20,7 +20,8 @@ use super::lent::BodyLender;
 use super::persistence::{announce_keep_alive, wants_to_persist};
 use super::request_form::{check_host, note_authority};
 use super::server::HttpPeer;
-use super::{HttpFrontState, credentials};
+use super::stream::StreamReader;
+use super::{HttpFrontState, credentials, influx};
 use crate::front::problem::{Problem, RefusedRequest};
 use crate::limits::HTTP_ANSWER_PIECE_BYTES;
 use crate::message::{DatasourceId, Transport};
@@ -36,8 +37,20 @@ const STRANGER_ANSWER_BYTES: usize = 2 << 10;
 /// every answer has. It logs the route and not the path, because a client may put anything into a path.
 pub(super) async fn request_middleware(
     State(shared): State<Arc<HttpFrontState>>,
-    mut request: Request,
+    request: Request,
     next: Next,
+) -> Response {
+    let route = request.extensions().get::<MatchedPath>().cloned();
+    let name = route.as_ref().map_or("-", MatchedPath::as_str);
+    wrap_request(&shared, name, request, |request| next.run(request)).await
+}
+
+/// As [`request_middleware`], around whatever answers the request.
+pub(super) async fn wrap_request<F: Future<Output = Response>>(
+    shared: &HttpFrontState,
+    route: &str,
+    mut request: Request,
+    answer: impl FnOnce(Request) -> F,
 ) -> Response {
     let peer = request.extensions().get::<HttpPeer>().cloned();
     let (stranger, under_way) = match &peer {
@@ -46,9 +59,9 @@ pub(super) async fn request_middleware(
     };
     let memory = RequestMemory::of_stranger(stranger);
     request.extensions_mut().insert(memory.clone());
-    let route = request.extensions().get::<MatchedPath>().cloned();
     let method = request.method().clone();
-    let datasource = datasource_in(request.uri().path()).to_owned();
+    let datasource = influx::datasource_named(request.uri())
+        .unwrap_or_else(|| datasource_in(request.uri().path()).to_owned());
     let has_body = !request.body().is_end_stream();
     let http1 = request.version() < Version::HTTP_2;
     let persists = wants_to_persist(request.version(), request.headers());
@@ -65,22 +78,22 @@ pub(super) async fn request_middleware(
     let is_read = matches!(method, Method::GET | Method::HEAD);
     let unanswered = peer.as_ref().filter(|_| is_read).map(|peer| peer.clock.begin_read());
     let mut response = match host.and_then(|()| credentials::refuse_key_in_url(request.uri())) {
-        Ok(()) => next.run(request).await,
+        Ok(()) => answer(request).await,
         Err(problem) => {
+            let response = influx::in_dialect_of(request.uri().path(), problem);
             drop(request);
-            problem.into_response()
+            response
         }
     };
     drop(unanswered);
     let held = memory.take();
-    let mut held = charge_answer(&shared, peer.as_ref(), held, under_way, &method, &mut response);
+    let mut held = charge_answer(shared, peer.as_ref(), held, under_way, &method, &mut response);
     held.under_way = peer.as_ref().map(|peer| peer.clock.begin_request());
     let refused = response.extensions_mut().remove::<RefusedRequest>();
     if let Some(refused) = &refused {
         let address = peer.as_ref().map(|peer| peer.addr);
         refused.note(shared.parts.intake.refusals(), address, &datasource);
         let (peer, key_id) = (address.map(display), refused.key_id.map(display));
-        let route = route.as_ref().map_or("-", MatchedPath::as_str);
         let (status, cause) = (response.status().as_u16(), refused.cause.name());
         debug!(peer, %method, route, status, cause, key_id, "an HTTP request was refused");
     }
@@ -100,10 +113,14 @@ pub(super) async fn request_middleware(
         headers.insert(CONNECTION, HeaderValue::from_static("close"));
     }
     if persists && peer.as_ref().is_some_and(|peer| !peer.closing.load(Ordering::Relaxed)) {
-        announce_keep_alive(headers, shared.parts.config.keep_alive_s_max);
+        announce_keep_alive(headers, &shared.keep_alive);
     }
     headers.insert(X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
     headers.entry(CACHE_CONTROL).or_insert(HeaderValue::from_static("no-store"));
+    if let Some(reader) = response.extensions_mut().remove::<Arc<StreamReader>>() {
+        reader.hold(held);
+        return response;
+    }
     let stall_max = Duration::from_millis(shared.parts.config.body_ms_max);
     answer::hold_until_taken(response, held, stall_max)
 }
@@ -130,6 +147,9 @@ fn charge_answer(
             AnswerHold { memory, stranger: None, under_way: None }
         }
         RequestHolder::Stranger(stranger) => {
+            if let Some(peer) = peer.filter(|peer| peer.keys.are_none()) {
+                peer.payer.end_welcome();
+            }
             let address = peer.map_or(IpAddr::V4(Ipv4Addr::UNSPECIFIED), |peer| peer.addr.ip());
             let account = shared.parts.intake.memory().account_of_stranger(address);
             let bytes = STRANGER_ANSWER_BYTES + answer::known_bytes(response).min(HTTP_ANSWER_PIECE_BYTES);

@@ -3,7 +3,7 @@
 //!
 //! A request comes in through `server` (and its `socket`); `middleware` wraps every handler;
 //! `cors` answers to pages of other origins; `credentials` identifies the caller before any of the body is read; then one handler of the table
-//! in [`routes`] runs. Every refusal becomes a `problem`.
+//! in [`routes`] runs; most requests for ingest go past the table ([`ingest::IngestRoute`]). Every refusal becomes a `problem`.
 
 mod answer;
 mod arrival;
@@ -17,7 +17,9 @@ mod credentials;
 mod dashboard;
 mod deletion;
 mod endpoints;
+mod event_time;
 mod frame_meter;
+mod influx;
 mod ingest;
 mod keys;
 mod leaks;
@@ -33,15 +35,18 @@ mod probes;
 mod problem;
 mod quarantine;
 mod query;
+mod records;
 mod refusals;
 mod request_clock;
 mod request_form;
 mod schema;
+mod series;
 mod server;
 mod sessions;
 mod sinks;
 mod socket;
 mod stranger_pace;
+mod stream;
 mod transfer;
 mod waiting;
 mod websocket;
@@ -53,9 +58,9 @@ use std::time::{Duration, Instant};
 
 use axum::Router;
 use axum::extract::{FromRequestParts, Path, Request};
-use axum::http::Method;
 use axum::http::header::CONTENT_TYPE;
 use axum::http::request::Parts as RequestParts;
+use axum::http::{HeaderValue, Method};
 use axum::middleware::from_fn_with_state;
 use axum::response::IntoResponse;
 use axum::routing::{MethodFilter, MethodRouter, on};
@@ -68,7 +73,8 @@ use self::answer::RequestMemory;
 use self::arrival::HttpPort;
 use self::body::BodyLimits;
 use self::credentials::Caller;
-use self::server::{HttpCrowd, HttpPeer};
+use self::server::{HttpCrowd, HttpPeer, ServedRoutes};
+use self::stream::StreamReaders;
 use crate::auth::failures::AuthFailures;
 use crate::auth::{Datasource, Key, Registry};
 use crate::backup::BackupDesk;
@@ -178,36 +184,46 @@ pub async fn serve(listeners: HttpListeners, parts: HttpFrontParts, drain: Cance
         crowd: crowd.clone(),
         parses: Arc::new(Semaphore::new(PARSES_PER_PROCESSOR_MAX * crate::shares::processors())),
         setting_schemas: Mutex::new(()),
+        redriving: tokio::sync::Mutex::default(),
         leak_reports: AuthFailures::new(&config::AuthConfig {
             failures_burst: LEAK_REPORTS_BURST,
             failures_per_s: LEAK_REPORTS_PER_S,
             failures_exempt: Vec::new(),
         }),
         limiting: Mutex::new(()),
+        streams: StreamReaders::new(config.stream_heartbeat(), Duration::from_millis(config.body_ms_max)),
         drain: drain.clone(),
+        keep_alive: persistence::keep_alive_value(config.keep_alive_s_max),
         parts,
     });
     let HttpListeners { plain, tls, admin, certificate } = listeners;
     let plain_port = HttpPort { tls: None, proxies, memory };
     let tls_port = HttpPort { tls: certificate, ..plain_port.clone() };
-    let all = router(shared.clone(), |_, _| true);
+    let served = |router: Router| ServedRoutes { router, front: Some(shared.clone()) };
+    let all = served(router(shared.clone(), |_, _| true));
     let of_devices = match admin {
-        Some(_) => router(shared, is_of_devices),
+        Some(_) => served(router(shared.clone(), is_of_devices)),
         None => all.clone(),
     };
-    let serve = |listener: Option<ListenSockets>, port: HttpPort, router: Router, crowd: HttpCrowd| {
+    let serve = |listener: Option<ListenSockets>, port: HttpPort, routes: ServedRoutes, crowd: HttpCrowd| {
         let (config, drain) = (&config, drain.clone());
         async move {
             if let Some(listener) = listener {
-                server::run(listener, port, router, config, crowd, drain).await;
+                server::run(listener, port, routes, config, crowd, drain).await;
             }
         }
     };
-    tokio::join!(
-        serve(Some(plain), plain_port, of_devices.clone(), crowd.clone()),
-        serve(tls, tls_port.clone(), of_devices, crowd),
-        serve(admin, tls_port, all, admin_crowd),
-    );
+    let serving = async {
+        tokio::join!(
+            serve(Some(plain), plain_port, of_devices.clone(), crowd.clone()),
+            serve(tls, tls_port.clone(), of_devices, crowd),
+            serve(admin, tls_port, all, admin_crowd),
+        );
+    };
+    tokio::select! {
+        () = serving => {}
+        never = shared.streams.watch(shared.parts.log.withheld()) => match never {},
+    }
 }
 
 /// What every handler may use.
@@ -223,7 +239,13 @@ struct HttpFrontState {
     limiting: Mutex<()>,
     /// Held while the schemas of a datasource are read and set, so that no version number is used twice.
     setting_schemas: Mutex<()>,
+    /// The streams that are open.
+    streams: Arc<StreamReaders>,
+    /// Held from where quarantine is read until what is sent again of it is in the log, so that it is sent again once.
+    redriving: tokio::sync::Mutex<()>,
     drain: CancellationToken,
+    /// What says in answers how long a connection may be idle.
+    keep_alive: HeaderValue,
 }
 
 impl HttpFrontState {
@@ -349,10 +371,15 @@ fn routes() -> Vec<(Method, &'static str, MethodRouter<Arc<HttpFrontState>>)> {
     vec![
         route(post.clone(), "/v1/ingest/{datasource}", ingest::to_datasource),
         route(post.clone(), "/v1/ingest/{datasource}/{*topic}", ingest::to_topic),
+        route(post.clone(), "/api/v2/write", influx::write_v2),
+        route(post.clone(), "/write", influx::write_v1),
+        route(post.clone(), "/query", influx::query),
+        route(get.clone(), "/ping", influx::ping),
+        route(get.clone(), "/health", influx::health),
         route(post.clone(), "/v1/datasources", manage::create),
         route(get.clone(), "/v1/datasources", manage::list),
         route(get.clone(), "/v1/datasources/{datasource}", manage::show),
-        route(patch.clone(), "/v1/datasources/{datasource}", limits::patch_datasource_limits),
+        route(patch.clone(), "/v1/datasources/{datasource}", limits::patch_datasource),
         route(delete.clone(), "/v1/datasources/{datasource}", deletion::delete),
         route(put, "/v1/datasources/{datasource}/schema", schema::set),
         route(get.clone(), "/v1/datasources/{datasource}/schema", schema::show),
@@ -368,8 +395,10 @@ fn routes() -> Vec<(Method, &'static str, MethodRouter<Arc<HttpFrontState>>)> {
         route(patch, "/v1/datasources/{datasource}/keys/{key_id}", limits::patch_key_limits),
         route(delete, "/v1/datasources/{datasource}/keys/{key_id}", keys::revoke),
         route(post.clone(), "/v1/datasources/{datasource}/keys/{key_id}/rotate", keys::rotate),
-        route(get.clone(), "/v1/datasources/{datasource}/records", query::records),
+        route(get.clone(), "/v1/datasources/{datasource}/records", records::records),
         route(get.clone(), "/v1/datasources/{datasource}/latest", query::latest),
+        route(get.clone(), "/v1/datasources/{datasource}/series", series::series),
+        route(get.clone(), "/v1/datasources/{datasource}/stream", stream::read),
         route(get.clone(), "/v1/datasources/{datasource}/sessions", sessions::list),
         route(get.clone(), "/v1/connect", endpoints::show),
         route(get.clone(), "/v1/refusals", refusals::list),
@@ -391,12 +420,19 @@ fn routes() -> Vec<(Method, &'static str, MethodRouter<Arc<HttpFrontState>>)> {
 
 /// The routes that are for devices and readers. All others are the administration's: where it has a listener of its own,
 /// they are not found at any other.
-const DEVICE_ROUTES: [(Method, &str); 11] = [
+const DEVICE_ROUTES: [(Method, &str); 18] = [
     (Method::POST, "/v1/ingest/{datasource}"),
     (Method::POST, "/v1/ingest/{datasource}/{*topic}"),
+    (Method::POST, "/api/v2/write"),
+    (Method::POST, "/write"),
+    (Method::POST, "/query"),
+    (Method::GET, "/ping"),
+    (Method::GET, "/health"),
     (Method::GET, "/v1/datasources/{datasource}/schema"),
     (Method::GET, "/v1/datasources/{datasource}/records"),
     (Method::GET, "/v1/datasources/{datasource}/latest"),
+    (Method::GET, "/v1/datasources/{datasource}/series"),
+    (Method::GET, "/v1/datasources/{datasource}/stream"),
     (Method::GET, "/v1/connect"),
     (Method::POST, "/v1/leaks"),
     (Method::GET, "/mqtt"),

@@ -17,6 +17,7 @@ use serde::Serialize;
 use super::credentials::Caller;
 use super::query::stored_records_query;
 use super::{HttpFrontState, run_reading};
+use crate::auth::Grant;
 use crate::consume::query::{PageBudget, QueryError, RecordsReader};
 use crate::front::problem::Problem;
 use crate::limits::HTTP_ANSWER_PIECE_BYTES;
@@ -28,8 +29,8 @@ const PIECE_ROOM_WAIT_MAX: Duration = Duration::from_secs(10);
 
 /// Where the pieces of a page come from.
 pub(super) trait PageSource: Send + 'static {
-    /// Reads the next piece, of which the items are put to `items`. Returns where the page goes on if there may be
-    /// more, as JSON.
+    /// Reads the next piece, of which the items are put to `items`; there may be none. Returns where the page goes on if
+    /// there may be more, as JSON.
     fn read(
         &mut self,
         stored: &RecordsReader,
@@ -108,6 +109,27 @@ impl io::Write for JsonItems {
     }
 }
 
+/// What stands around the items of a page.
+pub(super) struct PageFrame {
+    content_type: &'static str,
+    /// What comes before them.
+    head: String,
+    /// Each item has a line of its own, and nothing follows. Else they are an array in an object, which `next` ends.
+    are_lines: bool,
+}
+
+impl PageFrame {
+    /// A JSON object. `head` is its JSON up to the items of its array, which ends it but for `next`.
+    pub(super) fn object(head: String) -> Self {
+        Self { content_type: "application/json", head, are_lines: false }
+    }
+
+    /// Lines of this media type, of which `head` is the first with its end, or empty.
+    pub(super) fn lines(content_type: &'static str, head: &str) -> Self {
+        Self { content_type, head: head.to_owned(), are_lines: true }
+    }
+}
+
 /// A page that is being sent.
 struct PageReading<S> {
     shared: Arc<HttpFrontState>,
@@ -115,7 +137,10 @@ struct PageReading<S> {
     tenant: Arc<TenantShare>,
     source: S,
     budget: PageBudget,
+    /// Under which it is read: a page may take hours.
+    grant: Grant,
     is_begun: bool,
+    are_lines: bool,
 }
 
 /// A piece of a page, and whether it is the last.
@@ -134,7 +159,8 @@ impl<S: PageSource> PageReading<S> {
     /// Reads a piece, which `head` begins, in a turn of the tenant, which goes on if the caller goes away.
     async fn read(mut self, head: &str) -> Result<(Self, PagePiece), Problem> {
         let stored = stored_records_query(&self.shared)?;
-        let mut items = JsonItems { is_begun: self.is_begun, ..JsonItems::default() };
+        let (is_begun, are_lines) = (self.is_begun, self.are_lines);
+        let mut items = JsonItems { is_begun, are_lines, ..JsonItems::default() };
         items.put(head.as_bytes());
         let turn = self.tenant.clone().read_turn().await;
         run_reading(move || {
@@ -143,7 +169,7 @@ impl<S: PageSource> PageReading<S> {
             let next = self.source.read(&stored, &mut self.budget, &mut items)?;
             let is_last = next.is_none() || self.budget.is_page_spent();
             self.is_begun = items.is_begun;
-            if is_last {
+            if is_last && !are_lines {
                 items.put(b"],\"next\":");
                 items.put(next.as_deref().unwrap_or("null").as_bytes());
                 items.put(b"}");
@@ -154,21 +180,23 @@ impl<S: PageSource> PageReading<S> {
     }
 }
 
-/// Answers with a page. `head` is its JSON up to the items of its array, which ends it but for `next`.
+/// Answers with a page, for which `budget` is there.
 pub(super) async fn answer_page(
     shared: &Arc<HttpFrontState>,
     caller: &Caller,
-    head: String,
-    limit: usize,
+    frame: PageFrame,
+    budget: PageBudget,
     source: impl PageSource,
 ) -> Result<Response, Problem> {
     let account = shared.parts.intake.memory_account(&caller.0);
     let tenant = shared.parts.subscribers.shares.share(caller.0.datasource());
-    let (shared, budget) = (shared.clone(), PageBudget::new(limit));
-    let reading = PageReading { shared, tenant, source, budget, is_begun: false };
+    let PageFrame { content_type, head, are_lines } = frame;
+    let shared = shared.clone();
+    let grant = caller.0.clone();
+    let reading = PageReading { shared, tenant, source, budget, grant, is_begun: false, are_lines };
     let (reading, mut first) = reading.read(&head).await?;
     let body = match first.chunks.len() {
-        1 if first.is_last => Body::from(first.chunks.pop_front().unwrap_or_default()),
+        0 | 1 if first.is_last => Body::from(first.chunks.pop_front().unwrap_or_default()),
         _ => {
             let memory = account.charge_to_send(first.bytes())?;
             let reading = (!first.is_last).then_some(reading);
@@ -176,7 +204,7 @@ pub(super) async fn answer_page(
             Body::from_stream(stream::try_unfold(sending, PageSending::next))
         }
     };
-    Ok(([(CONTENT_TYPE, "application/json")], body).into_response())
+    Ok(([(CONTENT_TYPE, content_type)], body).into_response())
 }
 
 /// A page of several chunks on its way to the client.
@@ -191,13 +219,16 @@ struct PageSending<S> {
 impl<S: PageSource> PageSending<S> {
     /// The next chunk; its client has taken the one before.
     async fn next(mut self) -> Result<Option<(Bytes, Self)>, io::Error> {
-        if self.chunks.is_empty()
+        while self.chunks.is_empty()
             && let Some(reading) = self.reading.take()
         {
             let account = self.memory.account().clone();
             self.memory.set_held(0);
             let room = tokio::time::timeout(PIECE_ROOM_WAIT_MAX, account.wait_room_to_send()).await;
             room.map_err(|_| io::Error::other("the key's share of the memory is used up"))?;
+            if !reading.grant.holds() {
+                return Err(io::Error::other("the key was revoked or has expired"));
+            }
             let read = reading.read("").await;
             let (reading, piece) =
                 read.map_err(|_| io::Error::other("the rest of the page cannot be read"))?;

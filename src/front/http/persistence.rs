@@ -20,16 +20,19 @@ pub(super) fn wants_to_persist(version: Version, headers: &HeaderMap) -> bool {
     }
 }
 
+/// What says how long a connection may be idle.
+pub(super) fn keep_alive_value(seconds: u64) -> HeaderValue {
+    HeaderValue::from_str(&format!("timeout={seconds}")).expect("digits")
+}
+
 /// Says in an answer how long the connection may be idle, unless the answer is the last one on it.
-pub(super) fn announce_keep_alive(answer: &mut HeaderMap, seconds: u64) {
+pub(super) fn announce_keep_alive(answer: &mut HeaderMap, value: &HeaderValue) {
     // Some say here that the connection closes, or that another protocol follows.
     if answer.contains_key(CONNECTION) {
         return;
     }
-    if let Ok(value) = HeaderValue::from_str(&format!("timeout={seconds}")) {
-        answer.insert(CONNECTION, HeaderValue::from_static("keep-alive"));
-        answer.insert(KEEP_ALIVE, value);
-    }
+    answer.insert(CONNECTION, HeaderValue::from_static("keep-alive"));
+    answer.insert(KEEP_ALIVE, value.clone());
 }
 
 #[cfg(test)]
@@ -55,10 +58,10 @@ mod tests {
     #[test]
     fn the_last_answer_of_a_connection_promises_nothing() {
         let mut last = HeaderMap::from_iter([(CONNECTION, HeaderValue::from_static("close"))]);
-        announce_keep_alive(&mut last, 75);
+        announce_keep_alive(&mut last, &keep_alive_value(75));
         assert_eq!(last.get(KEEP_ALIVE), None);
         let mut answer = HeaderMap::new();
-        announce_keep_alive(&mut answer, 75);
+        announce_keep_alive(&mut answer, &keep_alive_value(75));
         assert_eq!(answer[KEEP_ALIVE], "timeout=75");
     }
 }

@@ -11,15 +11,23 @@ use std::sync::Arc;
 use crate::auth::Key;
 use crate::auth::connections::{ConnectionControl, KeyConnectionGuard};
 use crate::limits::HTTP_KEYS_PER_CONNECTION_MAX;
+use crate::memory::MemoryAccount;
 use crate::message::KeyId;
 
 /// The keys of one connection.
-#[derive(Debug, Default)]
+#[derive(Default)]
 pub(super) struct PresentedKeys {
     /// Through which a dead key tells the connection to close.
     control: Arc<ConnectionControl>,
     /// The most recently used last.
-    keys: Mutex<Vec<(KeyId, KeyConnectionGuard)>>,
+    keys: Mutex<Vec<PresentedKey>>,
+}
+
+struct PresentedKey {
+    id: KeyId,
+    _entered: KeyConnectionGuard,
+    /// Who is charged for requests with it.
+    account: Arc<MemoryAccount>,
 }
 
 impl PresentedKeys {
@@ -29,20 +37,25 @@ impl PresentedKeys {
     }
 
     /// Records that a request has presented this key. If the key is dead by now, the connection is told to
-    /// close. Returns whether this is the connection's first request with the key.
-    pub(super) fn enter(&self, key: &Key) -> bool {
+    /// close. Returns whether this is the connection's first request with the key, and who is charged for it.
+    pub(super) fn enter(
+        &self,
+        key: &Key,
+        account: impl FnOnce() -> Arc<MemoryAccount>,
+    ) -> (bool, Arc<MemoryAccount>) {
         let mut keys = self.keys();
-        match keys.iter().rposition(|(id, _)| *id == key.id) {
+        match keys.iter().rposition(|known| known.id == key.id) {
             Some(place) => {
                 keys[place..].rotate_left(1);
-                false
+                (false, keys[keys.len() - 1].account.clone())
             }
             None => {
                 let oldest = (keys.len() >= HTTP_KEYS_PER_CONNECTION_MAX).then(|| keys.remove(0));
-                keys.push((key.id, key.connections().enter(Arc::clone(&self.control))));
+                let (account, entered) = (account(), key.connections().enter(Arc::clone(&self.control)));
+                keys.push(PresentedKey { id: key.id, _entered: entered, account: account.clone() });
                 drop(keys);
                 drop(oldest);
-                true
+                (true, account)
             }
         }
     }
@@ -56,12 +69,12 @@ impl PresentedKeys {
     /// connection, and a connection that was refused as one too many must not count.
     pub(super) fn leave(&self, id: KeyId) {
         let mut keys = self.keys();
-        let left = keys.iter().position(|(known, _)| *known == id).map(|place| keys.remove(place));
+        let left = keys.iter().position(|known| known.id == id).map(|place| keys.remove(place));
         drop(keys);
         drop(left);
     }
 
-    fn keys(&self) -> MutexGuard<'_, Vec<(KeyId, KeyConnectionGuard)>> {
+    fn keys(&self) -> MutexGuard<'_, Vec<PresentedKey>> {
         self.keys.lock()
     }
 }

@@ -51,7 +51,8 @@ pub(super) async fn ready(State(shared): State<Arc<HttpFrontState>>) -> Response
     let aside = [parts.subscribers.retained.set_aside(), parts.subscribers.store.set_aside()];
     let registry = parts.intake.authorizer().registry().trouble();
     let rules = parts.intake.authorizer().registry().unread_rules();
-    let warnings = [registry, rules].into_iter().chain(sinks);
+    let log = parts.log.warning();
+    let warnings = [registry, rules, log].into_iter().chain(sinks);
     let warnings = warnings.chain([nats.or_else(callout), egress, sessions, retained, lost]);
     readiness_response(reasons, warnings.chain(sinks_aside).chain(aside).flatten().collect())
 }
@@ -75,9 +76,13 @@ pub(super) async fn metrics(State(shared): State<Arc<HttpFrontState>>) -> Respon
     gauge("headgate_log_bytes", parts.log.bytes());
     gauge("headgate_memory_held_bytes", parts.intake.memory().held_bytes() as u64);
     gauge("headgate_http_strangers", shared.crowd.stranger_count() as u64);
+    let (streams, still) = shared.streams.counts();
+    gauge("headgate_stream_readers", streams as u64);
+    gauge("headgate_stream_readers_still", still as u64);
     gauge("headgate_keys", parts.intake.authorizer().registry().key_count() as u64);
     parts.metrics.set_counter("headgate_dedup_evicted_total", parts.log.evicted_ids());
     parts.metrics.set_counter("headgate_log_lost_records_total", parts.log.lost_records());
+    parts.metrics.set_counter("headgate_log_fenced_records_total", parts.log.fenced_records());
     parts.metrics.set_counter("headgate_refusals_unlisted_total", parts.intake.refusals().unlisted());
     if let Some(nats) = &parts.nats {
         gauge("headgate_nats_connected", u64::from(nats.trouble().is_none()));

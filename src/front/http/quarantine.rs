@@ -2,9 +2,11 @@
 //! (redrive), and quarantine what a leaked key has let in.
 //!
 //! A message is sent again under the authority of the admin who asks, and becomes a record of the key
-//! that it first came with. It is kept once, however often it is sent: within the deduplication window by
-//! its message id, and after that because storage has noted it. A message that turns out to be let in already,
-//! itself or as a corrected one with its id, gets a mark in the log, which storage notes as well.
+//! that it first came with. It is kept once for ever, however often and by however many it is asked for at once: the
+//! record in the log names the offset that it was redriven from, storage notes that, and a page is read when storage
+//! has everything that is in the log, in the only redrive of this gateway. Between the gateways of a cluster the
+//! deduplication window tells. A message that turns out to be let in already, itself or as a corrected one with its
+//! id, gets a mark in the log, which storage notes as well.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -18,7 +20,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::json;
 
 use super::credentials::Caller;
-use super::page_stream::{self, JsonItems, PageSource};
+use super::page_stream::{self, JsonItems, PageFrame, PageSource};
 use super::query::{self, page_limit, time_parameter};
 use super::{HttpFrontState, PathParameters, keys, run_blocking, run_in_turn, run_reading};
 use crate::auth::{AuditEvent, Datasource, Scope};
@@ -72,7 +74,8 @@ pub(super) async fn list(
         redrivable: false,
         limit: page_limit(parameters.limit)?,
     };
-    page_stream::answer_page(&shared, &caller, "{\"records\":[".to_owned(), query.limit, query).await
+    let frame = PageFrame::object("{\"records\":[".to_owned());
+    page_stream::answer_page(&shared, &caller, frame, PageBudget::new(query.limit), query).await
 }
 
 impl PageSource for QuarantineQuery {
@@ -151,8 +154,6 @@ pub(super) async fn redrive(
         let words = format!("One request names at most {QUERY_RECORDS_MAX} messages.");
         return Err(Problem::new(Cause::TooLarge, words).with("limit", QUERY_RECORDS_MAX).after_body_read());
     }
-    // Storage notes what was sent again. A redrive that it has not seen yet would be repeated here.
-    await_stored_up_to_now(&shared).await.map_err(Problem::after_body_read)?;
     let stored = query::stored_records_query(&shared).map_err(Problem::after_body_read)?;
     // A page with the draft that is made of it.
     let account = shared.parts.intake.memory_account(&caller.0);
@@ -169,6 +170,10 @@ pub(super) async fn redrive(
         limit: REDRIVE_PAGE_RECORDS,
     };
     loop {
+        // Storage notes what was sent again. A redrive that it has not seen yet would be repeated here, and ids are not
+        // known for ever.
+        let turn = shared.redriving.lock().await;
+        await_stored_up_to_now(&shared).await.map_err(Problem::after_body_read)?;
         let (asked, reader) = (query.clone(), stored.clone());
         let page = run_in_turn(&shared, &caller, move || {
             let mut budget = PageBudget::new(asked.limit);
@@ -178,6 +183,7 @@ pub(super) async fn redrive(
         .await;
         let page = page.map_err(Problem::after_body_read)?;
         redrive_page(&shared, &caller, &datasource, &page.records, &mut answer).await?;
+        drop(turn);
         answer.more = page.next.is_some();
         query.after_offset = page.next;
         let looked_at = answer.redriven + answer.duplicates + answer.failing;

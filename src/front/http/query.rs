@@ -1,5 +1,5 @@
-//! Queries: the stored records of a datasource, as pages and as the newest values. A query waits for the
-//! disk, so it runs on a blocking thread, in a turn of the caller's tenant.
+//! Queries: what the reading endpoints have in common, and the newest values of a datasource; `records.rs` has the
+//! records. A query waits for the disk, so it runs on a blocking thread, in a turn of the caller's tenant.
 
 use std::sync::Arc;
 
@@ -9,44 +9,15 @@ use axum::response::Response;
 use serde::Deserialize;
 
 use super::credentials::Caller;
-use super::page_stream::{self, JsonItems, PageSource};
+use super::page_stream::{self, JsonItems, PageFrame, PageSource};
 use super::{HttpFrontState, PathParameters, run_in_turn};
 use crate::auth::Scope;
-use crate::consume::query::{PageBudget, QueryError, RecordsQuery, RecordsReader};
-use crate::consume::render::{self, parse_time};
+use crate::consume::query::{PageBudget, QueryError, RecordsReader};
+use crate::consume::render::parse_time;
 use crate::front::problem::Problem;
 use crate::limits::{LATEST_TOPICS_MAX, QUERY_RECORDS_DEFAULT, QUERY_RECORDS_MAX};
-use crate::message::{DatasourceId, Incarnation, KeyId, Offset, TimeMicros};
+use crate::message::{DatasourceId, Incarnation, TimeMicros};
 use crate::observe::cause::Cause;
-
-/// The query string of `records`. An unknown parameter is refused: a filter that is not applied would
-/// return records that were not asked for.
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-struct RecordsParameters {
-    topic: Option<String>,
-    from: Option<String>,
-    to: Option<String>,
-    after_offset: Option<Offset>,
-    key_id: Option<String>,
-    limit: Option<usize>,
-    incarnation: Option<Incarnation>,
-}
-
-impl RecordsParameters {
-    fn into_query(self, scope: DatasourceId) -> Result<RecordsQuery, Problem> {
-        let key_id = self.key_id.map(|id| KeyId::parse(&id)).transpose()?;
-        Ok(RecordsQuery {
-            scope,
-            topic: self.topic,
-            from: time_parameter("from", self.from)?,
-            to: time_parameter("to", self.to)?,
-            after_offset: self.after_offset,
-            key_id,
-            limit: page_limit(self.limit)?,
-        })
-    }
-}
 
 /// How many records a page may have.
 pub(super) fn page_limit(asked: Option<usize>) -> Result<usize, Problem> {
@@ -66,34 +37,6 @@ pub(super) fn time_parameter(name: &str, text: Option<String>) -> Result<Option<
         Problem::new(Cause::Malformed, words)
     });
     time.map(Some)
-}
-
-/// `GET /v1/datasources/{datasource}/records`
-pub(super) async fn records(
-    State(shared): State<Arc<HttpFrontState>>,
-    caller: Caller,
-    PathParameters(datasource): PathParameters<String>,
-    uri: Uri,
-) -> Result<Response, Problem> {
-    let QueryString(parameters) = QueryString::<RecordsParameters>::try_from_uri(&uri)?;
-    let scope = readable_scope(&shared, &caller, &datasource, parameters.incarnation)?;
-    let query = parameters.into_query(scope)?;
-    page_stream::answer_page(&shared, &caller, "{\"records\":[".to_owned(), query.limit, query).await
-}
-
-impl PageSource for RecordsQuery {
-    fn read(
-        &mut self,
-        stored: &RecordsReader,
-        budget: &mut PageBudget,
-        items: &mut JsonItems,
-    ) -> Result<Option<String>, QueryError> {
-        let page = stored.records_within(self, budget)?;
-        // Not through a `Value`, which could change the digits of a number in a payload.
-        page.records.iter().for_each(|record| items.push(&render::record_json(record)));
-        self.after_offset = page.next;
-        Ok(page.next.map(|next| next.to_string()))
-    }
 }
 
 /// The query string of `latest`.
@@ -116,7 +59,8 @@ pub(super) async fn latest(
     let (datasource, _) = scope.of_scope();
     let head = format!("{{\"datasource\":\"{datasource}\",\"topics\":[");
     let source = LatestSource { scope, after_topic };
-    page_stream::answer_page(&shared, &caller, head, LATEST_TOPICS_MAX, source).await
+    let (frame, budget) = (PageFrame::object(head), PageBudget::new(LATEST_TOPICS_MAX));
+    page_stream::answer_page(&shared, &caller, frame, budget, source).await
 }
 
 /// The newest values of the topics of a datasource, in the incarnation with this scope.

@@ -1,7 +1,8 @@
 //! How long an HTTP connection is waited for: for its first request and for the rest of a request's header as long as
 //! `http.header_ms_max` says, and between two requests as long as `http.keep_alive_s_max` says, which clients are told.
 //! A connection with a request under way is not waited for here: its body has a deadline of its own, and so has its
-//! answer. One whose client has shut down its half is still answered. But such a client may as well have gone, and
+//! answer; a stream goes on until its connection is asked to close, and has a moment for its last event then.
+//! One whose client has shut down its half is still answered. But such a client may as well have gone, and
 //! whoever asks and goes must not have all the work done that others wait for: a read that nobody may wait for any more
 //! has so long to be begun to be answered.
 
@@ -14,7 +15,9 @@ use futures_util::task::AtomicWaker;
 use parking_lot::Mutex;
 use tokio::time::{Instant, Sleep};
 
+use super::stream::ConnectionStreams;
 use crate::config;
+use crate::limits::STREAM_END_WAIT_MAX;
 
 /// How long the answer to a read (GET, HEAD) may not have begun after its client has shut down its half.
 const HALF_CLOSED_READ_MAX: Duration = Duration::from_secs(3);
@@ -32,6 +35,8 @@ pub(super) enum AwaitedPart {
     End,
     /// The answer to a read of a client that has shut down its half.
     ReadAnswer,
+    /// The last events of its streams.
+    StreamEnds,
 }
 
 /// What a connection is waited for, and since when. Cheap to clone: all clones are of one connection.
@@ -42,6 +47,7 @@ struct ClockShared {
     state: Mutex<ClockState>,
     /// The task that serves the connection. An HTTP/2 request ends in another one.
     task: AtomicWaker,
+    streams: Arc<ConnectionStreams>,
 }
 
 struct ClockState {
@@ -52,6 +58,10 @@ struct ClockState {
     read_since: Instant,
     /// When the client has shut down its half.
     half_closed: Option<Instant>,
+    /// How many streams are open.
+    streams: usize,
+    /// When they were asked to end.
+    streams_asked: Option<Instant>,
     awaited: AwaitedPart,
     since: Instant,
 }
@@ -62,6 +72,13 @@ pub(super) struct RequestUnderWay(RequestClock);
 /// A read whose answer has not begun.
 pub(super) struct UnansweredRead(RequestClock);
 
+/// A stream that is open.
+pub(super) struct StreamUnderWay {
+    clock: RequestClock,
+    /// It is all that its connection carries, and not over before the client has taken its end.
+    is_alone: bool,
+}
+
 impl RequestClock {
     /// Of a connection that begins now.
     pub(super) fn start() -> Self {
@@ -71,10 +88,13 @@ impl RequestClock {
             unanswered_reads: 0,
             read_since: now,
             half_closed: None,
+            streams: 0,
+            streams_asked: None,
             awaited: AwaitedPart::FirstRequest,
             since: now,
         };
-        Self(Arc::new(ClockShared { state: Mutex::new(state), task: AtomicWaker::new() }))
+        let (state, task) = (Mutex::new(state), AtomicWaker::new());
+        Self(Arc::new(ClockShared { state, task, streams: Arc::default() }))
     }
 
     /// Notes that a request has come.
@@ -91,15 +111,35 @@ impl RequestClock {
         UnansweredRead(self.clone())
     }
 
+    /// Notes that a stream has begun. `is_alone`: the connection carries nothing beside it.
+    pub(super) fn begin_stream(&self, is_alone: bool) -> StreamUnderWay {
+        self.0.state.lock().streams += 1;
+        StreamUnderWay { clock: self.clone(), is_alone }
+    }
+
+    /// Notes that the streams were asked to end, because the connection has to close.
+    pub(super) fn await_stream_ends(&self) {
+        let mut state = self.0.state.lock();
+        if state.streams > 0 {
+            state.streams_asked.get_or_insert_with(Instant::now);
+        }
+    }
+
     /// Whether it matters that the client shuts down its half, and is not known.
     pub(super) fn is_half_close_awaited(&self) -> bool {
         let state = self.0.state.lock();
-        state.unanswered_reads > 0 && state.half_closed.is_none()
+        (state.unanswered_reads > 0 || state.streams > 0) && state.half_closed.is_none()
     }
 
-    /// Notes that the client has shut down its half.
+    /// Notes that the client has shut down its half. It may as well have gone: what is written next to its streams tells.
     pub(super) fn note_half_closed(&self) {
         self.0.state.lock().half_closed = Some(Instant::now());
+        self.0.streams.probe();
+    }
+
+    /// The streams that are open on the connection.
+    pub(super) fn streams(&self) -> &Arc<ConnectionStreams> {
+        &self.0.streams
     }
 
     /// Notes that bytes of HTTP/1 have come. Those that come while no request is under way begin one.
@@ -119,6 +159,9 @@ impl RequestClock {
     /// What is awaited, and since when; `None` while a request is under way that has other deadlines.
     fn awaited(&self) -> Option<(AwaitedPart, Instant)> {
         let state = self.0.state.lock();
+        if let Some(asked) = state.streams_asked.filter(|_| state.streams > 0) {
+            return Some((AwaitedPart::StreamEnds, asked));
+        }
         match state.half_closed {
             _ if state.under_way == 0 => Some((state.awaited, state.since)),
             Some(since) if state.unanswered_reads > 0 => {
@@ -138,6 +181,15 @@ impl Drop for RequestUnderWay {
             (state.awaited, state.since) = (AwaitedPart::NextRequest, Instant::now());
             drop(state);
             shared.task.wake();
+        }
+    }
+}
+
+impl Drop for StreamUnderWay {
+    fn drop(&mut self) {
+        let mut state = self.clock.0.state.lock();
+        if !self.is_alone || state.streams_asked.is_none() {
+            state.streams -= 1;
         }
     }
 }
@@ -173,6 +225,7 @@ impl RequestDeadline {
                 + match part {
                     AwaitedPart::NextRequest => self.idle_max,
                     AwaitedPart::ReadAnswer => HALF_CLOSED_READ_MAX,
+                    AwaitedPart::StreamEnds => STREAM_END_WAIT_MAX,
                     AwaitedPart::FirstRequest | AwaitedPart::HeaderRest | AwaitedPart::End => self.header_max,
                 };
             // An earlier wake-up is left as it is: to set the timer anew at each request would cost more.

@@ -11,14 +11,16 @@ use std::convert::Infallible;
 use std::fmt;
 use std::future::poll_fn;
 use std::net::{IpAddr, SocketAddr};
-use std::pin::pin;
+use std::pin::{Pin, pin};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use axum::Router;
+use axum::body::Body;
 use axum::extract::Request;
 use axum::http::Version;
+use axum::response::Response;
 use futures_util::future::{Either, ready};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::server::conn::auto;
@@ -30,8 +32,10 @@ use tokio_util::sync::CancellationToken;
 use tower::Service;
 use tracing::{debug, warn};
 
+use super::HttpFrontState;
 use super::arrival::{ArrivedConnection, HttpPort, report_proxy_header};
 use super::frame_meter::FrameFault;
+use super::ingest::IngestRoute;
 use super::presented::PresentedKeys;
 use super::request_clock::{AwaitedPart, RequestClock, RequestDeadline};
 use super::socket::HttpSocket;
@@ -195,12 +199,38 @@ impl HttpCrowd {
     }
 }
 
-/// Serves `router` on `listener` until `drain` is cancelled; returns when the requests under way at that
+/// What answers the requests of a listener.
+#[derive(Clone)]
+pub(super) struct ServedRoutes {
+    pub(super) router: Router,
+    /// What answers those for ingest without the router; `None` while the gateway starts.
+    pub(super) front: Option<Arc<HttpFrontState>>,
+}
+
+impl ServedRoutes {
+    /// Answers a request. The future is boxed: it is moved several times on its way to a task.
+    fn answer(&self, request: Request) -> Pin<Box<dyn Future<Output = Response> + Send>> {
+        if let Some(front) = &self.front
+            && let Some(route) = IngestRoute::of(request.method(), request.uri().path())
+        {
+            return Box::pin(route.answer(front.clone(), request));
+        }
+        let answering = self.router.clone().call(request);
+        Box::pin(async {
+            match answering.await {
+                Ok(response) => response,
+                Err(never) => match never {},
+            }
+        })
+    }
+}
+
+/// Serves `routes` on `listener` until `drain` is cancelled; returns when the requests under way at that
 /// moment are answered.
 pub(super) async fn run(
     listener: ListenSockets,
     port: HttpPort,
-    router: Router,
+    routes: ServedRoutes,
     config: &config::HttpConfig,
     crowd: HttpCrowd,
     drain: CancellationToken,
@@ -209,18 +239,18 @@ pub(super) async fn run(
     tokio::select! {
         biased;
         () = drain.cancelled() => {}
-        never = accept_on(&listener, &port, router, config, &crowd, &drain, &mut connections) => match never {},
+        never = accept_on(&listener, &port, routes, config, &crowd, &drain, &mut connections) => match never {},
     }
     // From here on the kernel refuses connections, instead of accepting them and leaving them unserved.
     drop(listener);
     while connections.join_next().await.is_some() {}
 }
 
-/// Accepts connections for as long as it is polled, and serves `router` on each until `drain` is cancelled.
+/// Accepts connections for as long as it is polled, and serves `routes` on each until `drain` is cancelled.
 pub(super) async fn accept_on(
     listener: &ListenSockets,
     port: &HttpPort,
-    router: Router,
+    routes: ServedRoutes,
     config: &config::HttpConfig,
     crowd: &HttpCrowd,
     drain: &CancellationToken,
@@ -228,7 +258,7 @@ pub(super) async fn accept_on(
 ) -> Infallible {
     let server = Arc::new(ConnectionServer {
         port: port.clone(),
-        router,
+        routes,
         config: config.clone(),
         crowd: crowd.clone(),
         drain: drain.clone(),
@@ -321,7 +351,7 @@ fn connection_builder(payer: Arc<TaskPayer>) -> auto::Builder<RequestExecutor> {
 /// What serves the connections of one listener.
 struct ConnectionServer {
     port: HttpPort,
-    router: Router,
+    routes: ServedRoutes,
     config: config::HttpConfig,
     crowd: HttpCrowd,
     drain: CancellationToken,
@@ -337,7 +367,7 @@ impl ConnectionServer {
         let keys = Arc::new(PresentedKeys::default());
         let clock = RequestClock::start();
         let mut deadline = RequestDeadline::new(clock.clone(), &self.config);
-        let builder = connection_builder(payer.clone());
+        let (builder, paying) = (connection_builder(payer.clone()), payer.clone());
         let service = {
             let from = HttpPeer {
                 addr: peer,
@@ -351,8 +381,8 @@ impl ConnectionServer {
                 clock: clock.clone(),
                 closing: closing.clone(),
             };
-            let (proxies, crowd, router) =
-                (self.port.proxies.clone(), self.crowd.clone(), self.router.clone());
+            let (proxies, crowd, routes) =
+                (self.port.proxies.clone(), self.crowd.clone(), self.routes.clone());
             // While the gateway starts, nobody can present a key.
             let is_paced = crowd.refusals.is_some() && !proxies.is_trusted(peer.ip());
             let pace = Arc::new(StrangerPace::new());
@@ -362,7 +392,7 @@ impl ConnectionServer {
                 let begun =
                     if is_stranger { pace.begin(version, &crowd.early, Instant::now()) } else { Some(None) };
                 let Some(early) = begun else {
-                    return Either::Left(ready(Ok(pace.turn_away(&crowd, &from, version))));
+                    return Either::Left(ready(Ok::<_, Infallible>(pace.turn_away(&crowd, &from, version))));
                 };
                 // Over HTTP/2 the keys of all that came at once are looked at later.
                 let is_unknown = is_stranger && version == Version::HTTP_2;
@@ -370,7 +400,7 @@ impl ConnectionServer {
                 let under_way = from.clock.begin_request();
                 let of_request = from.of_request(&request, &proxies, &crowd);
                 request.extensions_mut().insert(of_request);
-                let answering = router.clone().call(request);
+                let answering = routes.answer(request.map(Body::new));
                 // Boxed: it is moved several times on its way to a task.
                 Either::Right(Box::pin(async move {
                     let answer = answering.await;
@@ -381,13 +411,13 @@ impl ConnectionServer {
                         {
                             Ok(pace.turn_away(&crowd, &from, version))
                         }
-                        _ => answer,
+                        _ => Ok(answer),
                     }
                 }))
             })
         };
         let stall_max = Duration::from_millis(self.config.body_ms_max);
-        let socket = HttpSocket::new(stream, stall_max, unread, clock.clone(), fault.clone());
+        let socket = HttpSocket::new(stream, stall_max, unread, clock.clone(), paying, fault.clone());
         let mut served = pin!(builder.serve_connection_with_upgrades(TokioIo::new(socket), service));
         let mut asked_to_close = pin!(async {
             tokio::select! {
@@ -396,7 +426,7 @@ impl ConnectionServer {
             }
         });
         let mut makes_room = pin!(poll_fn(|cx| eviction.poll_due(cx)));
-        let mut leaving = false;
+        let (mut leaving, mut is_asked) = (false, false);
         let mut passed = pin!(poll_fn(|cx| deadline.poll_passed(cx)));
         loop {
             let is_closing = closing.load(Ordering::Relaxed);
@@ -418,13 +448,20 @@ impl ConnectionServer {
                         return;
                     }
                     leaving = true;
+                    clock.streams().close(false);
+                    clock.await_stream_ends();
                     if !closing.swap(true, Ordering::Relaxed) {
                         served.as_mut().graceful_shutdown();
                     }
                 }
-                // An idle connection ends at once, a busy one when its requests are answered.
-                () = asked_to_close.as_mut(), if !is_closing => {
-                    closing.store(true, Ordering::Relaxed);
+                // An idle connection ends at once, a busy one when its requests are answered. A stream is told to end.
+                () = asked_to_close.as_mut(), if !is_asked => {
+                    is_asked = true;
+                    clock.streams().close(self.drain.is_cancelled());
+                    clock.await_stream_ends();
+                    if closing.swap(true, Ordering::Relaxed) {
+                        continue;
+                    }
                     served.as_mut().graceful_shutdown();
                 }
                 part = passed.as_mut() => {

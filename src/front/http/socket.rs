@@ -20,7 +20,8 @@ use tokio::time::{Instant, Sleep};
 use super::frame_meter::{FrameFault, FrameMeter};
 use super::request_clock::RequestClock;
 use crate::front::peer_stream::PeerStream;
-use crate::limits::HTTP_LINGER_BYTES_MAX;
+use crate::limits::{HTTP_LINGER_BYTES_MAX, NEWCOMER_READ_BYTES};
+use crate::processor::TaskPayer;
 
 /// How long a close goes on reading and discarding.
 const SOCKET_LINGER_MAX: Duration = Duration::from_secs(2);
@@ -37,6 +38,10 @@ pub(super) struct HttpSocket {
     writing: SocketWriteState,
     frames: FrameMeter,
     clock: RequestClock,
+    /// Who pays for the connection.
+    payer: Arc<TaskPayer>,
+    /// A newcomer has had its turn.
+    gives_way: bool,
     /// Set when what the client sends is nothing to go on with.
     fault: Arc<OnceLock<FrameFault>>,
 }
@@ -55,17 +60,46 @@ enum SocketWriteState {
 
 impl HttpSocket {
     /// A socket whose client may keep a write waiting for `stall_max`. Whoever leaves a request's body
-    /// unread sets `unread`; `clock` learns when bytes come;
+    /// unread sets `unread`; `clock` learns when bytes come; `payer` says whether it is a newcomer's;
     /// `fault` is set when reading fails for what the client has sent.
     pub(super) fn new(
         stream: PeerStream,
         stall_max: Duration,
         unread: Arc<AtomicBool>,
         clock: RequestClock,
+        payer: Arc<TaskPayer>,
         fault: Arc<OnceLock<FrameFault>>,
     ) -> Self {
-        let frames = FrameMeter::new();
-        Self { stream, stall_max, timer: None, unread, writing: SocketWriteState::Free, frames, clock, fault }
+        Self {
+            stream,
+            stall_max,
+            timer: None,
+            unread,
+            writing: SocketWriteState::Free,
+            frames: FrameMeter::new(),
+            clock,
+            payer,
+            gives_way: false,
+            fault,
+        }
+    }
+
+    /// Reads as much as comes; of a newcomer a little in each of its turns, so that a hundred requests at once are not
+    /// looked at before the first one's key is.
+    fn poll_some(&mut self, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        if std::mem::take(&mut self.gives_way) {
+            cx.waker().wake_by_ref();
+            return Poll::Pending;
+        }
+        if buf.remaining() <= NEWCOMER_READ_BYTES || !self.payer.is_newcomer() {
+            return Pin::new(&mut self.stream).poll_read(cx, buf);
+        }
+        let mut some = ReadBuf::new(buf.initialize_unfilled_to(NEWCOMER_READ_BYTES));
+        ready!(Pin::new(&mut self.stream).poll_read(cx, &mut some))?;
+        let bytes = some.filled().len();
+        buf.advance(bytes);
+        self.gives_way = bytes == NEWCOMER_READ_BYTES;
+        Poll::Ready(Ok(()))
     }
 
     /// The stream, for another protocol to take over.
@@ -115,7 +149,7 @@ impl AsyncRead for HttpSocket {
         buf: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
         let filled = buf.filled().len();
-        ready!(Pin::new(&mut self.stream).poll_read(cx, buf))?;
+        ready!(self.poll_some(cx, buf))?;
         let bytes = &buf.filled()[filled..];
         self.frames.read(bytes).map_err(|fault| {
             let _ = self.fault.set(fault);

@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::credentials::Caller;
-use super::{HttpFrontState, PathParameters, limits, no_datasource, run_blocking};
+use super::{HttpFrontState, PathParameters, event_time, limits, no_datasource, run_blocking};
 use crate::auth::registry::transfer::{EXPORT_FORMAT, ExportedDatasource, NewImport};
 use crate::front::problem::Problem;
 use crate::limits::HTTP_IMPORT_BYTES_MAX;
@@ -72,6 +72,7 @@ pub(super) async fn import(
             name: &exported.name,
             limits: limits::parse(&exported.limits)?.text(),
             schemas: checked_schemas(&exported.schemas)?,
+            event_time: event_time::parse(&exported.event_time)?,
             keys: &keys,
             is_rehearsal: check,
         };

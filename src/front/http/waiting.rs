@@ -14,7 +14,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::arrival::HttpPort;
 use super::probes::{self, readiness_response};
-use super::server::{self, HttpCrowd};
+use super::server::{self, HttpCrowd, ServedRoutes};
 use crate::config;
 use crate::front::listen_sockets::ListenSockets;
 use crate::front::problem::Problem;
@@ -34,11 +34,12 @@ pub async fn serve_until_ready<T>(
     reason: UnreadyReason,
     ready: impl Future<Output = T>,
 ) -> T {
-    let router = Router::new()
+    let router: Router = Router::new()
         .route("/livez", get(probes::live))
         .route("/readyz", get(unready))
         .fallback(unavailable)
         .with_state(reason);
+    let routes = ServedRoutes { router, front: None };
     let drain = CancellationToken::new();
     let crowd = HttpCrowd::new(config, None);
     let port = HttpPort { tls: None, proxies, memory: None };
@@ -47,7 +48,7 @@ pub async fn serve_until_ready<T>(
         // Mostly `ready` resolves at once; polled first, so that then nobody is served here.
         biased;
         ready = ready => ready,
-        never = server::accept_on(listener, &port, router, config, &crowd, &drain, &mut connections) => match never {},
+        never = server::accept_on(listener, &port, routes, config, &crowd, &drain, &mut connections) => match never {},
     }
 }
 

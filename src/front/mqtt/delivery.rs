@@ -297,6 +297,7 @@ mod tests {
             key_id: KeyId([1; 6]),
             transport: Transport::Mqtt,
             received_at: now_micros(),
+            event_at: None,
             flags,
             note: &[],
             publisher: 7,

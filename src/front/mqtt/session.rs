@@ -6,12 +6,12 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 
 use super::flights::Flights;
-use crate::consume::subscriber::GroupSession;
 use crate::consume::subscriber::sessions::{SessionStoreChange, StoredSession, StoredSubscription};
+use crate::consume::subscriber::{GroupCount, GroupSession};
 use crate::filter::TopicFilter;
-use crate::limits::{INFLIGHT_PER_SESSION_MIN, INFLIGHT_STEP, SUBSCRIPTION_BYTES, SUBSCRIPTION_LEVEL_BYTES};
+use crate::limits::{INFLIGHT_PER_SESSION_MIN, INFLIGHT_STEP};
 use crate::message::{DatasourceId, Offset};
-use crate::shares::{ShareCharge, ShareCount, ShareExceeded, TenantShare};
+use crate::shares::{ShareCharge, ShareCount, ShareExceeded, TenantShare, filter_bytes};
 
 /// One client's session.
 #[derive(Debug)]
@@ -32,6 +32,8 @@ pub(super) struct MqttSession {
     pub(super) flights: Flights,
     /// What it takes of its tenant's share, once it is among the sessions. It gives it back when it ends.
     pub(super) charge: Option<ShareCharge>,
+    /// While it is away: the places of its groups in the count of its datasource's.
+    pub(super) groups: Vec<GroupCount>,
 }
 
 /// One subscription.
@@ -98,7 +100,8 @@ impl MqttSession {
     pub(super) fn new(uid: u64, expiry_s: u32) -> Self {
         let flights = Flights::default();
         let (stored, ever_stayed, subscriptions) = (false, expiry_s > 0, Vec::new());
-        Self { uid, expiry_s, stored, ever_stayed, subscriptions, position: 0, flights, charge: None }
+        let (charge, groups) = (None, Vec::new());
+        Self { uid, expiry_s, stored, ever_stayed, subscriptions, position: 0, flights, charge, groups }
     }
 
     /// Charges its tenant's share for what it has already, whatever the limits are: what was let in stays.
@@ -138,17 +141,13 @@ impl MqttSession {
     /// [`ShareExceeded`], and nothing is charged.
     pub(super) fn charge_filter(&mut self, filter: &str) -> Result<(), ShareExceeded> {
         let Some(charge) = &mut self.charge else { return Ok(()) };
-        charge.try_take(ShareCount::Subscriptions, 1)?;
-        charge.try_take(ShareCount::SubscriptionBytes, filter_bytes(filter)).inspect_err(|_| {
-            charge.subtract(ShareCount::Subscriptions, 1);
-        })
+        charge.try_take_filter(filter)
     }
 
     /// Gives back what [`MqttSession::charge_filter`] has charged.
     pub(super) fn discharge_filter(&mut self, filter: &str) {
         if let Some(charge) = &mut self.charge {
-            charge.subtract(ShareCount::Subscriptions, 1);
-            charge.subtract(ShareCount::SubscriptionBytes, filter_bytes(filter));
+            charge.give_back_filter(filter);
         }
     }
 
@@ -281,6 +280,7 @@ impl MqttSession {
             position: stored.cursor,
             flights: Flights::from_stored(&stored.flights),
             charge: None,
+            groups: Vec::new(),
         }
     }
 
@@ -293,13 +293,6 @@ impl MqttSession {
     pub(super) fn from_handover(handed: SessionHandover) -> Self {
         Self::from_stored(handed.session)
     }
-}
-
-/// What a subscription with this filter takes in memory: the texts of session and feed, and its place in the
-/// router's trie and its own.
-fn filter_bytes(filter: &str) -> u64 {
-    let levels = filter.bytes().filter(|byte| *byte == b'/').count() as u64 + 1;
-    SUBSCRIPTION_BYTES + 4 * filter.len() as u64 + levels * SUBSCRIPTION_LEVEL_BYTES
 }
 
 #[cfg(test)]

@@ -4,6 +4,7 @@
 use std::future::Future;
 use std::io;
 use std::mem::MaybeUninit;
+use std::os::fd::AsRawFd;
 use std::pin::{Pin, pin};
 use std::task::{Context, Poll, Waker};
 use std::time::Duration;
@@ -60,6 +61,20 @@ impl ClientStream {
     /// less, because the runtime may not have heard of it yet.
     pub(super) fn has_unread(&self) -> bool {
         SockRef::from(self.tcp()).peek(&mut [MaybeUninit::uninit()]).is_ok()
+    }
+
+    /// How many bytes the kernel has for the client that have not arrived there; 0 where the system does not say.
+    pub(super) fn queued_bytes(&self) -> usize {
+        #[cfg(target_os = "linux")]
+        {
+            let mut bytes: libc::c_int = 0;
+            // SAFETY: the descriptor is that of the socket, and the call writes one integer (SIOCOUTQ of tcp(7)).
+            let result = unsafe { libc::ioctl(self.tcp().as_raw_fd(), libc::TIOCOUTQ, &raw mut bytes) };
+            if result == 0 {
+                return usize::try_from(bytes).unwrap_or(0);
+            }
+        }
+        0
     }
 
     /// Whether the client has closed its side, also if bytes from before that are not read yet. Of a WebSocket

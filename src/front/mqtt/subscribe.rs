@@ -15,21 +15,21 @@ use super::codec::properties::SUBSCRIPTION_IDENTIFIER;
 use super::codec::subscribe::{SubscribePacket, UnsubscribePacket};
 use super::codec::write::{self, PacketForm};
 use super::codec::{MqttVersion, ReasonCode};
+use super::metadata_wish::parse_metadata_wish;
 use super::outbound::Outbound;
-use super::replay::{ReplaySearch, ReplayStart, parse_metadata_wish};
 use super::session::{MqttSession, Subscription, SubscriptionFilter};
 use super::sessions::Sessions;
 use crate::auth::{Grant, Scope};
 use crate::consume::subscriber::sessions::{SessionStoreChange, StoredGroup};
-use crate::consume::subscriber::{GroupJoinError, ShareGroupKey, Subscribers};
+use crate::consume::subscriber::{GroupJoinError, ReplayError, ReplayStart, ShareGroupKey, Subscribers};
 use crate::filter::TopicFilter;
 use crate::intake::{Intake, Refusal};
-use crate::limits::{CLUSTER_FILTERS_BYTES_MAX, MQTT_SUBSCRIPTIONS_LIMIT, REPLAYS_PER_TENANT_MAX};
+use crate::limits::{CLUSTER_FILTERS_BYTES_MAX, MQTT_SUBSCRIPTIONS_LIMIT};
 use crate::message::{Offset, Transport};
 use crate::observe::cause::Cause;
 use crate::observe::refusals::RefusalNote;
 use crate::quota::LimitExceeded;
-use crate::shares::{ShareCount, ShareExceeded};
+use crate::shares::ShareExceeded;
 
 /// How often a connection looks whether its client has gone while the log is searched for it.
 const REPLAY_LOOK_INTERVAL: Duration = Duration::from_millis(200);
@@ -341,37 +341,16 @@ impl SubscribeServices {
         }
     }
 
-    /// Searches the log for the beginning of a replay: a few searches at a time, each read in a turn of the
-    /// tenant's share. Ends at once when it is dropped, but for the read under way.
+    /// Searches the log for the beginning of a replay.
     async fn search(&self, replay: ReplayStart, filter: &TopicFilter) -> Result<Offset, FilterRefusal> {
-        let share = self.subscribers.shares.share(self.grant.datasource());
-        let mut charge = share.charge();
-        charge.try_add(ShareCount::Replays, 1, REPLAYS_PER_TENANT_MAX).map_err(|_| {
-            let words = format!(
-                "datasource {} searches the log for {REPLAYS_PER_TENANT_MAX} subscriptions already that begin in the past",
-                self.grant.datasource()
-            );
-            FilterRefusal { cause: Cause::Replays, ..FilterRefusal::new(ReasonCode::QuotaExceeded, words) }
-        })?;
-        let log = self.subscribers.log.clone();
-        // In a cluster other gateways may have appended records that this one has not followed yet.
-        let reaches = if let ReplayStart::Offset(offset) = replay { offset } else { Offset::MAX };
-        log.catch_up(reaches).await.map_err(FilterRefusal::failed)?;
-        let _searching = share.clone().replay_turn().await;
-        let mut search = ReplaySearch::new(replay, &*log, self.grant.datasource().clone(), filter.clone());
-        loop {
-            let (turn, log) = (share.clone().read_turn().await, log.clone());
-            let step = tokio::task::spawn_blocking(move || {
-                let _turn = turn;
-                let found = search.step(&*log);
-                (search, found)
-            });
-            let (continued, found) = step.await.map_err(FilterRefusal::failed)?;
-            if let Some(offset) = found.map_err(FilterRefusal::failed)? {
-                return Ok(offset);
-            }
-            search = continued;
-        }
+        let found = self.subscribers.find_replay_start(self.grant.datasource(), filter, replay).await;
+        found.map_err(|error| match error {
+            ReplayError::TooMany(_) => FilterRefusal {
+                cause: Cause::Replays,
+                ..FilterRefusal::new(ReasonCode::QuotaExceeded, error.to_string())
+            },
+            error => FilterRefusal::failed(error),
+        })
     }
 
     /// Makes the session a member of a group, which begins at `from` if that is given.

@@ -7,7 +7,9 @@ use std::sync::Arc;
 
 use futures_util::future::BoxFuture;
 use headgate_bridge_nats::ingress::IngressSettings;
-use headgate_bridge_nats::inlet::{Inlet, InletVerdict, InletVerdicts, NatsReplyPolicy, Parcel};
+use headgate_bridge_nats::inlet::{
+    Inlet, InletVerdict, InletVerdicts, LaneMemory, NatsReplyPolicy, Parcel, ParcelOverflow,
+};
 use tracing::{debug, info};
 
 use super::attested::{Attestation, AttestedSender};
@@ -20,6 +22,7 @@ use crate::auth::{Grant, GrantDenial, RejectedKey, Scope};
 use crate::front::problem::Problem;
 use crate::intake::{Draft, DurableDraft, IncomingMessage, Intake, Refusal};
 use crate::log::SectionOutcome;
+use crate::memory::{MemoryAccount, MemoryCharge};
 use crate::message::{DatasourceId, KeyId, RecordFlags, Transport};
 use crate::observe::refusals::RefusalNote;
 use crate::subject::{SubjectSpace, topic_from_tokens};
@@ -54,6 +57,15 @@ enum PendingInletVerdict {
     Asked { origin: usize, verdict: InletVerdict },
     /// It was refused.
     Refused(InletVerdict),
+}
+
+/// What the waiting messages of a lane take of the memory of their key and datasource.
+struct NatsLaneMemory(MemoryCharge);
+
+impl LaneMemory for NatsLaneMemory {
+    fn try_hold(&mut self, bytes: usize) -> bool {
+        self.0.resize(bytes).is_ok()
+    }
 }
 
 /// A message that was refused, and what is known of its key.
@@ -99,6 +111,15 @@ impl NatsIngest {
         let IngressSettings { stream, reply_prefixes, .. } = settings;
         let (stream, reply_prefixes) = (stream.clone(), reply_prefixes.clone());
         Self { intake, stream, client, attestation, reply_prefixes, reach, overflow }
+    }
+
+    /// The account that a message is counted against while it waits, and the key that it is of: all senders without a
+    /// good key share one.
+    fn memory_account(&self, parcel: &Parcel) -> (Arc<MemoryAccount>, Option<KeyId>) {
+        match identity::grant_of_parcel(parcel, self.intake.authorizer(), self.attestation.as_ref()) {
+            Ok(grant) => (self.intake.memory_account(&grant), Some(grant.key_id())),
+            Err(_) => (self.intake.memory().account_of_strangers(), None),
+        }
     }
 
     /// Checks one message and adds it to the draft, or reports its refusal.
@@ -240,9 +261,22 @@ impl Inlet for NatsIngest {
         reach.look(&self.attested_sender(parcel)?)
     }
 
-    fn overflow(&self, _: &Parcel) -> InletVerdict {
-        self.intake.refusals().note(self.intake.busy_refusal().note(Transport::Nats));
-        self.overflow.clone()
+    fn memory(&self, parcel: &Parcel) -> Option<Box<dyn LaneMemory>> {
+        Some(Box::new(NatsLaneMemory(self.memory_account(parcel).0.charge_held(0))))
+    }
+
+    fn overflow(&self, parcel: &Parcel, full: ParcelOverflow) -> InletVerdict {
+        let (account, key_id) = self.memory_account(parcel);
+        let exceeded = match full {
+            ParcelOverflow::Memory { bytes } => account.charge(bytes).err(),
+            ParcelOverflow::Waiting => None,
+        };
+        let is_memory = exceeded.is_some();
+        let refusal = exceeded.map_or_else(|| self.intake.busy_refusal(), Refusal::from);
+        let datasource = datasource_of_subject(parcel.subject());
+        let note = refusal.note(Transport::Nats);
+        self.intake.refusals().note(RefusalNote { datasource, key_id, ..note });
+        if is_memory { reply::refusal_verdict(refusal) } else { self.overflow.clone() }
     }
 }
 

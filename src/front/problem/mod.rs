@@ -126,9 +126,18 @@ impl Problem {
     }
 
     /// Its kind.
-    #[cfg(test)]
     pub(super) fn kind(&self) -> ProblemKind {
         self.0.kind
+    }
+
+    /// Its words for the one request.
+    pub(super) fn detail(&self) -> &str {
+        &self.0.detail
+    }
+
+    /// A further member of its document, if it has it.
+    pub(super) fn member(&self, name: &str) -> Option<&Value> {
+        self.0.members.get(name)
     }
 
     /// Takes it apart into what a client is told and what is recorded of it.

@@ -54,7 +54,8 @@ impl ModelGateway {
         config.intake.hold_back_ms_max = 0;
         let registry = Arc::new(Registry::open(dir).expect("opens"));
         let log: Arc<dyn Log> = Arc::new(disk.open_log(dir, &config.log, &config.intake).expect("opens"));
-        let storage = StorageSinks::start(dir, &config.storage, &log).expect("starts").expect("has a sink");
+        let storage =
+            StorageSinks::start(dir, &config.storage, &log, false).expect("starts").expect("has a sink");
         let metrics = Arc::new(Metrics::new());
         let intake = Intake::new(Authorizer::new(registry), log.clone(), metrics, &config.intake);
         Self { intake, log, storage }

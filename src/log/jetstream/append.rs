@@ -76,12 +76,6 @@ enum AppenderEvent {
     Refreshed { append: u64, result: Result<(), AppendError> },
 }
 
-/// An append whose messages are all stored, but which the follower has not reached.
-struct UnfollowedAppend {
-    committed: CommitOutcome,
-    reply: AppendReply,
-}
-
 /// The appending task.
 pub(super) struct JetstreamAppender {
     shared: Arc<JetstreamLogShared>,
@@ -99,7 +93,7 @@ pub(super) struct JetstreamAppender {
     barriers: VecDeque<(u64, oneshot::Sender<()>)>,
     learning: FuturesUnordered<BoxFuture<'static, AppenderEvent>>,
     /// Appends that wait for the follower, by their last offset.
-    waiting: BTreeMap<(Offset, u64), UnfollowedAppend>,
+    waiting: BTreeMap<(Offset, u64), PendingAppend>,
     /// The follower's offset, and when it last moved or an append began to wait for it.
     followed: Offset,
     got_on_at: Instant,
@@ -189,7 +183,14 @@ impl JetstreamAppender {
             self.give_up(&error, now);
         }
         if !self.waiting.is_empty() && self.got_on_at + FOLLOWER_STALL_MAX <= now {
-            self.release_waiting(Offset::MAX);
+            // Without the follower, fences before these records may be unknown; without the registry too, a key's end.
+            match self.shared.may_be_behind() {
+                true => {
+                    self.got_on_at = now;
+                    self.give_up_waiting(now);
+                }
+                false => self.release_waiting(Offset::MAX),
+            }
         }
     }
 
@@ -217,6 +218,8 @@ impl JetstreamAppender {
         let mut progress = Vec::with_capacity(sections.len());
         for (nth, mut section) in (0_u32..).zip(sections) {
             let dead = section.records() == 0 || !section.holds();
+            let is_full = !dead && !self.may_open_exchanges(&section);
+            let dead = dead || is_full;
             let once = self.once_id_of(&section).filter(|_| !dead);
             if let Some((id, Some(generation))) = once
                 && generation.is_stale()
@@ -257,12 +260,18 @@ impl JetstreamAppender {
                 duplicates: 0,
                 content,
                 asked,
-                found: None,
+                found: is_full.then_some(SectionOutcome::ExchangesFull),
                 dead,
             });
         }
         self.open.push(PendingAppend { sections: progress, left, error: None, give_up_at, reply });
         self.answer_if_settled(append);
+    }
+
+    /// Whether the datasource of a section may open its exchanges; if so, they count.
+    fn may_open_exchanges(&self, section: &Section) -> bool {
+        let mut opened = section.once().filter(|id| id.is_exchange());
+        section.is_question() || opened.all(|id| self.shared.exchanges.try_open(&section.datasource, id))
     }
 
     /// The id under which a section is kept once. A message id takes precedence over an exchange's: a
@@ -280,6 +289,12 @@ impl JetstreamAppender {
     async fn publish_queued(&mut self) {
         while self.blocked.is_none() && self.publisher.in_flight() < PUBLISHES_IN_FLIGHT_MAX {
             let Some(place) = self.refused.pop_first().or_else(|| self.queue.pop_front()) else { return };
+            if self.shared.may_be_behind() {
+                self.refused.insert(place);
+                let words = "this gateway has lost NATS and may not know yet which keys are dead";
+                self.blocked = Some((AppendError::Away(words.into()), Instant::now() + PUBLISH_RETRY_PAUSE));
+                return;
+            }
             let Some(open) = self.open.get_mut(place.append) else { continue };
             let progress = &mut open.sections[place.section as usize];
             // Checked right before publishing, so that nothing enters under a lease that has ended.
@@ -329,8 +344,9 @@ impl JetstreamAppender {
             return self.ask_earlier(place, ack.sequence);
         }
         progress.offsets[place.record as usize] = ack.sequence;
+        progress.dead |= self.shared.fences.shuts_out(&progress.section, ack.sequence);
         let known = ack.duplicate && !place.again;
-        if !ack.duplicate {
+        if !ack.duplicate && !progress.dead {
             let begins = progress.places[place.record as usize];
             self.own.add_record(ack.sequence, &progress.section, begins);
         }
@@ -510,17 +526,14 @@ impl JetstreamAppender {
     /// Answers an append if it is settled.
     fn answer_if_settled(&mut self, append: u64) {
         let Some(open) = self.open.take_settled(append) else { return };
-        match open.settle() {
-            (reply, Err(error)) => _ = reply.send(Err(error)),
-            (reply, Ok((committed, last))) if last < self.shared.tail.next_offset() => {
-                let _ = reply.send(Ok(committed));
+        let last = open.last_offset();
+        if open.error.is_some() || last < self.shared.tail.next_offset() {
+            open.answer(&self.shared.fences);
+        } else {
+            if self.waiting.is_empty() {
+                self.got_on_at = Instant::now();
             }
-            (reply, Ok((committed, last))) => {
-                if self.waiting.is_empty() {
-                    self.got_on_at = Instant::now();
-                }
-                self.waiting.insert((last, append), UnfollowedAppend { committed, reply });
-            }
+            self.waiting.insert((last, append), open);
         }
         self.pass_barriers();
     }
@@ -534,13 +547,32 @@ impl JetstreamAppender {
         }
     }
 
+    /// Fails the appends that have waited long enough for the follower: nobody knows whether a key has ended before their
+    /// records.
+    fn give_up_waiting(&mut self, now: Instant) {
+        let closing = self.closing;
+        let over: Vec<_> = self
+            .waiting
+            .iter()
+            .filter(|(_, open)| closing || open.give_up_at <= now)
+            .map(|(place, _)| *place)
+            .collect();
+        for place in over {
+            if let Some(mut open) = self.waiting.remove(&place) {
+                let words = "this gateway has lost NATS and does not know whether a key had ended before";
+                open.error = Some(AppendError::Unknown(words.into()));
+                open.answer(&self.shared.fences);
+            }
+        }
+        self.pass_barriers();
+    }
+
     /// Answers the appends that the follower has reached: all below `next_offset`.
     fn release_waiting(&mut self, next_offset: Offset) {
         while let Some(first) = self.waiting.first_entry()
             && first.key().0 < next_offset
         {
-            let UnfollowedAppend { committed, reply } = first.remove();
-            let _ = reply.send(Ok(committed));
+            first.remove().answer(&self.shared.fences);
         }
         self.pass_barriers();
     }

@@ -9,6 +9,7 @@ use headgate_bridge_nats::stream::{StoredMessage, StreamFollower};
 use tracing::warn;
 
 use super::JetstreamLogShared;
+use super::fences::fenced_key;
 use super::own::AloneMode;
 use crate::log::nats_message::{ParsedTimeCache, decode_record};
 use crate::log::{Batch, Section};
@@ -40,6 +41,12 @@ impl JetstreamLogFollower {
                 () = self.own.wake() => {}
             }
             while let Some(run) = self.own.next_run(self.next_offset()) {
+                // Everything before it is in the tail, so every fence before it is known.
+                if run.has_fenced(&self.shared.fences) {
+                    self.own.end(self.next_offset());
+                    self.follower.seek(self.next_offset());
+                    break;
+                }
                 self.follower.pause();
                 self.push(Batch::gather(run.first, &run.sections));
             }
@@ -67,7 +74,8 @@ impl JetstreamLogFollower {
         }
         let at_end = message.is_some();
         let mut stored = std::mem::take(&mut self.stored);
-        for batch in gather_batches(&stored, self.next_offset(), &self.shared) {
+        let shut_out = |message: &StoredMessage| self.shared.fences.note_shut_out(message);
+        for batch in gather_batches(&stored, self.next_offset(), &self.shared, shut_out) {
             self.push(batch);
         }
         stored.clear();
@@ -88,11 +96,13 @@ impl JetstreamLogFollower {
 }
 
 /// Gathers messages into batches, in order; `next` is the first possible offset. A batch without records
-/// covers missing messages and messages that are not records.
+/// covers missing messages and messages that are not records. `shut_out` is called for each that is behind the fence of
+/// its key.
 pub(super) fn gather_batches(
     messages: &[StoredMessage],
     mut next: Offset,
     shared: &JetstreamLogShared,
+    shut_out: impl Fn(&StoredMessage),
 ) -> Vec<Batch> {
     let mut batches = Vec::new();
     let mut sections: Vec<Section> = Vec::new();
@@ -105,6 +115,16 @@ pub(super) fn gather_batches(
             flush_sections(&mut sections, first, &mut said, &mut batches);
         }
         next = message.sequence + 1;
+        if let Some(key_id) = fenced_key(message) {
+            shared.fences.raise(key_id, message.sequence);
+            flush_sections(&mut sections, first, &mut said, &mut batches);
+            continue;
+        }
+        if shared.fences.shut_out(message) {
+            shut_out(message);
+            flush_sections(&mut sections, first, &mut said, &mut batches);
+            continue;
+        }
         let begins = sections.is_empty();
         if decode_record(message, &mut last_time, &mut sections) {
             if begins {

@@ -3,6 +3,7 @@
 //! (`log/nats_message.rs`), and its offset is the message's sequence.
 //!
 //! - Appending (`append.rs`): pipelined; an append is answered when JetStream has acknowledged its messages.
+//! - Fences (`fences.rs`): where in the stream keys end; behind that nothing of them is a record.
 //! - Following (`follow.rs`): brings the records of all gateways into this one's tail, which serves the
 //!   router and readers that keep up. A gateway's own records need not travel back (`own.rs`).
 //! - Reading (`read.rs`): older records come from the servers.
@@ -10,6 +11,7 @@
 //!   generations.
 //! - Sharing (`share.rs`): shared places in the log, where each record goes to one reader.
 //! - Retention (`retention.rs`): by the gateways, because only they know what is stored.
+//! - Watching (`watch.rs`): settings, servers that are behind, and the time, which is the servers'.
 //!
 //! # Promises, where they differ from the embedded log's
 //!
@@ -25,14 +27,17 @@
 //!   knows counts as kept by this append, even if it was there before.
 
 mod append;
+mod fences;
 mod follow;
 mod message;
 mod once;
 mod open;
+mod open_exchanges;
 mod own;
 mod read;
 mod retention;
 mod share;
+mod watch;
 
 use parking_lot::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -40,17 +45,20 @@ use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use headgate_bridge_nats::stream::{JetstreamSettings, StreamPurpose, StreamState};
-use headgate_bridge_nats::{JetstreamStream, KvError, Nats, StreamError};
+use headgate_bridge_nats::{JetstreamStream, KvError, ManagedStream, Nats, StreamError};
 use tokio::runtime::Handle;
 use tokio::sync::{Notify, mpsc, oneshot};
 use tokio::task::JoinHandle;
 use tracing::warn;
 
 use self::append::{AppenderCommand, JetstreamAppender, JetstreamSubmission};
+use self::fences::{KeyFences, fence_keys, load_fences, remove_shut_out};
 use self::follow::JetstreamLogFollower;
-use self::once::ExchangeGenerations;
+use self::once::{ExchangeGenerations, once_bucket_settings};
+use self::open_exchanges::OpenExchanges;
 use self::own::{OwnAppends, own};
-use self::retention::StreamRetention;
+use self::retention::{StreamRetention, cursors_bucket_settings};
+use self::watch::{STREAM_CHECK_INTERVAL, watch_reports, watch_stream_state};
 use super::nats_message::RECORD_HEADERS_BYTES_MAX;
 use super::retention::{Hold, Holds};
 use super::tail::Tail;
@@ -60,15 +68,15 @@ use super::{
     RecordTooLarge, Section, log_trouble,
 };
 use crate::config::Config;
-use crate::message::{Offset, TimeMicros};
+use crate::message::{KeyId, Offset, TimeMicros};
 use crate::subject::{SubjectError, SubjectSpace, check_topic_has_subject};
 use crate::trouble::TroubleCell;
 
 pub use headgate_bridge_nats::stream::SharedPlace;
+pub use watch::timed_report;
+
 pub use share::{DeliveredRecord, SHARED_KEEP_INTERVAL, ShareError, SharedPlaces, SharedRecords};
 
-/// How often to check that the stream is there, and how large it is.
-const STREAM_CHECK_INTERVAL: Duration = Duration::from_secs(1);
 /// How long a caller waits for this gateway to follow what others have appended.
 const FOLLOW_CATCH_UP_TIMEOUT: Duration = Duration::from_secs(3);
 
@@ -78,7 +86,7 @@ pub struct JetstreamLog {
     commands: mpsc::UnboundedSender<AppenderCommand>,
     appender: Mutex<Option<JoinHandle<()>>>,
     follower: JoinHandle<()>,
-    others: [JoinHandle<()>; 2],
+    others: [JoinHandle<()>; 4],
     /// Runs the reads of blocking threads.
     runtime: Handle,
 }
@@ -91,11 +99,15 @@ struct JetstreamLogShared {
     /// Whether the stream has several replicas.
     is_replicated: bool,
     once: ExchangeGenerations,
+    exchanges: OpenExchanges,
     tail: Tail,
     own: OwnAppends,
     listener: OnceLock<BatchListener>,
     holds: Holds,
     withheld: Arc<WithheldRules>,
+    fences: KeyFences,
+    /// Whether a key may have died without this gateway knowing it yet.
+    may_be_behind: OnceLock<Box<dyn Fn() -> bool + Send + Sync>>,
     /// The oldest offset, as far as is known.
     first_offset: AtomicU64,
     bytes: AtomicU64,
@@ -110,9 +122,18 @@ struct JetstreamLogShared {
     append_trouble: TroubleCell,
     /// The error of the last check of the stream.
     stream_trouble: TroubleCell,
+    /// What is wrong with this machine's clock.
+    clock_trouble: TroubleCell,
+    /// What an operator should look at although messages are taken.
+    report_warning: TroubleCell,
 }
 
 impl JetstreamLogShared {
+    /// Whether a key may have died without this gateway knowing it yet.
+    fn may_be_behind(&self) -> bool {
+        self.may_be_behind.get().is_some_and(|may_be_behind| may_be_behind())
+    }
+
     fn note_state(&self, state: &StreamState) {
         // An untouched stream begins at 1, and no record is missing below that.
         let first = if state.first <= 1 { 0 } else { state.first };
@@ -135,27 +156,23 @@ impl JetstreamLog {
         config: &Config,
         node: &str,
     ) -> Result<Self, LogOpenError> {
-        let (name, replicas) = (config.nats.stream.name.clone(), config.nats.stream.replicas);
-        let window = Duration::from_secs(config.intake.dedup_window_s);
-        let settings = JetstreamSettings {
-            name,
-            subjects: vec![SubjectSpace::Stream.space_wildcard(), SubjectSpace::Quarantine.space_wildcard()],
-            replicas,
-            bytes_max: config.log.retention_bytes,
-            duplicate_window: window,
-            purpose: StreamPurpose::Log,
-        };
+        let (settings, replicas) = (stream_settings(config), config.nats.stream.replicas);
+        let window = settings.duplicate_window;
         let stream = JetstreamStream::open(nats, &settings).await?;
         let once = ExchangeGenerations::open(nats, replicas, window).await?;
         let state = stream.state().await?;
+        let (fences, removed) = KeyFences::new();
         let shared = Arc::new(JetstreamLogShared {
             is_replicated: replicas > 1,
             once,
+            exchanges: OpenExchanges::new(config.intake.exchanges_per_datasource_max, window),
             tail: Tail::new(state.last + 1),
             own: OwnAppends::default(),
             listener: OnceLock::new(),
             holds: Holds::new(),
             withheld: Arc::default(),
+            fences,
+            may_be_behind: OnceLock::new(),
             first_offset: AtomicU64::new(0),
             bytes: AtomicU64::new(0),
             retention_bytes: config.log.retention_bytes,
@@ -167,10 +184,19 @@ impl JetstreamLog {
                 "the log's stream is not there",
                 "the log's stream is there again",
             ),
+            clock_trouble: TroubleCell::new(
+                "the gateway is not ready: its clock is wrong",
+                "the gateway's clock is right again",
+            ),
+            report_warning: TroubleCell::new(
+                "the log's stream is not as it should be",
+                "the log's stream is as it should be again",
+            ),
             following: following.clone(),
             stream,
         });
         shared.note_state(&state);
+        load_fences(&shared).await?;
         let (log, stay_s) = (config.log.clone(), config.intake.dedup_window_s);
         let retention = StreamRetention::open(nats, replicas, shared.clone(), node, log, stay_s).await?;
         let (commands, waiting) = mpsc::unbounded_channel();
@@ -178,7 +204,12 @@ impl JetstreamLog {
         let appender = tokio::spawn(JetstreamAppender::new(shared.clone(), waiting, own).await?.run());
         let follower = shared.stream.follow(state.last + 1, following);
         let follower = tokio::spawn(JetstreamLogFollower::new(shared.clone(), follower, alone).run());
-        let others = [tokio::spawn(retention.run()), tokio::spawn(watch_stream_state(shared.clone()))];
+        let others = [
+            tokio::spawn(retention.run()),
+            tokio::spawn(watch_stream_state(shared.clone())),
+            tokio::spawn(watch_reports(shared.clone(), managed_streams(config))),
+            tokio::spawn(remove_shut_out(shared.clone(), removed, window)),
+        ];
         let (appender, runtime) = (Mutex::new(Some(appender)), Handle::current());
         Ok(Self { shared, commands, appender, follower, others, runtime })
     }
@@ -186,6 +217,12 @@ impl JetstreamLog {
     /// The shared places of this log.
     pub fn shared_places(&self) -> SharedPlaces {
         SharedPlaces::new(self.shared.clone())
+    }
+
+    /// Sets how this gateway finds out that a key may have died without its knowledge: then it publishes nothing, and
+    /// acknowledges nothing that it has not read back.
+    pub fn set_behind_check(&self, may_be_behind: impl Fn() -> bool + Send + Sync + 'static) {
+        let _ = self.shared.may_be_behind.set(Box::new(may_be_behind));
     }
 
     /// Runs a read on the runtime and blocks until it ends.
@@ -200,19 +237,26 @@ impl JetstreamLog {
     }
 }
 
-/// Checks at intervals whether the stream is there.
-async fn watch_stream_state(shared: Arc<JetstreamLogShared>) {
-    loop {
-        tokio::time::sleep(STREAM_CHECK_INTERVAL).await;
-        let trouble = match shared.stream.state().await {
-            Ok(state) => {
-                shared.note_state(&state);
-                None
-            }
-            Err(error) => Some(error.to_string()),
-        };
-        shared.stream_trouble.set(trouble);
+/// What the log's stream is to be like.
+fn stream_settings(config: &Config) -> JetstreamSettings {
+    JetstreamSettings {
+        name: config.nats.stream.name.clone(),
+        subjects: vec![SubjectSpace::Stream.space_wildcard(), SubjectSpace::Quarantine.space_wildcard()],
+        replicas: config.nats.stream.replicas,
+        bytes_max: config.log.retention_bytes,
+        duplicate_window: Duration::from_secs(config.intake.dedup_window_s),
+        purpose: StreamPurpose::Log,
     }
+}
+
+/// The stream and the buckets of the log, as the configuration has them; the stream is the first.
+pub fn managed_streams(config: &Config) -> [ManagedStream; 3] {
+    let (settings, replicas) = (stream_settings(config), config.nats.stream.replicas);
+    [
+        (&settings).into(),
+        (&once_bucket_settings(replicas, settings.duplicate_window)).into(),
+        (&cursors_bucket_settings(replicas)).into(),
+    ]
 }
 
 impl Log for JetstreamLog {
@@ -249,6 +293,7 @@ impl Log for JetstreamLog {
 
     fn release(&self, ids: Vec<OnceId>, give_up_at: Instant) -> PendingCommit {
         let (reply, committed) = oneshot::channel();
+        self.shared.exchanges.close(&ids);
         self.shared.once.release(ids, give_up_at, reply);
         committed
     }
@@ -272,6 +317,16 @@ impl Log for JetstreamLog {
                 lost_track.store(false, Ordering::Release);
             }
         })
+    }
+
+    fn fence(&self, keys: Vec<KeyId>) -> LogFuture<'_, ()> {
+        // It goes on if the caller does not wait.
+        let fenced = tokio::spawn(fence_keys(self.shared.clone(), keys));
+        Box::pin(async move { drop(fenced.await) })
+    }
+
+    fn fenced_records(&self) -> u64 {
+        self.shared.fences.shut_out_count()
     }
 
     fn sync(&self) -> LogFuture<'_, Result<(), AppendError>> {
@@ -357,7 +412,13 @@ impl Log for JetstreamLog {
     fn trouble(&self) -> Option<String> {
         let shared = &self.shared;
         let nats = shared.stream.nats().trouble().or_else(|| shared.following.trouble());
-        nats.or_else(|| shared.stream_trouble.current()).or_else(|| shared.append_trouble.current())
+        nats.or_else(|| shared.stream_trouble.current())
+            .or_else(|| shared.append_trouble.current())
+            .or_else(|| shared.clock_trouble.current())
+    }
+
+    fn warning(&self) -> Option<String> {
+        self.shared.report_warning.current()
     }
 
     fn close(&self) -> LogFuture<'_, ()> {

@@ -21,8 +21,9 @@
 //! asks whether its id is known, with a message that JetStream never stores.
 //!
 //! Unlike in the log of one gateway, a message that has an id and is part of an exchange is known by its id alone, an
-//! exchange is known only as long as JetStream knows ids, and there is no bound for a datasource: JetStream keeps the ids of
-//! all of them for their time, and nobody's are pushed out.
+//! exchange is known only as long as JetStream knows ids, and there is no bound of message ids for a datasource: JetStream
+//! keeps the ids of all of them for their time, and nobody's are pushed out. Open exchanges are bounded
+//! (`open_exchanges.rs`).
 //!
 //! Several messages may share one id: all but the first add their number in the section to it. The first is
 //! published alone. The others follow only if the first was new, or if an earlier attempt may have ended
@@ -99,6 +100,12 @@ impl Generation {
     }
 }
 
+/// What the bucket is to be like.
+pub(super) fn once_bucket_settings(replicas: usize, window: Duration) -> KvBucketSettings {
+    let (name, writes) = (ONCE_BUCKET_NAME.to_owned(), KvWrites::Batched);
+    KvBucketSettings { name, replicas, age_max: Some(window + GENERATION_GRACE), writes }
+}
+
 enum GenerationWork {
     Release { ids: Vec<OnceId>, give_up_at: Instant, reply: ReleaseReply },
     Refresh { id: OnceId, generation: Generation, done: oneshot::Sender<Result<(), AppendError>> },
@@ -110,10 +117,7 @@ impl ExchangeGenerations {
     /// # Errors
     /// [`KvError`].
     pub(super) async fn open(nats: &Nats, replicas: usize, window: Duration) -> Result<Self, KvError> {
-        let age_max = Some(window + GENERATION_GRACE);
-        let (name, writes) = (ONCE_BUCKET_NAME.to_owned(), KvWrites::Batched);
-        let settings = KvBucketSettings { name, replicas, age_max, writes };
-        let bucket = KvBucket::open(nats, &settings).await?;
+        let bucket = KvBucket::open(nats, &once_bucket_settings(replicas, window)).await?;
         let known = Arc::new(RwLock::new(HashMap::new()));
         let mut watch = bucket.watch();
         let seen = watch.seen();

@@ -6,6 +6,7 @@ use std::time::Instant;
 use headgate_bridge_nats::HeaderMap;
 
 use super::append::AppendReply;
+use super::fences::KeyFences;
 use super::message::SharedIdContent;
 use crate::log::{AppendError, CommitOutcome, Offsets, OnceId, Section, SectionOutcome};
 use crate::message::Offset;
@@ -109,15 +110,21 @@ impl PendingAppends {
 }
 
 impl PendingAppend {
-    /// The caller and the answer; for a kept append also its last offset.
-    pub(super) fn settle(self) -> (AppendReply, Result<(CommitOutcome, Offset), AppendError>) {
+    /// The last offset of its records; 0 if it has none.
+    pub(super) fn last_offset(&self) -> Offset {
+        self.sections.iter().flat_map(|progress| &progress.offsets).max().copied().unwrap_or_default()
+    }
+
+    /// Answers its caller. What is behind the fence of its key is not kept.
+    pub(super) fn answer(self, fences: &KeyFences) {
         let Self { sections, error, reply, .. } = self;
-        if let Some(error) = error {
-            return (reply, Err(error));
-        }
-        let last = sections.iter().flat_map(|progress| &progress.offsets).max().copied().unwrap_or_default();
-        let outcomes = sections.into_iter().map(SectionProgress::outcome).collect();
-        (reply, Ok((CommitOutcome { outcomes }, last)))
+        let _ = reply.send(match error {
+            Some(error) => Err(error),
+            None => {
+                let outcomes = sections.into_iter().map(|progress| progress.outcome(fences)).collect();
+                Ok(CommitOutcome { outcomes })
+            }
+        });
     }
 }
 
@@ -132,9 +139,12 @@ impl SectionProgress {
     }
 
     /// The outcome of the section.
-    fn outcome(self) -> SectionOutcome {
+    fn outcome(self, fences: &KeyFences) -> SectionOutcome {
+        let is_behind = |offset: &Offset| fences.shuts_out(&self.section, *offset);
+        let is_dead = self.dead || self.offsets.iter().any(is_behind);
         match self.found {
-            _ if self.dead => SectionOutcome::KeyDead,
+            Some(SectionOutcome::ExchangesFull) => SectionOutcome::ExchangesFull,
+            _ if is_dead => SectionOutcome::KeyDead,
             Some(found) => found,
             None if self.section.is_question() => SectionOutcome::Unknown,
             None if self.duplicates == self.offsets.len() => {

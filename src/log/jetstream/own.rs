@@ -20,6 +20,7 @@ use tokio::time::sleep_until;
 use tracing::debug;
 
 use super::JetstreamLogShared;
+use super::fences::KeyFences;
 use crate::log::Section;
 use crate::message::Offset;
 
@@ -61,6 +62,13 @@ pub(super) struct OwnRun {
     next: Offset,
     pub(super) sections: Vec<Section>,
     bytes: usize,
+}
+
+impl OwnRun {
+    /// Whether a record of it is behind the fence of its key.
+    pub(super) fn has_fenced(&self, fences: &KeyFences) -> bool {
+        self.sections.iter().any(|section| fences.is_behind(section.key_id, self.next - 1))
+    }
 }
 
 /// Puts runs together.
@@ -238,6 +246,12 @@ impl AloneMode {
             self.shared.own.wanted.store(true, Ordering::Relaxed);
         }
         false
+    }
+
+    /// Ends the mode, because a record of the next run is behind the fence of its key. JetStream has to push again
+    /// from `next` on.
+    pub(super) fn end(&mut self, next: Offset) {
+        self.resume(Instant::now(), next, "a key of its records has ended");
     }
 
     /// Ends the mode: JetStream has to push again.

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use headgate_bridge_nats::StreamError;
-use tokio::time::sleep;
+use tokio::time::{sleep, timeout};
 
 use super::JetstreamLogShared;
 use super::follow::gather_batches;
@@ -17,6 +17,8 @@ use crate::time::Rfc3339;
 const STREAM_MESSAGE_BYTES_MIN: usize = 128;
 /// How many attempts a server that lags behind the others gets, and the pause between them.
 const LAGGING_SERVER_RETRY: (u32, Duration) = (20, Duration::from_millis(100));
+/// How long to wait until this gateway has followed the stream up to a message that is asked for.
+const FOLLOWED_WAIT_MAX: Duration = Duration::from_secs(3);
 /// How far the clocks of a gateway and the servers may differ when a time is looked up.
 const CLOCK_DIFFERENCE_MICROS_MAX: i64 = 10_000_000;
 
@@ -32,7 +34,9 @@ pub(super) async fn read_from_servers(
         let mut messages = shared.stream.get(from, messages_max, bytes_max).await.map_err(away)?;
         messages.retain(|message| message.sequence < end);
         match messages.first() {
-            Some(first) if first.sequence == from => return Ok(gather_batches(&messages, from, &shared)),
+            Some(first) if first.sequence == from => {
+                return Ok(gather_batches(&messages, from, &shared, |_| ()));
+            }
             found => {
                 let state = shared.stream.state().await.map_err(away)?;
                 shared.note_state(&state);
@@ -40,7 +44,7 @@ pub(super) async fn read_from_servers(
                     return Err(LogReadError::Removed { wanted: from, first: state.first });
                 }
                 if found.is_some() {
-                    return Ok(gather_batches(&messages, from, &shared));
+                    return Ok(gather_batches(&messages, from, &shared, |_| ()));
                 }
                 if state.messages == 0 || state.first >= end {
                     return Ok(vec![Batch::nothing_below(end)]);
@@ -73,6 +77,16 @@ pub(super) async fn shared_id_content_at(
     for _ in 0..LAGGING_SERVER_RETRY.0 {
         let messages = shared.stream.get(first, 1, 0).await.map_err(away)?;
         if let Some(found) = messages.iter().find(|message| message.sequence == first) {
+            // A fence before it is known only when this gateway has followed so far.
+            let mut followed = shared.tail.subscribe();
+            if timeout(FOLLOWED_WAIT_MAX, followed.wait_for(|next| *next > first)).await.is_err() {
+                return Err(AppendError::Away("this gateway has not followed the stream so far".into()));
+            }
+            if shared.fences.shut_out(found) {
+                let words = "an earlier message with this id came behind the end of its key and is no record: try again \
+                             when the id is forgotten (intake.dedup_window_s)";
+                return Err(AppendError::Away(words.into()));
+            }
             return Ok(Some(SharedIdContent::read(found)));
         }
         // A server that has a later one has not missed it: it was deleted.

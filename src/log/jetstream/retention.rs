@@ -19,8 +19,8 @@ use tracing::{info, warn};
 
 use super::JetstreamLogShared;
 use crate::config;
-use crate::message::{Offset, now_micros};
-use crate::time::Rfc3339;
+use crate::message::Offset;
+use crate::time::{Rfc3339, cluster_micros};
 
 /// The name of the bucket.
 const CURSORS_BUCKET_NAME: &str = "headgate-cursors";
@@ -33,6 +33,12 @@ const RETENTION_INTERVAL: Duration = Duration::from_secs(5);
 const RETENTION_WANTED_DELAY: Duration = Duration::from_millis(200);
 /// Removal starts above the first percentage of the size and goes down to the second.
 const RETENTION_FULL_PERCENT: (u64, u64) = (90, 80);
+
+/// What the bucket is to be like.
+pub(super) fn cursors_bucket_settings(replicas: usize) -> KvBucketSettings {
+    let (name, writes) = (CURSORS_BUCKET_NAME.to_owned(), KvWrites::Batched);
+    KvBucketSettings { name, replicas, age_max: Some(NODE_AGE_MAX), writes }
+}
 
 /// The offset from which on each node needs the log.
 type NodeCursors = HashMap<String, Offset>;
@@ -83,9 +89,7 @@ impl StreamRetention {
         config: config::LogConfig,
         stay_s: u64,
     ) -> Result<Self, KvError> {
-        let (name, writes) = (CURSORS_BUCKET_NAME.to_owned(), KvWrites::Batched);
-        let settings = KvBucketSettings { name, replicas, age_max: Some(NODE_AGE_MAX), writes };
-        let bucket = KvBucket::open(nats, &settings).await?;
+        let bucket = KvBucket::open(nats, &cursors_bucket_settings(replicas)).await?;
         Ok(Self { shared, bucket, node: node.to_owned(), config, stay_s, said: None })
     }
 
@@ -140,7 +144,7 @@ impl StreamRetention {
         if self.config.retention_s > 0 {
             let age_max_s = self.config.retention_s.max(self.stay_s);
             let age_max = i64::try_from(age_max_s.saturating_mul(1_000_000)).unwrap_or(i64::MAX);
-            let time = Rfc3339(now_micros().saturating_sub(age_max)).to_string();
+            let time = Rfc3339(cluster_micros().saturating_sub(age_max)).to_string();
             end = stream.sequence_at(&time).await?.unwrap_or(state.last + 1);
         }
         if state.bytes > self.config.retention_bytes / 100 * RETENTION_FULL_PERCENT.0 {

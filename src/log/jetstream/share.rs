@@ -6,9 +6,12 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use headgate_bridge_nats::StreamError;
-use headgate_bridge_nats::stream::{DeliveryReceipt, SharedPlace, SharedPull, SharedSettings};
+use headgate_bridge_nats::stream::{
+    DeliveryReceipt, SharedDelivery, SharedPlace, SharedPull, SharedSettings,
+};
 
 use super::JetstreamLogShared;
+use super::fences::fenced_key;
 use crate::log::nats_message::{ParsedTimeCache, decode_record};
 use crate::log::{Batch, RecordPlace, WithheldRules};
 use crate::message::Offset;
@@ -30,7 +33,12 @@ pub struct SharedPlaces {
 pub struct ShareError(String);
 
 /// Requested records, as they arrive.
-pub struct SharedRecords(SharedPull);
+pub struct SharedRecords {
+    pull: SharedPull,
+    shared: Arc<JetstreamLogShared>,
+    /// A record that has arrived before this gateway has followed the stream so far: a fence may be before it.
+    early: Option<SharedDelivery>,
+}
 
 /// One record from a shared place.
 pub struct DeliveredRecord {
@@ -107,7 +115,8 @@ impl SharedPlaces {
     /// # Errors
     /// [`ShareError`].
     pub async fn take(&self, name: &str, max: usize) -> Result<SharedRecords, ShareError> {
-        Ok(SharedRecords(self.shared.stream.take(name, max).await?))
+        let pull = self.shared.stream.take(name, max).await?;
+        Ok(SharedRecords { pull, shared: self.shared.clone(), early: None })
     }
 }
 
@@ -116,7 +125,17 @@ impl SharedRecords {
     /// and call again.
     pub async fn next(&mut self) -> Option<DeliveredRecord> {
         loop {
-            let taken = self.0.next().await?;
+            if self.early.is_none() {
+                self.early = Some(self.pull.next().await?);
+            }
+            let sequence = self.early.as_ref()?.stored.sequence;
+            // Never fails: the sender is in `shared`.
+            let _ = self.shared.tail.subscribe().wait_for(|next| *next > sequence).await;
+            let taken = self.early.take()?;
+            if self.shared.fences.shut_out(&taken.stored) || fenced_key(&taken.stored).is_some() {
+                taken.receipt.done().await;
+                continue;
+            }
             let mut sections = Vec::new();
             if decode_record(&taken.stored, &mut ParsedTimeCache::default(), &mut sections) {
                 let batch = Batch::gather(taken.stored.sequence, &sections);
@@ -131,13 +150,15 @@ impl SharedRecords {
 
     /// Whether all requested records have arrived.
     pub fn is_complete(&self) -> bool {
-        self.0.is_full()
+        self.early.is_none() && self.pull.is_full()
     }
 
     /// Ends the request; JetStream knows when this returns. Records that it sent just before and that did not
     /// arrive go to other takers after a while. Returns the receipts of those that did arrive.
     pub async fn end(self) -> Vec<DeliveryReceipt> {
-        self.0.end().await
+        let mut receipts = self.pull.end().await;
+        receipts.extend(self.early.map(|early| early.receipt));
+        receipts
     }
 }
 

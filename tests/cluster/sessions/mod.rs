@@ -22,15 +22,15 @@ use crate::common::{Gateway, Setup, scratch, wait_for};
 const SILENCE: Duration = Duration::from_millis(300);
 
 /// A nats-server, what the gateways on it have in common, and their directories.
-struct Cluster {
+pub struct Cluster {
     nats: NatsServer,
-    key: String,
+    pub key: String,
     _dirs: [TempDir; 2],
 }
 
 impl Cluster {
     /// One with two gateways, and a key that may publish and subscribe.
-    fn two() -> (Self, Gateway, Gateway) {
+    pub fn two() -> (Self, Gateway, Gateway) {
         // JetStream makes no stream that the disk has no room for.
         Self::two_that_retain(256 << 20)
     }

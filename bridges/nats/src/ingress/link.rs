@@ -173,10 +173,10 @@ impl<I: Inlet> LinkShare<I> {
             return;
         }
         let mut state = self.state.lock();
-        for (lane, mut parcel) in parcels.drain(..) {
-            let Err(refused) = state.lanes.push(lane, parcel, &self.settings) else { continue };
-            parcel = refused;
-            let verdict = self.inlet.overflow(&parcel);
+        for (lane, parcel) in parcels.drain(..) {
+            let pushed = state.lanes.push(lane, parcel, &self.settings, |parcel| self.inlet.memory(parcel));
+            let Err((parcel, full)) = pushed else { continue };
+            let verdict = self.inlet.overflow(&parcel, full);
             if parcel.reply(&self.settings.reply_prefixes) == NatsReplyPolicy::Wanted
                 && state.overflowed.len() < OVERFLOW_ANSWERS_MAX
                 && let Some(reply) = parcel.reply_subject()

@@ -272,7 +272,7 @@ mod tests {
     use futures_util::FutureExt;
 
     use super::*;
-    use crate::inlet::InletRefusal;
+    use crate::inlet::{InletRefusal, ParcelOverflow};
 
     /// Stores every message at once.
     struct ReadyInlet;
@@ -288,7 +288,7 @@ mod tests {
             Box::pin(std::future::ready(verdicts))
         }
 
-        fn overflow(&self, _: &Parcel) -> InletVerdict {
+        fn overflow(&self, _: &Parcel, _: ParcelOverflow) -> InletVerdict {
             let (text, body) = ("busy".to_owned(), b"{}".to_vec());
             InletVerdict::Refused(Box::new(InletRefusal { code: 503, text, body, retry_after: None }))
         }
@@ -305,12 +305,12 @@ mod tests {
             trouble: Arc::default(),
         };
         let parcel = || Parcel::new(b"a.b", Some(b"_INBOX.1"), b"", b"x");
-        assert!(share.state.lock().lanes.push(1, parcel(), &share.settings).is_ok());
+        assert!(share.state.lock().lanes.push(1, parcel(), &share.settings, |_| None).is_ok());
         let (answers, mut sent) = mpsc::channel(1);
         let mut work = IngressWork::new(&share, answers);
         let mut seen = String::new();
         for _ in 0..20 {
-            let refusal = (share.inlet.overflow(&parcel()), "_INBOX.2".to_owned());
+            let refusal = (share.inlet.overflow(&parcel(), ParcelOverflow::Waiting), "_INBOX.2".to_owned());
             share.state.lock().overflowed.push_back(refusal);
             work.begin();
             let _ = work.advance().now_or_never();

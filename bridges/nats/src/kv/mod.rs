@@ -128,9 +128,17 @@ impl KvBucket {
         let wanted = kv_stream_config(settings);
         let what = format!("bucket {name}");
         let stream = open_stream(nats, &context, &what, wanted.clone(), |is| {
-            let fits = (is.num_replicas, is.max_age) == (wanted.num_replicas, wanted.max_age)
-                && (is.allow_atomic_publish || !wanted.allow_atomic_publish);
-            Ok((!fits).then(|| wanted.clone()))
+            // How many servers have it and for how long is the cluster's (`ManagedStream`).
+            let lacks = wanted.allow_atomic_publish && !is.allow_atomic_publish;
+            let Config { num_replicas, max_age, subject_delete_marker_ttl, duplicate_window, .. } =
+                is.clone();
+            Ok(lacks.then(|| Config {
+                num_replicas,
+                max_age,
+                subject_delete_marker_ttl,
+                duplicate_window,
+                ..wanted.clone()
+            }))
         });
         Ok(Self { stream: stream.await?, nats: nats.clone(), context, name: name.clone() })
     }
@@ -210,7 +218,7 @@ fn is_deleted(headers: Option<&HeaderMap>) -> bool {
     })
 }
 
-fn kv_stream_config(settings: &KvBucketSettings) -> Config {
+pub(crate) fn kv_stream_config(settings: &KvBucketSettings) -> Config {
     let age_max = settings.age_max.unwrap_or_default();
     let base = Config {
         name: format!("KV_{}", settings.name),

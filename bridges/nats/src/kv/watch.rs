@@ -12,6 +12,7 @@ use std::time::Duration;
 
 use async_nats::header;
 use async_nats::jetstream::consumer::DeliverPolicy;
+use rustix::time::{ClockId, clock_gettime};
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep, timeout_at};
 
@@ -69,8 +70,7 @@ pub struct KvWatch {
 /// When a watch last heard from JetStream.
 #[derive(Debug)]
 struct KvWatchPulse {
-    began: Instant,
-    /// In milliseconds since `began`.
+    /// By [`millis_since_boot`].
     heard_at: AtomicU64,
     /// Whether the watch has caught up with what was written during the last silence.
     caught_up: AtomicBool,
@@ -78,15 +78,20 @@ struct KvWatchPulse {
 
 impl KvWatchPulse {
     fn note_heard(&self) {
-        let now = u64::try_from(self.began.elapsed().as_millis()).unwrap_or(u64::MAX);
-        self.heard_at.store(now, Ordering::Release);
+        self.heard_at.store(millis_since_boot(), Ordering::Release);
     }
 
     fn was_silent(&self) -> bool {
-        let silence = self.began.elapsed().as_millis();
-        silence.saturating_sub(self.heard_at.load(Ordering::Acquire).into())
-            > KV_WATCH_SILENCE_MAX.as_millis()
+        let silence = millis_since_boot().saturating_sub(self.heard_at.load(Ordering::Acquire));
+        u128::from(silence) > KV_WATCH_SILENCE_MAX.as_millis()
     }
+}
+
+/// A clock that goes on while the machine is suspended, when the others no longer hear this node either.
+fn millis_since_boot() -> u64 {
+    let now = clock_gettime(ClockId::Boottime);
+    let (seconds, nanos) = (u64::try_from(now.tv_sec), u64::try_from(now.tv_nsec));
+    seconds.unwrap_or_default() * 1_000 + nanos.unwrap_or_default() / 1_000_000
 }
 
 /// How far the reader of a watch is. Cheap to clone.
@@ -113,8 +118,7 @@ impl KvBucket {
             ends_batch: true,
             seen: watch::Sender::new(0),
             pulse: Arc::new(KvWatchPulse {
-                began: Instant::now(),
-                heard_at: AtomicU64::new(0),
+                heard_at: AtomicU64::new(millis_since_boot()),
                 caught_up: AtomicBool::new(false),
             }),
             current_from: 0,
@@ -197,6 +201,11 @@ impl KvWatch {
         };
         let opened = PushFeed::open(&bucket.nats, &bucket.stream, from, connections).await;
         let (feed, info) = opened.map_err(|error| bucket.away_error(&error))?;
+        if self.pulse.was_silent() && self.pulse.caught_up.swap(false, Ordering::AcqRel) {
+            // What was written meanwhile may have been missed: begin again, and ask where the bucket ends.
+            self.pulse.note_heard();
+            return Ok(false);
+        }
         self.feed = Some(feed);
         self.pulse.note_heard();
         let nothing_more = info.num_pending == 0 && info.delivered.stream_sequence >= self.position;

@@ -8,12 +8,14 @@
 
 mod ack;
 mod follower;
+mod managed;
 mod open;
 mod publisher;
 mod shared;
 
 use std::time::Duration;
 
+use async_nats::jetstream::message::StreamMessage;
 use async_nats::jetstream::stream::{LastRawMessageErrorKind, Stream as Handle};
 use async_nats::{HeaderMap, Message, StatusCode, Subject, header};
 use bytes::Bytes;
@@ -26,6 +28,7 @@ use crate::pushed::AckPlace;
 pub use ack::PublishError;
 pub(crate) use ack::{AckInbox, PublishAnswer};
 pub use follower::StreamFollower;
+pub use managed::{ManagedStream, SettingDifference, StreamReport};
 pub use open::{JetstreamSettings, StreamPurpose};
 pub(crate) use open::{open_stream, stream_error_of_jetstream};
 pub use publisher::{JetstreamAck, OutgoingMessage, StreamPublisher};
@@ -88,6 +91,12 @@ pub struct StoredMessage {
 }
 
 impl StoredMessage {
+    /// A message as the leader gives it.
+    fn from_leader(message: StreamMessage) -> Self {
+        let StreamMessage { sequence, subject, headers, payload, .. } = message;
+        Self { sequence, subject, headers, payload }
+    }
+
     /// A message as a consumer delivers it.
     fn from_delivery(message: Message, place: AckPlace) -> Self {
         let Message { subject, payload, headers, .. } = message;
@@ -199,15 +208,62 @@ impl JetstreamStream {
             found = self.await_answer(self.handle.get_last_raw_message_by_subject(">")).await?;
         }
         match found {
-            Ok(found) => Ok(Some(StoredMessage {
-                sequence: found.sequence,
-                subject: found.subject,
-                headers: found.headers,
-                payload: found.payload,
-            })),
+            Ok(found) => Ok(Some(StoredMessage::from_leader(found))),
             Err(error) if error.kind() == LastRawMessageErrorKind::NoMessageFound => Ok(None),
             Err(error) => Err(self.away_error(&error)),
         }
+    }
+
+    /// All messages on the subjects that `filter` matches, in order, up to the stream's end at the time of this call.
+    ///
+    /// # Errors
+    /// [`StreamError::Away`].
+    pub async fn all_of(&self, filter: &str) -> Result<Vec<StoredMessage>, StreamError> {
+        let mut found: Vec<StoredMessage> = Vec::new();
+        let mut from = 1;
+        loop {
+            let request =
+                serde_json::json!({ "seq": from, "next_by_subj": filter, "batch": STREAM_GET_MESSAGES_MAX });
+            let page = self.direct_get(request, STREAM_GET_MESSAGES_MAX).await?;
+            let Some(last) = page.last() else { break };
+            from = last.sequence + 1;
+            found.extend(page);
+        }
+        // The server that answered may lag behind the leader.
+        loop {
+            let next = self.handle.get_first_raw_message_by_subject(filter, from);
+            match self.await_answer(next).await? {
+                Ok(message) => {
+                    from = message.sequence + 1;
+                    found.push(StoredMessage::from_leader(message));
+                }
+                Err(error) if error.kind() == LastRawMessageErrorKind::NoMessageFound => return Ok(found),
+                Err(error) => return Err(self.away_error(&error)),
+            }
+        }
+    }
+
+    /// Adds a message without a payload, unless the stream has one with this id; then its place is that one's.
+    ///
+    /// # Errors
+    /// [`StreamError::Away`] if it may not be there: NATS is away, the stream is full.
+    pub async fn put(&self, subject: &str, id: &str) -> Result<JetstreamAck, StreamError> {
+        let mut headers = HeaderMap::new();
+        headers.insert(header::NATS_MESSAGE_ID, id);
+        let context = async_nats::jetstream::new(self.nats.client().clone());
+        let sent = context.publish_with_headers(subject.to_owned(), headers, Bytes::new());
+        let sent = self.await_answer(sent).await?.map_err(|error| self.away_error(&error))?;
+        let ack = self.await_answer(sent.into_future()).await?.map_err(|error| self.away_error(&error))?;
+        Ok(JetstreamAck { sequence: ack.sequence, duplicate: ack.duplicate })
+    }
+
+    /// Removes one message.
+    ///
+    /// # Errors
+    /// [`StreamError::Away`]; also if there is no such message (any more).
+    pub async fn delete(&self, sequence: StreamSequence) -> Result<(), StreamError> {
+        let deleted = self.await_answer(self.handle.delete_message(sequence)).await?;
+        deleted.map(drop).map_err(|error| self.away_error(&error))
     }
 
     /// Removes all messages below a sequence.

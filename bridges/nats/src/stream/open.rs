@@ -32,7 +32,8 @@ pub struct JetstreamSettings {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum StreamPurpose {
     /// The messages are nowhere else. A full stream refuses new ones and nothing removes old ones by itself.
-    /// The size, replicas and duplicate window of an existing stream are changed to the wanted ones.
+    /// The size, replicas and duplicate window of an existing stream stay as they are
+    /// ([`ManagedStream`](super::ManagedStream) compares and changes them).
     Log,
     /// The messages are copies. A full stream removes its oldest ones. An existing stream keeps the limits
     /// that its owner gave it, but needs at least the wanted replicas.
@@ -50,12 +51,11 @@ impl JetstreamStream {
         let mut context = jetstream::new(nats.client().clone());
         context.set_timeout(STREAM_ANSWER_WAIT_MAX);
         let name = settings.name.clone();
-        let wanted = settings.config();
         let what = format!("stream {name}");
-        let handle = open_stream(nats, &context, &what, wanted.clone(), |is| {
+        let handle = open_stream(nats, &context, &what, settings.config(), |is| {
             let detail = settings.mismatches(is).join(", ");
             match detail.is_empty() {
-                true => Ok(settings.changed(is, &wanted)),
+                true => Ok(None),
                 false => Err(StreamError::Unfit { name: name.clone(), detail }),
             }
         });
@@ -64,7 +64,7 @@ impl JetstreamStream {
 }
 
 impl JetstreamSettings {
-    fn config(&self) -> Config {
+    pub(super) fn config(&self) -> Config {
         Config {
             name: self.name.clone(),
             subjects: self.subjects.clone(),
@@ -115,18 +115,6 @@ impl JetstreamSettings {
         mismatches.extend(rules.into_iter().filter(|(holds, _)| !holds).map(|(_, rule)| rule.to_owned()));
         mismatches
     }
-
-    /// The configuration that an existing stream has to be changed to, if any.
-    fn changed(&self, is: &Config, wanted: &Config) -> Option<Config> {
-        let sizes = |config: &Config| (config.num_replicas, config.max_bytes, config.duplicate_window);
-        let (num_replicas, max_bytes, duplicate_window) = sizes(wanted);
-        (self.purpose == StreamPurpose::Log && sizes(is) != sizes(wanted)).then(|| Config {
-            num_replicas,
-            max_bytes,
-            duplicate_window,
-            ..is.clone()
-        })
-    }
 }
 
 /// Finds a stream, or creates it as `wanted`. `change` says what an existing one has to be changed to, if
@@ -165,7 +153,7 @@ pub(crate) async fn open_stream(
                 _ => StreamError::Refused(text),
             }
         })?;
-        tracing::info!("{what}: its limits, replicas or features were changed to the configured ones");
+        tracing::info!("{what}: its features were changed to those that this version needs");
     }
     // The name is valid, or there would be no such stream.
     let handle = context.get_stream_no_info(&is.name).await;

@@ -5,7 +5,9 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use headgate_bridge_nats::kv::KvPut;
-use headgate_bridge_nats::{KvBucket, KvBucketSettings, KvError, KvWrites, Nats, NatsError, Presence};
+use headgate_bridge_nats::{
+    KvBucket, KvBucketSettings, KvError, KvWrites, ManagedStream, Nats, NatsError, Presence,
+};
 use tokio::runtime::Handle;
 
 use super::super::Registry;
@@ -17,7 +19,7 @@ use super::bucket::{
     NODE_SUBJECT_PREFIX, REGISTRY_BUCKET, RegistryCluster, SETTLE_SUBJECT_PREFIX, parse_update,
 };
 use super::follower::{RegistryFollower, RegistryProgress};
-use super::usage::KeyUsageCells;
+use super::usage::{KeyUsageCells, usage_bucket_settings};
 
 /// The pause before another attempt to reach NATS.
 const REGISTRY_OPEN_RETRY_PAUSE: Duration = Duration::from_millis(250);
@@ -39,8 +41,7 @@ impl Registry {
     /// # Errors
     /// [`RegistryError::Cluster`] if JetStream cannot create the bucket, or its rows cannot be read.
     pub async fn join(nats: &Nats, replicas: usize, id: &str) -> Result<JoinedRegistry, RegistryError> {
-        let (name, writes) = (REGISTRY_BUCKET.to_owned(), KvWrites::Batched);
-        let settings = KvBucketSettings { name, replicas, age_max: None, writes };
+        let settings = registry_bucket_settings(replicas);
         let bucket = open_when_reachable(|| KvBucket::open(nats, &settings)).await?;
         let usages = open_when_reachable(|| async {
             // Treats every error as transient, so that it is tried again.
@@ -73,6 +74,16 @@ impl Registry {
         let follow = RegistryFollower { registry: registry.clone(), watch, progress };
         Ok(JoinedRegistry { follow, registry, presence })
     }
+}
+
+/// What the registry's bucket is to be like.
+fn registry_bucket_settings(replicas: usize) -> KvBucketSettings {
+    KvBucketSettings { name: REGISTRY_BUCKET.to_owned(), replicas, age_max: None, writes: KvWrites::Batched }
+}
+
+/// The buckets of the registry, as `replicas` servers are to have them.
+pub fn managed_streams(replicas: usize) -> [ManagedStream; 2] {
+    [(&registry_bucket_settings(replicas)).into(), (&usage_bucket_settings(replicas)).into()]
 }
 
 /// Checks that this version can read the bucket's rows. Writes the format into a bucket that has none.

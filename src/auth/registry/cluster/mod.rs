@@ -23,7 +23,7 @@
 //! | what | on a node that has lost NATS |
 //! |---|---|
 //! | messages | refused as transient, from the moment when the others no longer wait for this node until it has caught up |
-//! | keys that expire | end by the node's own clock |
+//! | keys that expire | end by the servers' clock, as it was known last |
 //! | stored records of this node | can still be read, also with a key that was revoked meanwhile elsewhere |
 //! | usage of keys | kept in memory until it can be added |
 
@@ -35,4 +35,4 @@ mod usage;
 #[cfg(feature = "testing")]
 pub use bucket::REGISTRY_BUCKET;
 pub use follower::RegistryFollower;
-pub use join::JoinedRegistry;
+pub use join::{JoinedRegistry, managed_streams};

@@ -16,6 +16,11 @@ use crate::message::KeyId;
 /// The KV bucket of the usage of keys.
 pub const USAGE_BUCKET: &str = "headgate-usage";
 
+/// What the bucket is to be like.
+pub(super) fn usage_bucket_settings(replicas: usize) -> KvBucketSettings {
+    KvBucketSettings { name: USAGE_BUCKET.to_owned(), replicas, age_max: None, writes: KvWrites::Single }
+}
+
 /// The usage cells of all keys.
 #[derive(Debug, Clone)]
 pub(super) struct KeyUsageCells(KvBucket);
@@ -23,9 +28,7 @@ pub(super) struct KeyUsageCells(KvBucket);
 impl KeyUsageCells {
     /// Opens the bucket, or creates it with `replicas` replicas.
     pub(super) async fn open(nats: &Nats, replicas: usize) -> Result<Self, KvError> {
-        let (name, writes) = (USAGE_BUCKET.to_owned(), KvWrites::Single);
-        let settings = KvBucketSettings { name, replicas, age_max: None, writes };
-        KvBucket::open(nats, &settings).await.map(Self)
+        KvBucket::open(nats, &usage_bucket_settings(replicas)).await.map(Self)
     }
 
     /// Reads the usage of these keys.

@@ -7,7 +7,7 @@ mod local;
 mod member_turns;
 mod prefetch_window;
 
-pub use cluster::ClusterShareGroups;
+pub use cluster::{ClusterShareGroups, GroupCount};
 pub use local::batches_weight;
 
 use std::sync::Arc;
@@ -171,6 +171,15 @@ impl ShareMember {
         match self {
             Self::Local(member) => member.poll_take(max, cx),
             Self::Cluster(member) => member.poll_take(max, cx).map(Ok),
+        }
+    }
+
+    /// The group's place in the count of its datasource's groups, which a session that is away has to keep. `None` if the
+    /// group itself has it.
+    pub fn counted(&self) -> Option<&GroupCount> {
+        match self {
+            Self::Local(_) => None,
+            Self::Cluster(member) => Some(member.counted()),
         }
     }
 

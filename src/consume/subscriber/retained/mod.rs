@@ -72,6 +72,7 @@ impl RetainedMessage {
             transport: self.transport,
             publisher: self.publisher,
             received_at: self.received_at,
+            event_at: None,
             flags: self.flags,
             note: &[],
         }

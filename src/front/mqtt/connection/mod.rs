@@ -69,6 +69,7 @@ pub(super) async fn run(
         Err(answer) => Box::pin(say_goodbye(&mut stream, &answer)).await,
         Ok(opened) => {
             payer.set(front.intake.processor().of_grant(&opened.inbound.grant));
+            payer.change_lane().await;
             front.intake.metrics().mqtt_connections.increment(1);
             let ConnectionEnd { goodbye, will, discarded } = serve(front, &mut stream, peer, opened).await;
             front.intake.metrics().mqtt_connections.decrement(1);

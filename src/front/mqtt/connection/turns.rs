@@ -79,7 +79,7 @@ impl MqttConnection<'_> {
             return Ok(self.goes_on(cx));
         }
         let written = self.poll_send(cx)?;
-        if written.is_pending() && self.output.begin_wait() {
+        if written.is_pending() && self.output.begin_wait(self.stream) {
             clock.reset(Instant::now() + self.clock_step());
         }
         if self.ended.is_some() {
@@ -388,6 +388,13 @@ impl MqttConnection<'_> {
         if is_judged && self.inbound.packet_due().is_some_and(|due| Instant::now() >= due) {
             return Some(StopReason::Silent);
         }
-        if silent { Some(StopReason::Silent) } else { self.output.is_stuck().then_some(StopReason::Stuck) }
+        if silent { Some(StopReason::Silent) } else { self.is_stuck().then_some(StopReason::Stuck) }
+    }
+
+    /// Whether the client reads nothing of what it is sent: for long, or while others wait for the memory that it takes.
+    fn is_stuck(&mut self) -> bool {
+        let Self { output, stream, sending, inbound, .. } = self;
+        let SessionSending::Subscribed(outbound) = sending else { return output.is_stuck(stream, || false) };
+        output.is_stuck(stream, || outbound.share().is_output_wanted() || inbound.account.is_waited_for())
     }
 }

@@ -5,7 +5,6 @@
 //! Messages retained for a new subscription come before what the log gets after it, and after what waited before it. A record is taken from the log only when
 //! there is room for it, so a slow client falls behind in the log and costs no memory.
 
-mod cover;
 mod held;
 #[cfg(test)]
 pub(super) mod model;
@@ -21,7 +20,6 @@ use std::task::{Context, Poll, ready};
 
 use tracing::warn;
 
-use self::cover::OutputCover;
 use self::held::HeldPackets;
 use self::resend::PendingResend;
 use self::retained::PendingRetained;
@@ -35,16 +33,14 @@ use super::session::{MqttSession, Subscription};
 use crate::consume::subscriber::retained::RetainedError;
 use crate::consume::subscriber::sessions::FlightOrigin;
 use crate::consume::subscriber::{
-    FeedItem, MatchedRecords, ShareMember, SubscriberFeed, SubscriberProgress, Subscribers,
+    FeedItem, MatchedRecords, OutputCover, ShareMember, SubscriberFeed, SubscriberProgress, Subscribers,
 };
 use crate::filter::TopicFilter;
-use crate::limits::{
-    DELIVERY_STEPS_MAX, MQTT_UNSENT_BYTES_MAX, STALLED_BYTES_MAX, STALLED_BYTES_PER_TENANT_MAX,
-};
+use crate::limits::{DELIVERY_STEPS_MAX, MQTT_UNSENT_BYTES_MAX};
 use crate::log::LogReadError;
 use crate::message::{DatasourceId, Offset};
 use crate::observe::metrics::Metrics;
-use crate::shares::{ShareCharge, ShareCount};
+use crate::shares::{ShareCharge, TenantShare};
 
 /// Why no more messages can be sent.
 #[derive(Debug, thiserror::Error)]
@@ -119,6 +115,7 @@ impl Outbound {
             }
         }
         session.subscriptions.iter_mut().flatten().for_each(|subscription| subscription.is_renewed = false);
+        session.groups.clear();
         let resending = PendingResend::of_session(&session);
         let releases = session.flights.all_released();
         Self {
@@ -152,6 +149,11 @@ impl Outbound {
     /// The mailbox, through which the session reports its cursor.
     pub(super) fn mailbox(&self) -> &Arc<crate::consume::subscriber::Mailbox> {
         self.feed.mailbox()
+    }
+
+    /// What its tenant takes.
+    pub(super) fn share(&self) -> &TenantShare {
+        self.feed.mailbox().share()
     }
 
     /// Adds or replaces a subscription that is not shared. `from` is where in the log it begins, if not at
@@ -338,10 +340,7 @@ impl Outbound {
         let matched = self.matched.as_ref().map_or(0, MatchedRecords::weight);
         let retained: usize = self.retained.front().map_or(0, PendingRetained::held_bytes);
         let held = (matched + self.feed.held_bytes() + retained + self.groups.held_bytes()) as u64;
-        self.held.set(ShareCount::StalledBytes, 0);
-        let all = self.held.share().count_of_all(ShareCount::StalledBytes);
-        let fits = all + held <= STALLED_BYTES_MAX;
-        if !fits || self.held.try_add(ShareCount::StalledBytes, held, STALLED_BYTES_PER_TENANT_MAX).is_err() {
+        if !self.held.hold_stalled(held) {
             self.rewind_unwritten();
             self.feed.release();
             self.retained.iter_mut().for_each(PendingRetained::release);
@@ -531,6 +530,6 @@ impl Outbound {
         let position = self.feed.mailbox().cursor(routed);
         // What is routed from here on it is not given.
         self.feed.mailbox().set_progress(position, false);
-        MqttSession { position, ..self.session }
+        MqttSession { position, groups: self.groups.counted(), ..self.session }
     }
 }

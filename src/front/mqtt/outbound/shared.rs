@@ -7,7 +7,7 @@ use std::task::{Context, Poll, ready};
 use super::super::delivery::Delivery;
 use super::Outbound;
 use crate::consume::subscriber::sessions::FlightOrigin;
-use crate::consume::subscriber::{ShareDelivery, ShareMember, batches_weight};
+use crate::consume::subscriber::{GroupCount, ShareDelivery, ShareMember, batches_weight};
 use crate::limits::REFETCH_RECORDS;
 use crate::log::{Batch, LogReadError, RecordPlace};
 use crate::message::Offset;
@@ -33,6 +33,11 @@ impl GroupMemberships {
     pub(super) fn remove(&mut self, slot: u32) {
         self.records.retain(|(shared, ..)| *shared != slot);
         self.members.retain(|(member, _)| *member != slot);
+    }
+
+    /// The places of the groups in the count of their datasource's, for a session that is away.
+    pub(super) fn counted(&self) -> Vec<GroupCount> {
+        self.members.iter().filter_map(|(_, member)| member.counted().cloned()).collect()
     }
 
     /// Tells a group that the client has a record.

@@ -13,7 +13,7 @@ use tracing::warn;
 
 use super::super::ShareDelivery;
 use super::super::prefetch_window::PrefetchWindow;
-use super::ClusterShareGroup;
+use super::{ClusterShareGroup, GroupCount};
 use crate::log::{
     Batch, DeliveredRecord, RecordPlace, SHARED_KEEP_INTERVAL, ShareError, SharedPlaces, SharedRecords,
 };
@@ -42,6 +42,8 @@ pub struct ClusterShareMember {
     taken: BTreeMap<Offset, Instant>,
     /// The same of those that are this member's for good.
     kept: BTreeMap<Offset, Instant>,
+    /// The group's place in the count of its datasource's groups.
+    counted: GroupCount,
 }
 
 /// The answer to a request for records.
@@ -96,16 +98,20 @@ impl ClusterShareMember {
     pub(super) fn new_with_task(
         group: ClusterShareGroup,
         kept: Option<Duration>,
+        counted: GroupCount,
     ) -> (Self, impl Future<Output = ()> + Send + 'static) {
         let (commands, told) = mpsc::unbounded_channel();
         let (give, given) = mpsc::unbounded_channel();
         let places = group.places.clone();
         let taker = MemberTask::new(group, kept, give).run(told);
         let window = PrefetchWindow::new(CLUSTER_MEMBER_AHEAD, Instant::now().into_std());
-        (
-            Self { commands, given, places, asked: 0, window, taken: BTreeMap::new(), kept: BTreeMap::new() },
-            taker,
-        )
+        let (taken, kept) = (BTreeMap::new(), BTreeMap::new());
+        (Self { commands, given, places, asked: 0, window, taken, kept, counted }, taker)
+    }
+
+    /// The group's place in the count, for a session that is away.
+    pub fn counted(&self) -> &GroupCount {
+        &self.counted
     }
 
     pub(in super::super) fn poll_take(&mut self, max: usize, cx: &mut Context<'_>) -> Poll<ShareDelivery> {

@@ -8,11 +8,16 @@
 //! a roll in the bucket of sessions; each gateway knows its other sessions. JetStream also knows how long
 //! the sessions stay, to end groups of sessions that never return.
 //!
+//! Each gateway counts the groups that sessions on it are in, connected or away, for their datasource: a further one is
+//! refused there, whichever gateways have the others.
+//!
 //! The place is a durable pull consumer (`log/jetstream/share.rs`). When retention removes records that no
 //! member took, it notes their number with the consumer, and one member tells its client.
 
+mod counted;
 mod member;
 
+pub use counted::GroupCount;
 pub(super) use member::ClusterShareMember;
 
 use parking_lot::{Mutex, MutexGuard};
@@ -27,11 +32,13 @@ use tokio::time::sleep;
 use tokio_util::task::TaskTracker;
 use tracing::{debug, warn};
 
+use self::counted::CountedGroups;
 use super::super::sessions::bucket::GroupRolls;
 use super::{GroupJoinError, GroupSession, ShareGroupKey};
 use crate::filter::TopicFilter;
 use crate::log::{ShareError, SharedPlace, SharedPlaces};
 use crate::message::{Offset, RecordRef};
+use crate::shares::TenantShares;
 use crate::subject::SubjectSpace;
 
 /// How much longer than its sessions a group stays while nobody takes from it. Connected members that take
@@ -54,6 +61,7 @@ pub struct ClusterShareGroups {
     rolls: GroupRolls,
     presence: Arc<Presence>,
     here: Arc<LocalMemberCounts>,
+    counted: CountedGroups,
     tasks: TaskTracker,
 }
 
@@ -109,7 +117,13 @@ impl ClusterShareGroups {
             std::future::ready(Bytes::from_static(if has { ANSWER_HAS_MEMBERS } else { ANSWER_NO_MEMBERS }))
         };
         presence.serve(GROUP_MEMBERS_QUESTION, answer).await?;
-        Ok(Self { places, rolls, presence, here, tasks: TaskTracker::new() })
+        let (counted, tasks) = (CountedGroups::default(), TaskTracker::new());
+        Ok(Self { places, rolls, presence, here, counted, tasks })
+    }
+
+    /// Counts the groups from now on in these shares.
+    pub fn count_in(&self, shares: Arc<TenantShares>) {
+        self.counted.count_in(shares);
     }
 
     /// Returns once the records that departed members held are on their way to others.
@@ -126,6 +140,8 @@ impl ClusterShareGroups {
         from: Option<Offset>,
     ) -> Result<(), GroupJoinError> {
         let Some(group) = self.group(key) else { return Ok(()) };
+        // Until it is a member, which counts it from then on.
+        let _counted = self.counted.try_count(&key.0, &group.name).map_err(GroupJoinError::TooMany)?;
         let begin = from.unwrap_or_else(|| self.places.next_offset());
         let place = group.open(begin, group_lifetime(of)).await?;
         if from.is_some() && !place.is_new {
@@ -185,7 +201,8 @@ impl ClusterShareGroups {
         // Entered now, so that it is queued before anything said when the member leaves.
         let entered = of.outlives_connection().then(|| self.rolls.enter(&name, of.uid));
         let rolls = self.rolls.clone();
-        let (member, taker) = ClusterShareMember::new_with_task(group, group_lifetime(of));
+        let counted = self.counted.count(&key.0, &name);
+        let (member, taker) = ClusterShareMember::new_with_task(group, group_lifetime(of), counted);
         self.tasks.spawn(async move {
             tokio::select! {
                 biased;

@@ -63,10 +63,14 @@ pub async fn open_sessions_bucket(
     replicas: usize,
     expiry_s_max: u32,
 ) -> Result<KvBucket, KvError> {
+    KvBucket::open(nats, &sessions_bucket_settings(replicas, expiry_s_max)).await
+}
+
+/// What that bucket is to be like.
+pub fn sessions_bucket_settings(replicas: usize, expiry_s_max: u32) -> KvBucketSettings {
     let longest = Duration::from_secs(u64::from(expiry_s_max)) + CELL_SPARE;
     let age_max = (expiry_s_max != u32::MAX).then_some(longest);
-    let (name, writes) = (SESSIONS_BUCKET_NAME.to_owned(), KvWrites::Single);
-    KvBucket::open(nats, &KvBucketSettings { name, replicas, age_max, writes }).await
+    KvBucketSettings { name: SESSIONS_BUCKET_NAME.to_owned(), replicas, age_max, writes: KvWrites::Single }
 }
 
 /// A session that another node has taken over without asking, because this node could not be reached.

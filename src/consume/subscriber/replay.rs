@@ -1,17 +1,22 @@
-//! Replay: the user properties `from-offset`, `from-time` and `tail` make a SUBSCRIBE begin in the past.
+//! Replay: `from-offset`, `from-time` and `tail` make a subscription begin in the past, whether they are the user
+//! properties of a SUBSCRIBE or the parameters of a stream over HTTP.
 
 use std::collections::VecDeque;
 
-use crate::consume::render;
+use super::Subscribers;
 use crate::filter::TopicFilter;
-use crate::limits::{TAIL_READ_BYTES, TAIL_RECORDS_MAX};
-use crate::log::{Log, LogReadError};
+use crate::limits::{REPLAYS_PER_TENANT_MAX, TAIL_READ_BYTES, TAIL_RECORDS_MAX};
+use crate::log::{AppendError, Log, LogReadError};
 use crate::message::{DatasourceId, Offset, RecordRef, TimeMicros};
+use crate::shares::ShareCount;
+use crate::time::parse_time;
 
 /// Where in the past a subscription begins.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum ReplayStart {
+pub enum ReplayStart {
+    /// At this record.
     Offset(Offset),
+    /// At the first record received at or after this time.
     Time(TimeMicros),
     /// The last so many matching records.
     Tail(u64),
@@ -29,11 +34,11 @@ impl std::fmt::Display for ReplayStart {
 }
 
 impl ReplayStart {
-    /// Where the user properties of a SUBSCRIBE say that it begins; `None` if they say nothing.
+    /// Where the properties of a subscription say that it begins; `None` if they say nothing.
     ///
     /// # Errors
     /// The words for the client, if they cannot be read or contradict each other.
-    pub(super) fn parse<'a>(
+    pub fn parse<'a>(
         properties: impl Iterator<Item = (&'a str, &'a str)>,
     ) -> Result<Option<Self>, &'static str> {
         let mut replay = None;
@@ -41,8 +46,7 @@ impl ReplayStart {
             let parsed = match name {
                 "from-offset" => Self::Offset(value.parse().map_err(|_| "from-offset is a whole number")?),
                 "from-time" => Self::Time(
-                    render::parse_time(value)
-                        .ok_or("from-time is an RFC 3339 time such as 2026-11-23T09:00:00Z")?,
+                    parse_time(value).ok_or("from-time is an RFC 3339 time such as 2026-11-23T09:00:00Z")?,
                 ),
                 "tail" => Self::Tail(value.parse().map_err(|_| "tail is a number of records")?),
                 _ => continue,
@@ -55,23 +59,70 @@ impl ReplayStart {
     }
 }
 
-/// Whether a SUBSCRIBE asks for the metadata of its messages; `None` if it does not say.
-///
-/// # Errors
-/// The words for the client, if it says neither yes nor no.
-pub(super) fn parse_metadata_wish<'a>(
-    mut properties: impl Iterator<Item = (&'a str, &'a str)>,
-) -> Result<Option<bool>, &'static str> {
-    properties.try_fold(None, |wish, property| match property {
-        ("headgate-metadata", "true") => Ok(Some(true)),
-        ("headgate-metadata", "false") => Ok(Some(false)),
-        ("headgate-metadata", _) => Err("headgate-metadata is true or false"),
-        _ => Ok(wish),
-    })
+/// Why the beginning of a replay was not found.
+#[derive(Debug, thiserror::Error)]
+pub enum ReplayError {
+    /// As many subscriptions of the tenant look for theirs as may at once.
+    #[error(
+        "datasource {0} searches the log for {REPLAYS_PER_TENANT_MAX} subscriptions already that begin in the past"
+    )]
+    TooMany(DatasourceId),
+    /// The log cannot be asked how far it is.
+    #[error(transparent)]
+    Away(#[from] AppendError),
+    /// The log cannot be read.
+    #[error(transparent)]
+    Read(#[from] LogReadError),
+    /// The gateway ends.
+    #[error(transparent)]
+    Ended(#[from] tokio::task::JoinError),
+}
+
+impl Subscribers {
+    /// The offset at which a replay of a tenant's records begins that pass the filter: of those of a datasource, or of
+    /// all (`*`), where the filter names it. Never behind the log's end, and where retention has removed it, so that the feed
+    /// says how much. Ends at once when it is dropped, but for a read under way.
+    ///
+    /// A time or a number of records is searched for: a few searches at a time, each read in a turn of the tenant's share.
+    ///
+    /// # Errors
+    /// [`ReplayError`].
+    pub async fn find_replay_start(
+        &self,
+        tenant: &DatasourceId,
+        filter: &TopicFilter,
+        start: ReplayStart,
+    ) -> Result<Offset, ReplayError> {
+        // In a cluster other gateways may have appended records that this one has not followed yet.
+        let reaches = if let ReplayStart::Offset(offset) = start { offset } else { Offset::MAX };
+        self.log.catch_up(reaches).await?;
+        if let ReplayStart::Offset(offset) = start {
+            return Ok(offset.min(self.log.next_offset()));
+        }
+        let share = self.shares.share(tenant);
+        let mut charge = share.charge();
+        let charged = charge.try_add(ShareCount::Replays, 1, REPLAYS_PER_TENANT_MAX);
+        charged.map_err(|_| ReplayError::TooMany(tenant.clone()))?;
+        let _searching = share.clone().replay_turn().await;
+        let mut search = ReplaySearch::new(start, &*self.log, tenant.clone(), filter.clone());
+        loop {
+            let (turn, log) = (share.clone().read_turn().await, self.log.clone());
+            let step = tokio::task::spawn_blocking(move || {
+                let _turn = turn;
+                let found = search.step(&*log);
+                (search, found)
+            });
+            let (continued, found) = step.await?;
+            if let Some(offset) = found? {
+                return Ok(offset);
+            }
+            search = continued;
+        }
+    }
 }
 
 /// The search for the offset at which a replay begins, one read of the log at a time.
-pub(super) struct ReplaySearch {
+struct ReplaySearch {
     datasource: DatasourceId,
     filter: TopicFilter,
     /// The end of the log when the search began.
@@ -107,12 +158,7 @@ impl TailSearch {
 
 impl ReplaySearch {
     /// A search in what the log has now.
-    pub(super) fn new(
-        start: ReplayStart,
-        log: &dyn Log,
-        datasource: DatasourceId,
-        filter: TopicFilter,
-    ) -> Self {
+    fn new(start: ReplayStart, log: &dyn Log, datasource: DatasourceId, filter: TopicFilter) -> Self {
         Self { datasource, filter, end: log.next_offset(), stage: SearchStage::Begin(start) }
     }
 
@@ -121,7 +167,7 @@ impl ReplaySearch {
     ///
     /// # Errors
     /// The log cannot be read.
-    pub(super) fn step(&mut self, log: &dyn Log) -> Result<Option<Offset>, LogReadError> {
+    fn step(&mut self, log: &dyn Log) -> Result<Option<Offset>, LogReadError> {
         match &mut self.stage {
             // Records that retention has removed are reported to the client as skipped.
             SearchStage::Begin(ReplayStart::Offset(offset)) => return Ok(Some((*offset).min(self.end))),
@@ -185,15 +231,6 @@ impl ReplaySearch {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn metadata_is_asked_for_with_true_and_no_other_word() {
-        let parse = |pairs: &[(&'static str, &'static str)]| parse_metadata_wish(pairs.iter().copied());
-        assert_eq!(parse(&[("headgate-metadata", "true"), ("colour", "red")]), Ok(Some(true)));
-        assert_eq!(parse(&[("headgate-metadata", "false")]), Ok(Some(false)));
-        assert_eq!(parse(&[("tail", "10")]), Ok(None));
-        assert!(parse(&[("headgate-metadata", "yes")]).is_err());
-    }
 
     #[test]
     fn a_replay_begins_at_one_place() {

@@ -5,6 +5,8 @@
 //! every way in which a session, a group or a batch can end. Who is over a count is refused by name; who
 //! wants a turn waits behind its own tenant first, so that no tenant takes the turns of the others.
 
+mod output;
+
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
@@ -15,10 +17,14 @@ use tokio::task::JoinError;
 use tokio_util::task::AbortOnDropHandle;
 
 use crate::limits::{
-    BLOCKING_READS_MAX, BLOCKING_READS_PER_TENANT_MAX, OUTPUT_BYTES_MAX, OUTPUT_BYTES_PER_TENANT_MAX,
-    REPLAYS_RUNNING_MAX, REPLAYS_RUNNING_PER_TENANT_MAX,
+    BLOCKING_READS_MAX, BLOCKING_READS_PER_TENANT_MAX, REPLAYS_RUNNING_MAX, REPLAYS_RUNNING_PER_TENANT_MAX,
+    STALLED_BYTES_MAX, STALLED_BYTES_PER_TENANT_MAX, SUBSCRIPTION_BYTES, SUBSCRIPTION_LEVEL_BYTES,
 };
 use crate::message::DatasourceId;
+
+use self::output::OutputPool;
+
+pub use self::output::OutputRoom;
 
 /// What is counted for each tenant.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -41,7 +47,6 @@ pub enum ShareCount {
     Replays,
 }
 
-const KIB: usize = 1 << 10;
 const SHARE_COUNTS: usize = ShareCount::ALL.len();
 
 impl ShareCount {
@@ -71,7 +76,7 @@ struct SharedTurns {
     counts: [AtomicU64; SHARE_COUNTS],
     reads: Arc<Semaphore>,
     replays: Arc<Semaphore>,
-    output: Arc<Semaphore>,
+    output: OutputPool,
 }
 
 /// What one tenant takes.
@@ -84,8 +89,8 @@ pub struct TenantShare {
     catch_up: Arc<Semaphore>,
     reads: Arc<Semaphore>,
     replays: Arc<Semaphore>,
-    /// A permit for each KiB of output to clients that have not taken it.
-    output: Arc<Semaphore>,
+    /// Output to clients that have not taken it.
+    output: OutputPool,
     all: Arc<SharedTurns>,
 }
 
@@ -104,26 +109,6 @@ pub struct ReadTurn {
     _all: OwnedSemaphorePermit,
 }
 
-/// Room for output to a client, until it has taken the output.
-#[derive(Debug)]
-pub struct OutputRoom {
-    own: OwnedSemaphorePermit,
-    all: OwnedSemaphorePermit,
-}
-
-impl OutputRoom {
-    /// How much there is.
-    pub fn bytes(&self) -> usize {
-        self.own.num_permits() * KIB
-    }
-
-    /// Adds more to it.
-    pub fn merge(&mut self, more: Self) {
-        self.own.merge(more.own);
-        self.all.merge(more.all);
-    }
-}
-
 /// There is no room in a share for this.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ShareExceeded(pub ShareCount);
@@ -132,7 +117,7 @@ impl Default for TenantShares {
     fn default() -> Self {
         let turns = |turns| Arc::new(Semaphore::new(turns));
         let (reads, replays) = (turns(BLOCKING_READS_MAX), turns(REPLAYS_RUNNING_MAX));
-        let output = turns(OUTPUT_BYTES_MAX / KIB);
+        let output = OutputPool::of_all();
         let all = Arc::new(SharedTurns { counts: Default::default(), reads, replays, output });
         Self { by_datasource: Mutex::default(), all }
     }
@@ -154,16 +139,12 @@ impl TenantShares {
             catch_up: Arc::new(Semaphore::new(processors())),
             reads: Arc::new(Semaphore::new(BLOCKING_READS_PER_TENANT_MAX)),
             replays: Arc::new(Semaphore::new(REPLAYS_RUNNING_PER_TENANT_MAX)),
-            output: Arc::new(Semaphore::new(OUTPUT_BYTES_PER_TENANT_MAX / KIB)),
+            output: OutputPool::of_tenant(),
             all: self.all.clone(),
         });
         shares.insert(datasource.clone(), Arc::downgrade(&share));
         share
     }
-}
-
-fn output_permits(bytes: usize) -> u32 {
-    u32::try_from(bytes.min(OUTPUT_BYTES_PER_TENANT_MAX / 2).div_ceil(KIB)).unwrap_or(u32::MAX)
 }
 
 /// How many processors the gateway may use.
@@ -235,21 +216,6 @@ impl TenantShare {
         ReadTurn::take(&self.replays, &self.all.replays).await
     }
 
-    /// Room for `bytes` of output, if there is some now.
-    pub fn try_output_room(&self, bytes: usize) -> Option<OutputRoom> {
-        let kib = output_permits(bytes);
-        let own = self.output.clone().try_acquire_many_owned(kib).ok()?;
-        Some(OutputRoom { own, all: self.all.output.clone().try_acquire_many_owned(kib).ok()? })
-    }
-
-    /// Waits for room for `bytes` of output, first behind the same tenant's clients and then behind everybody's.
-    pub async fn output_room(self: Arc<Self>, bytes: usize) -> OutputRoom {
-        const OPEN: &str = "the semaphores are never closed";
-        let kib = output_permits(bytes);
-        let own = self.output.clone().acquire_many_owned(kib).await.expect(OPEN);
-        OutputRoom { own, all: self.all.output.clone().acquire_many_owned(kib).await.expect(OPEN) }
-    }
-
     fn add(&self, what: ShareCount, amount: u64) {
         self.counts[what as usize].fetch_add(amount, Ordering::Relaxed);
         self.all.counts[what as usize].fetch_add(amount, Ordering::Relaxed);
@@ -272,6 +238,7 @@ impl ReadTurn {
 
 impl ShareCharge {
     /// The share that this is a part of.
+    #[cfg(test)]
     pub fn share(&self) -> &Arc<TenantShare> {
         &self.share
     }
@@ -309,6 +276,31 @@ impl ShareCharge {
         Ok(())
     }
 
+    /// Takes what a subscription with this filter costs, if the tenant has room for it.
+    ///
+    /// # Errors
+    /// [`ShareExceeded`], and nothing is taken.
+    pub fn try_take_filter(&mut self, filter: &str) -> Result<(), ShareExceeded> {
+        self.try_take(ShareCount::Subscriptions, 1)?;
+        self.try_take(ShareCount::SubscriptionBytes, filter_bytes(filter))
+            .inspect_err(|_| self.subtract(ShareCount::Subscriptions, 1))
+    }
+
+    /// Gives back what [`ShareCharge::try_take_filter`] has taken.
+    pub fn give_back_filter(&mut self, filter: &str) {
+        self.subtract(ShareCount::Subscriptions, 1);
+        self.subtract(ShareCount::SubscriptionBytes, filter_bytes(filter));
+    }
+
+    /// Counts what a subscriber holds in memory while its client takes nothing, in place of what it held before. Returns
+    /// whether there is room for it; if not, nothing is counted, and the subscriber is to let go of it.
+    pub fn hold_stalled(&mut self, bytes: u64) -> bool {
+        self.set(ShareCount::StalledBytes, 0);
+        let all = self.share.count_of_all(ShareCount::StalledBytes);
+        all.saturating_add(bytes) <= STALLED_BYTES_MAX
+            && self.try_add(ShareCount::StalledBytes, bytes, STALLED_BYTES_PER_TENANT_MAX).is_ok()
+    }
+
     /// Gives a part back.
     pub fn subtract(&mut self, what: ShareCount, amount: u64) {
         let amount = amount.min(self.amounts[what as usize]);
@@ -325,6 +317,13 @@ impl ShareCharge {
             self.subtract(what, before - amount);
         }
     }
+}
+
+/// What a subscription with this filter takes in memory: the texts of session and feed, and its place in the
+/// router's trie and its own.
+pub fn filter_bytes(filter: &str) -> u64 {
+    let levels = filter.bytes().filter(|byte| *byte == b'/').count() as u64 + 1;
+    SUBSCRIPTION_BYTES + 4 * filter.len() as u64 + levels * SUBSCRIPTION_LEVEL_BYTES
 }
 
 impl Drop for ShareCharge {

@@ -1,0 +1,161 @@
+//! Rows in the format of `COPY … WITH (FORMAT binary)`
+//! (<https://www.postgresql.org/docs/current/sql-copy.html>, "Binary Format").
+//!
+//! A row is a number of fields, and each field its length and its bytes. Lengths are 32 bits: a field has less than 1 GiB
+//! in any case, because PostgreSQL takes no longer one.
+
+use bytes::{BufMut, Bytes, BytesMut};
+
+/// What every copy begins with: the signature, no flags, no extension.
+const COPY_HEADER: &[u8] = b"PGCOPY\n\xff\r\n\0\0\0\0\0\0\0\0\0";
+/// What every copy ends with: a row of -1 fields.
+const COPY_TRAILER: i16 = -1;
+/// About how many bytes are sent at once.
+const COPY_PIECE_BYTES: usize = 256 << 10;
+/// From the Unix epoch to PostgreSQL's, 2000-01-01, in microseconds.
+const POSTGRES_EPOCH_US: i64 = 946_684_800_000_000;
+/// The version of `jsonb`'s binary form.
+const JSONB_VERSION: u8 = 1;
+
+/// Rows that are to be copied into a table, encoded.
+pub struct CopyRows {
+    /// The bytes that are full pieces.
+    pieces: Vec<Bytes>,
+    open: BytesMut,
+    rows: u64,
+}
+
+impl Default for CopyRows {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl CopyRows {
+    /// No rows yet.
+    pub fn new() -> Self {
+        let mut open = BytesMut::with_capacity(COPY_PIECE_BYTES + 4096);
+        open.put_slice(COPY_HEADER);
+        Self { pieces: Vec::new(), open, rows: 0 }
+    }
+
+    /// How many rows there are.
+    pub fn rows(&self) -> u64 {
+        self.rows
+    }
+
+    /// Begins the next row. As many fields have to follow.
+    pub fn begin(&mut self, fields: i16) {
+        if self.open.len() >= COPY_PIECE_BYTES {
+            self.pieces.push(self.open.split().freeze());
+            self.open.reserve(COPY_PIECE_BYTES + 4096);
+        }
+        self.open.put_i16(fields);
+        self.rows += 1;
+    }
+
+    /// `NULL`.
+    pub fn null(&mut self) {
+        self.open.put_i32(-1);
+    }
+
+    /// `smallint`.
+    pub fn int2(&mut self, value: i16) {
+        self.open.put_i32(2);
+        self.open.put_i16(value);
+    }
+
+    /// `integer`.
+    pub fn int4(&mut self, value: i32) {
+        self.open.put_i32(4);
+        self.open.put_i32(value);
+    }
+
+    /// `bigint`.
+    pub fn int8(&mut self, value: i64) {
+        self.open.put_i32(8);
+        self.open.put_i64(value);
+    }
+
+    /// `double precision`.
+    pub fn float8(&mut self, value: f64) {
+        self.open.put_i32(8);
+        self.open.put_f64(value);
+    }
+
+    /// `timestamptz`, from microseconds since the Unix epoch. One that is beyond PostgreSQL's calendar is its nearest.
+    pub fn timestamptz(&mut self, unix_us: i64) {
+        self.int8(timestamp_of(unix_us));
+    }
+
+    /// `bytea`, and the bytes of `text` and `json`, which may have no NUL.
+    pub fn bytes(&mut self, value: &[u8]) {
+        self.open.put_i32(length(value.len()));
+        self.open.put_slice(value);
+    }
+
+    /// `jsonb`, from its text.
+    pub fn jsonb(&mut self, text: &str) {
+        self.open.put_i32(length(text.len() + 1));
+        self.open.put_u8(JSONB_VERSION);
+        self.open.put_slice(text.as_bytes());
+    }
+
+    /// All of it, with its end, in pieces that are sent one after the other.
+    pub(crate) fn into_pieces(mut self) -> Vec<Bytes> {
+        self.open.put_i16(COPY_TRAILER);
+        self.pieces.push(self.open.freeze());
+        self.pieces
+    }
+}
+
+/// Microseconds since PostgreSQL's epoch, within what it has days for: 4713 BC to 294276 AD.
+fn timestamp_of(unix_us: i64) -> i64 {
+    const FIRST: i64 = -211_813_488_000_000_000;
+    const LAST: i64 = 9_223_371_331_199_999_999;
+    unix_us.saturating_sub(POSTGRES_EPOCH_US).clamp(FIRST, LAST)
+}
+
+fn length(bytes: usize) -> i32 {
+    // What is longer is refused by the server, which takes less than 1 GiB.
+    i32::try_from(bytes).unwrap_or(i32::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rows_are_as_the_format_says() {
+        let mut rows = CopyRows::new();
+        rows.begin(3);
+        rows.int8(7);
+        rows.null();
+        rows.jsonb("1");
+        let bytes = rows.into_pieces().concat();
+        let expected = [
+            COPY_HEADER,
+            &[0, 3, 0, 0, 0, 8, 0, 0, 0, 0, 0, 0, 0, 7, 255, 255, 255, 255, 0, 0, 0, 2, 1, b'1', 255, 255],
+        ];
+        assert_eq!(bytes, expected.concat());
+    }
+
+    #[test]
+    fn times_count_from_2000_and_stay_within_the_calendar() {
+        assert_eq!(timestamp_of(POSTGRES_EPOCH_US + 5), 5);
+        assert_eq!(timestamp_of(i64::MIN), -211_813_488_000_000_000);
+        assert!(timestamp_of(i64::MAX) <= 9_223_371_331_199_999_999);
+    }
+
+    #[test]
+    fn many_rows_come_in_pieces() {
+        let mut rows = CopyRows::new();
+        for _ in 0..10_000 {
+            rows.begin(1);
+            rows.bytes(&[b'x'; 100]);
+        }
+        assert_eq!(rows.rows(), 10_000);
+        let pieces = rows.into_pieces();
+        assert!(pieces.len() > 3 && pieces.iter().all(|piece| piece.len() < COPY_PIECE_BYTES + 4096));
+    }
+}

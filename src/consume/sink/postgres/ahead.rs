@@ -1,0 +1,88 @@
+//! Whether what is in PostgreSQL is of this log. The newest record that both may have is compared; what is stored behind the
+//! log's end is set aside in tables of its own, because the log gives those offsets anew.
+
+use super::{PostgresError, PostgresSink};
+use crate::consume::sink::schema::{offset_from_sql, sql_offset};
+use crate::log::Log;
+use crate::message::{Offset, now_micros};
+
+/// See [`PostgresSink::put_right`].
+pub(super) fn put_right(
+    sink: &mut PostgresSink,
+    log: &dyn Log,
+    log_end: Offset,
+) -> Result<Option<String>, PostgresError> {
+    let other =
+        |sink: &PostgresSink, why: String| PostgresError::OtherLog { schema: sink.schema.clone(), why };
+    let is_ahead = sink.cursor > log_end && !sink.is_shared;
+    let newest = sink.connection.query(
+        "SELECT log_offset, (extract(epoch FROM received_at) * 1000000)::bigint, key_id FROM (
+             (SELECT log_offset, received_at, origin_id FROM entries WHERE log_offset < $1 ORDER BY 1 DESC LIMIT 1)
+             UNION ALL
+             (SELECT log_offset, received_at, origin_id FROM quarantined WHERE log_offset < $1 ORDER BY 1 DESC LIMIT 1)
+         ) n JOIN origins o ON o.id = n.origin_id ORDER BY log_offset DESC LIMIT 1",
+        &[&sql_offset(sink.cursor.min(log_end))],
+    )?;
+    let Some(newest) = newest.first() else {
+        return match is_ahead {
+            true => Err(other(sink, "the two have no record in common, and the log is behind".to_owned())),
+            false => Ok(None),
+        };
+    };
+    let (offset, received_at, key): (i64, i64, String) = (newest.get(0), newest.get(1), newest.get(2));
+    let offset = offset_from_sql(offset);
+    let batches = log.read(offset, 1).ok().filter(|_| offset >= log.first_offset());
+    let record =
+        batches.iter().flatten().flat_map(|batch| batch.records()).find(|record| record.offset == offset);
+    match record {
+        Some(record) if record.received_at != received_at || record.key_id.to_string() != key => {
+            return Err(other(sink, format!("they have different records at offset {offset}")));
+        }
+        None if is_ahead => {
+            return Err(other(sink, format!("the record at offset {offset} cannot be compared")));
+        }
+        _ => {}
+    }
+    if !is_ahead {
+        return Ok(None);
+    }
+    // As long as its statements may take: a wait that ends earlier would begin all of it again, for ever.
+    sink.connection.set_answer_wait_max(super::RECONCILE_WAIT_MAX);
+    let said = set_aside(sink, log_end);
+    sink.connection.reset_answer_wait_max();
+    said.map(Some)
+}
+
+/// Moves the records from `end` on into tables of their own, and the cursor back to `end`, in one transaction.
+fn set_aside(sink: &mut PostgresSink, end: Offset) -> Result<String, PostgresError> {
+    let name = format!("set_aside_{}", now_micros() / 1_000_000);
+    let from = sql_offset(end);
+    sink.within("BEGIN; SET LOCAL statement_timeout = '15min'", |sink| {
+        sink.make_moved()?;
+        // Only the one that writes may do that, and it is not known yet who that is.
+        let row = sink.connection.query_one("SELECT next_offset FROM sink FOR UPDATE", &[])?;
+        if row.get::<_, i64>(0) != sql_offset(sink.cursor) {
+            return Err(PostgresError::CursorMoved { schema: sink.schema.clone(), expected: sink.cursor });
+        }
+        sink.connection.run(&format!(
+            "CREATE TABLE {name}_records AS SELECT * FROM records WHERE log_offset >= {from};
+             CREATE TABLE {name}_quarantine AS SELECT * FROM quarantine WHERE log_offset >= {from};
+             INSERT INTO moved SELECT log_offset, topic_id FROM entries WHERE log_offset >= {from};
+             DELETE FROM entries WHERE log_offset >= {from};
+             DELETE FROM quarantined WHERE log_offset >= {from};
+             DELETE FROM sample_values WHERE log_offset >= {from};
+             DELETE FROM withheld_samples WHERE log_offset >= {from};
+             UPDATE quarantined SET redriven_offset = NULL WHERE redriven_offset >= {from};
+             UPDATE sink SET next_offset = {from}, durable_offset = {from}"
+        ))?;
+        sink.forget_moved_values()
+    })?;
+    (sink.cursor, sink.durable_cursor) = (end, end);
+    let said = format!(
+        "the schema {} was ahead of the log, which ends at offset {end}: its records from there on are set aside in the tables \
+         {name}_records and {name}_quarantine, and the log gives their offsets anew",
+        sink.schema
+    );
+    tracing::warn!("storage: {said}");
+    Ok(said)
+}

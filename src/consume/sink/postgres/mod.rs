@@ -1,0 +1,387 @@
+//! PostgreSQL as a sink. [`schema`] describes its tables.
+//!
+//! One transaction copies a run of records, moves the cursor behind them and writes the newest values that they bring: a
+//! kill of the gateway or of the server at any moment leaves all of it or nothing, and the cursor says which. Most
+//! transactions do not wait for the server's disk (`synchronous_commit = off`): after its crash the database may be back at
+//! an earlier one, with its cursor. The log still has what came after, because it is told only of what is durable.
+//!
+//! **One gateway writes.** The row with the cursor names the connection that may move it, and until when no other may take
+//! its place ([`lease`]). Whatever moves the cursor names the connection and the cursor that it expects: a gateway that
+//! was cut off, and is back, changes nothing.
+//!
+//! **A value that PostgreSQL cannot take** stops nothing. JSON that `jsonb` refuses ([`json_fit`]) is stored as the bytes that it
+//! is, with the reason in `payload_note`; whatever else a copy fails at is found by halving the copy, and stored so as well.
+
+mod ahead;
+mod ids;
+mod incarnations;
+mod insert;
+mod json_fit;
+mod lease;
+mod newest;
+mod quarantined;
+mod samples;
+pub(in crate::consume) mod schema;
+
+use std::time::{Duration, Instant};
+
+use headgate_bridge_postgres::{PostgresConnection, PostgresFault};
+
+use self::ids::RememberedNames;
+use self::insert::PayloadForm;
+use super::schema::{offset_from_sql, sql_offset};
+use crate::config::{ConfigError, PostgresConfig};
+use crate::log::{IncarnationStep, Log, WithheldChange, WithheldRules, WithheldSnapshot};
+use crate::message::{DatasourceId, Offset, RecordRef, TimeMicros};
+use crate::values::SampleReader;
+
+/// How long the server may take to follow a rule about what is left out, which may be about all that is stored.
+const RECONCILE_WAIT_MAX: Duration = Duration::from_secs(15 * 60);
+/// What a connection begins with: a gateway that is gone or stopped must not hold a lock for ever.
+const SESSION_SETTINGS: &str = "SET statement_timeout = '120s'; SET lock_timeout = '10s'; \
+     SET idle_in_transaction_session_timeout = '30s'; SET client_min_messages = 'warning'";
+
+/// Why PostgreSQL did not take records, or could not be opened.
+#[derive(Debug, thiserror::Error)]
+pub enum PostgresError {
+    /// The server's, or the network's.
+    #[error(transparent)]
+    Database(#[from] PostgresFault),
+    /// The file with the password cannot be read.
+    #[error(transparent)]
+    Settings(#[from] ConfigError),
+    /// The server is too old.
+    #[error("PostgreSQL {version} is too old: 14 is the oldest that is used")]
+    OldServer {
+        /// Its version.
+        version: i32,
+    },
+    /// The database does not keep text as UTF-8.
+    #[error(
+        "the database has the encoding {0}: it has to be UTF8 (CREATE DATABASE … ENCODING 'UTF8' TEMPLATE template0)"
+    )]
+    Encoding(String),
+    /// A newer Headgate has made the tables.
+    #[error("the tables are of format {found}, and this Headgate knows {newest}: a newer one has made them")]
+    NewerFormat {
+        /// Their format.
+        found: i32,
+        /// The newest that is known.
+        newest: i32,
+    },
+    /// Another gateway, with another log, writes into the same schema.
+    #[error(
+        "another gateway writes into the schema {schema}: give each log a schema of its own (storage.postgres.schema)"
+    )]
+    OtherOwner {
+        /// The schema.
+        schema: String,
+    },
+    /// What is stored is of another log.
+    #[error(
+        "what the schema {schema} holds does not fit the log ({why}): choose another one (storage.postgres.schema), or \
+         rename that, and storage is made again from the log"
+    )]
+    OtherLog {
+        /// The schema.
+        schema: String,
+        /// What does not fit.
+        why: String,
+    },
+    /// Another gateway has moved the cursor.
+    #[error("another gateway has written into the schema {schema}: its cursor is no longer {expected}")]
+    CursorMoved {
+        /// The schema.
+        schema: String,
+        /// Where this sink left it.
+        expected: Offset,
+    },
+}
+
+impl PostgresError {
+    /// Whether a value is the trouble, so that no later attempt can do better.
+    fn is_of_value(&self) -> bool {
+        matches!(self, Self::Database(fault) if fault.is_of_value())
+    }
+}
+
+/// The open database and its cursor in the log.
+pub(in crate::consume) struct PostgresSink {
+    connection: PostgresConnection,
+    schema: String,
+    /// Whether other gateways with the same log write into the same tables.
+    is_shared: bool,
+    has_samples: bool,
+    form: PayloadForm,
+    /// What this sink is called in the row with the cursor.
+    name: String,
+    /// When this gateway began to want its place.
+    started_at: Instant,
+    /// When the lease was had last; `None` while another gateway has it.
+    leased_at: Option<Instant>,
+    cursor: Offset,
+    durable_cursor: Offset,
+    withheld_version: u64,
+    left_out: Option<WithheldSnapshot>,
+    /// The incarnation that a purge has begun to remove.
+    purging: Option<DatasourceId>,
+    names: RememberedNames,
+    reader: SampleReader,
+    /// The samples of the present record: its row ids and what they are.
+    sampled: Vec<(i32, f64, Option<TimeMicros>)>,
+}
+
+impl PostgresSink {
+    /// Connects, makes the tables or brings them up to date, and reads the cursor.
+    ///
+    /// # Errors
+    /// [`PostgresError`].
+    pub(in crate::consume) fn open(
+        config: &PostgresConfig,
+        has_samples: bool,
+        is_shared: bool,
+        started_at: Instant,
+    ) -> Result<Self, PostgresError> {
+        let connection = PostgresConnection::open(&config.settings()?)?;
+        connection.run(SESSION_SETTINGS)?;
+        schema::open_schema(&connection, &config.schema, config.json.as_str())?;
+        let form = PayloadForm::of_table(&connection)?;
+        let name = format!("{:016x}", rand::random::<u64>());
+        let mut sink = Self {
+            connection,
+            schema: config.schema.clone(),
+            is_shared,
+            has_samples,
+            form,
+            name,
+            started_at,
+            leased_at: None,
+            cursor: 0,
+            durable_cursor: 0,
+            withheld_version: 0,
+            left_out: None,
+            purging: None,
+            names: RememberedNames::default(),
+            reader: SampleReader::default(),
+            sampled: Vec::new(),
+        };
+        sink.read_cursor()?;
+        Ok(sink)
+    }
+
+    /// Takes over where the database is.
+    fn read_cursor(&mut self) -> Result<(), PostgresError> {
+        let row = self
+            .connection
+            .query_one("SELECT next_offset, durable_offset, withheld_version FROM sink", &[])?;
+        self.cursor = offset_from_sql(row.get(0));
+        self.durable_cursor = offset_from_sql(row.get(1));
+        self.withheld_version = offset_from_sql(row.get(2));
+        Ok(())
+    }
+
+    /// Runs `work` in a transaction.
+    fn within<T>(
+        &mut self,
+        begin: &str,
+        work: impl FnOnce(&mut Self) -> Result<T, PostgresError>,
+    ) -> Result<T, PostgresError> {
+        self.connection.run(begin)?;
+        match work(self) {
+            Ok(done) => {
+                self.connection.run("COMMIT")?;
+                Ok(done)
+            }
+            Err(error) => {
+                // Ids that it has inserted do not exist.
+                self.names.clear();
+                // What it was that failed is what is told; without a connection there is nothing to roll back.
+                let _ = self.connection.run("ROLLBACK");
+                Err(error)
+            }
+        }
+    }
+
+    pub(in crate::consume) fn cursor(&self) -> Offset {
+        self.cursor
+    }
+
+    pub(in crate::consume) fn durable_cursor(&self) -> Offset {
+        self.durable_cursor
+    }
+
+    pub(in crate::consume) fn withheld_version(&self) -> u64 {
+        self.withheld_version
+    }
+
+    pub(in crate::consume) fn has_rules(&self) -> bool {
+        self.left_out.is_some()
+    }
+
+    /// See [`RecordSink::store`](crate::consume::storage::record_sink::RecordSink::store).
+    ///
+    /// # Errors
+    /// [`PostgresError`].
+    pub(in crate::consume) fn store<'a>(
+        &mut self,
+        records: &mut dyn Iterator<Item = RecordRef<'a>>,
+        next: Offset,
+        sync: bool,
+    ) -> Result<(), PostgresError> {
+        let cursor = self.cursor;
+        let records: Vec<_> = records.skip_while(|record| record.offset < cursor).collect();
+        self.store_halves(&records, next, sync)
+    }
+
+    /// Stores all at once, or, if the server cannot take a value among them, one half after the other.
+    fn store_halves(
+        &mut self,
+        records: &[RecordRef<'_>],
+        next: Offset,
+        sync: bool,
+    ) -> Result<(), PostgresError> {
+        match (self.store_transaction(records, next, sync, false), records) {
+            (Err(error), [_]) if error.is_of_value() => {
+                tracing::warn!(%error, next, "PostgreSQL cannot take a payload, which is stored as its bytes");
+                self.store_transaction(records, next, sync, true)
+            }
+            (Err(error), [_, _, ..]) if error.is_of_value() => {
+                let (first, second) = records.split_at(records.len() / 2);
+                self.store_halves(first, second[0].offset, false)?;
+                self.store_halves(second, next, sync)
+            }
+            (stored, _) => stored,
+        }
+    }
+
+    fn store_transaction(
+        &mut self,
+        records: &[RecordRef<'_>],
+        next: Offset,
+        sync: bool,
+        is_plain: bool,
+    ) -> Result<(), PostgresError> {
+        let begin = if sync { "BEGIN" } else { "BEGIN; SET LOCAL synchronous_commit = off" };
+        self.within(begin, |sink| {
+            sink.move_cursor(next, sync)?;
+            sink.insert_records(records, is_plain)
+        })?;
+        self.cursor = next;
+        if sync {
+            self.durable_cursor = next;
+        }
+        Ok(())
+    }
+
+    /// Moves the cursor, if it is where this sink has left it and this connection is the one that writes.
+    fn move_cursor(&mut self, next: Offset, sync: bool) -> Result<(), PostgresError> {
+        let moved = self.connection.execute(
+            "UPDATE sink SET next_offset = $2, durable_offset = CASE WHEN $3 THEN $2 ELSE durable_offset END,
+                 lease_until = clock_timestamp() + $5 * interval '1 second'
+             WHERE next_offset = $1 AND owner = $4 AND owner_pid = pg_backend_pid()",
+            &[&sql_offset(self.cursor), &sql_offset(next), &sync, &self.name, &lease::LEASE_S],
+        )?;
+        if moved != 1 {
+            return Err(PostgresError::CursorMoved { schema: self.schema.clone(), expected: self.cursor });
+        }
+        self.leased_at = Some(Instant::now());
+        Ok(())
+    }
+
+    /// See [`RecordSink::reconcile_some`](crate::consume::storage::record_sink::RecordSink::reconcile_some).
+    ///
+    /// # Errors
+    /// [`PostgresError`].
+    pub(in crate::consume) fn reconcile_some(
+        &mut self,
+        withheld: &WithheldRules,
+    ) -> Result<bool, PostgresError> {
+        if self.withheld_version > withheld.version() {
+            // They are of another registry. To follow a rule twice does no harm.
+            self.withheld_version = 0;
+        }
+        let (changes, left_out) = withheld.changes_and_rules(self.withheld_version);
+        let mut is_done = true;
+        if !changes.is_empty() {
+            self.extend_lease(RECONCILE_WAIT_MAX)?;
+            self.connection.set_answer_wait_max(RECONCILE_WAIT_MAX);
+            is_done = self.follow_changes(&changes, &left_out)?;
+            self.connection.reset_answer_wait_max();
+            self.extend_lease(Duration::ZERO)?;
+        }
+        self.left_out = Some(left_out);
+        Ok(is_done)
+    }
+
+    fn follow_changes(
+        &mut self,
+        changes: &[WithheldChange],
+        left_out: &WithheldSnapshot,
+    ) -> Result<bool, PostgresError> {
+        const BEGIN: &str = "BEGIN; SET LOCAL statement_timeout = '15min'";
+        let is_purge = |change: &WithheldChange| {
+            matches!(change, WithheldChange::Incarnation(_, _, IncarnationStep::Purged))
+        };
+        self.names.clear();
+        // What comes before a purge has to be put right before it: it decides what belongs to the incarnation.
+        for part in changes.chunk_by(|a, b| !is_purge(a) && !is_purge(b)) {
+            if let [WithheldChange::Incarnation(datasource, incarnation, IncarnationStep::Purged)] = part {
+                let scope = datasource.scope(*incarnation);
+                let history = left_out.history(datasource.as_str());
+                if let Some(history) = history.filter(|_| self.purging.as_ref() != Some(&scope)) {
+                    self.within(BEGIN, |sink| sink.move_misplaced(&scope, 0, history))?;
+                    self.purging = Some(scope.clone());
+                }
+                if !self.within(BEGIN, |sink| sink.purge_some(&scope, history))? {
+                    return Ok(false);
+                }
+                self.purging = None;
+            }
+            let version = self.withheld_version + part.len() as u64;
+            self.within(BEGIN, |sink| {
+                sink.follow_rules(part, left_out)?;
+                let noted = sink.connection.execute(
+                    "UPDATE sink SET withheld_version = $1 WHERE owner = $2 AND owner_pid = pg_backend_pid()",
+                    &[&sql_offset(version), &sink.name],
+                )?;
+                if noted != 1 {
+                    let (schema, expected) = (sink.schema.clone(), sink.cursor);
+                    return Err(PostgresError::CursorMoved { schema, expected });
+                }
+                Ok(())
+            })?;
+            self.withheld_version = version;
+        }
+        Ok(true)
+    }
+
+    /// Makes what is stored durable and gives the place of the one that writes to whoever wants it.
+    ///
+    /// # Errors
+    /// [`PostgresError`].
+    pub(in crate::consume) fn finish(&mut self) -> Result<(), PostgresError> {
+        if self.leased_at.is_none() {
+            return Ok(());
+        }
+        self.connection.execute(
+            "UPDATE sink SET durable_offset = next_offset, owner = NULL, owner_pid = NULL, lease_until = NULL
+             WHERE owner = $1 AND owner_pid = pg_backend_pid() AND next_offset = $2",
+            &[&self.name, &sql_offset(self.cursor)],
+        )?;
+        self.durable_cursor = self.cursor;
+        Ok(())
+    }
+
+    /// Compares what is stored with the log, and sets aside what is behind its end. Returns what to tell the operator
+    /// of that.
+    ///
+    /// # Errors
+    /// [`PostgresError::OtherLog`] if the two do not belong together, or may not.
+    pub(in crate::consume) fn put_right(
+        &mut self,
+        log: &dyn Log,
+        log_end: Offset,
+    ) -> Result<Option<String>, PostgresError> {
+        ahead::put_right(self, log, log_end)
+    }
+}

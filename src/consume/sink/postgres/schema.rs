@@ -1,0 +1,218 @@
+//! The tables in PostgreSQL, as Headgate makes them and brings them up to date, in a schema of their own.
+//!
+//! Four views are for reading, also while the gateway runs:
+//!
+//! - `records`: `log_offset`, `datasource`, `topic`, `received_at`, `event_at` (when it was measured, if its sender has
+//!   said so), `time` (the one or the other), `key_id`, `transport`, `content_type`, `payload` (JSON) or `payload_bytes`
+//!   (anything else), and `payload_note`: why JSON is in `payload_bytes`.
+//! - `samples`: `datasource`, `topic`, `key`, `time`, `value`, `log_offset`: the numbers of JSON payloads.
+//! - `latest`: `datasource`, `topic`, `key`, `value`, `log_offset`, `received_at`: the newest value of each key.
+//! - `quarantine`: what is kept and not passed on, with its cause.
+//!
+//! The tables behind them have each repeating name once. A datasource that was deleted is called `press-4~1` in all of them.
+//! Rows of `entries` and `sample_values` come in the order of their offsets, so that a BRIN index, which costs next to
+//! nothing, finds a range of time or offsets.
+
+use headgate_bridge_postgres::PostgresConnection;
+
+use super::PostgresError;
+
+/// The oldest version that is used, as `server_version_num` has it.
+const SERVER_VERSION_MIN: i32 = 140_000;
+/// The lock under which the tables are made: of all that Headgate makes in one database, "hg" and a number.
+const MIGRATION_LOCK: i64 = 0x6867_0001;
+/// Turns format N into format N + 1.
+const MIGRATIONS: [&str; 1] = [CREATE_TABLES];
+
+/// Makes the tables in `schema`, or brings them up to date, and makes them those that names stand for in this connection.
+/// `json` is the type of JSON payloads in tables that are made anew.
+///
+/// # Errors
+/// [`PostgresError`]: the database's, or it is none that Headgate can use.
+pub(super) fn open_schema(
+    connection: &PostgresConnection,
+    schema: &str,
+    json: &str,
+) -> Result<(), PostgresError> {
+    let about = connection.query_one(
+        "SELECT current_setting('server_version_num')::int, current_setting('server_encoding')",
+        &[],
+    )?;
+    let (version, encoding): (i32, String) = (about.get(0), about.get(1));
+    if version < SERVER_VERSION_MIN {
+        return Err(PostgresError::OldServer { version: version / 10_000 });
+    }
+    if encoding != "UTF8" {
+        return Err(PostgresError::Encoding(encoding));
+    }
+    connection.run("BEGIN")?;
+    let made = migrate(connection, schema, json);
+    connection.run(if made.is_ok() { "COMMIT" } else { "ROLLBACK" })?;
+    made?;
+    Ok(connection.run(&format!("SET search_path = {}", quoted(schema)))?)
+}
+
+fn migrate(connection: &PostgresConnection, schema: &str, json: &str) -> Result<(), PostgresError> {
+    // Two gateways that start at once: the later one finds what the earlier one has made.
+    connection.query("SELECT pg_advisory_xact_lock($1)", &[&MIGRATION_LOCK])?;
+    let is_there = connection.query("SELECT FROM pg_namespace WHERE nspname = $1", &[&schema])?;
+    if is_there.is_empty() {
+        connection.run(&format!("CREATE SCHEMA {}", quoted(schema)))?;
+    }
+    connection.run(&format!("SET LOCAL search_path = {}", quoted(schema)))?;
+    let known = connection.query(
+        "SELECT FROM pg_class WHERE relname = 'headgate_format' AND relnamespace = $1::text::regnamespace",
+        &[&quoted(schema)],
+    )?;
+    let found: i32 = match known.is_empty() {
+        true => 0,
+        false => connection.query_one("SELECT version FROM headgate_format", &[])?.get(0),
+    };
+    let newest = i32::try_from(MIGRATIONS.len()).unwrap_or(i32::MAX);
+    if found > newest {
+        return Err(PostgresError::NewerFormat { found, newest });
+    }
+    for migration in MIGRATIONS.iter().skip(usize::try_from(found).unwrap_or(0)) {
+        connection.run(&migration.replace("{json}", json))?;
+    }
+    if found < newest {
+        connection.execute("UPDATE headgate_format SET version = $1", &[&newest])?;
+    }
+    Ok(())
+}
+
+/// An identifier in quotes.
+fn quoted(name: &str) -> String {
+    format!("\"{}\"", name.replace('"', "\"\""))
+}
+
+/// Makes format 1.
+const CREATE_TABLES: &str = r#"
+    CREATE TABLE headgate_format (version int NOT NULL);
+    INSERT INTO headgate_format VALUES (0);
+
+    -- The first offset that is not stored, and the one that a crash of the server leaves at least. The version of the rules
+    -- about what is left out that the tables follow. Which gateway writes, over which connection, and until when no other
+    -- one may take its place.
+    CREATE TABLE sink (
+        id               int PRIMARY KEY CHECK (id = 0),
+        next_offset      bigint NOT NULL,
+        durable_offset   bigint NOT NULL,
+        withheld_version bigint NOT NULL,
+        owner            text,
+        owner_pid        int,
+        owner_since      timestamptz,
+        lease_until      timestamptz
+    );
+    INSERT INTO sink VALUES (0, 0, 0, 0);
+
+    CREATE TABLE datasources (
+        id          int GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+        datasource  text COLLATE "C" NOT NULL UNIQUE,
+        incarnation bigint NOT NULL
+    );
+    CREATE TABLE topics (
+        id            int GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+        datasource_id int NOT NULL,
+        topic         text COLLATE "C" NOT NULL,
+        latest_offset bigint NOT NULL,
+        UNIQUE (datasource_id, topic)
+    );
+    -- Who sent records: they share these.
+    CREATE TABLE origins (
+        id           int GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+        key_id       text COLLATE "C" NOT NULL,
+        transport    text COLLATE "C" NOT NULL,
+        content_type text COLLATE "C" NOT NULL,
+        UNIQUE (key_id, transport, content_type)
+    );
+    -- The keys of a topic's samples.
+    CREATE TABLE series (
+        id       int GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+        topic_id int NOT NULL,
+        key      text COLLATE "C" NOT NULL,
+        UNIQUE (topic_id, key)
+    );
+
+    CREATE TABLE entries (
+        log_offset    bigint PRIMARY KEY,
+        received_at   timestamptz NOT NULL,
+        event_at      timestamptz,
+        datasource_id int NOT NULL,
+        topic_id      int NOT NULL,
+        origin_id     int NOT NULL,
+        payload       {json},
+        payload_bytes bytea,
+        payload_note  text
+    );
+    CREATE INDEX entries_topic ON entries (topic_id, log_offset);
+    CREATE INDEX entries_datasource ON entries (datasource_id, log_offset);
+    CREATE INDEX entries_received ON entries USING brin (received_at) WITH (pages_per_range = 32);
+
+    CREATE TABLE sample_values (
+        time       timestamptz NOT NULL,
+        log_offset bigint NOT NULL,
+        value      double precision NOT NULL,
+        series_id  int NOT NULL
+    );
+    CREATE INDEX sample_values_time ON sample_values USING brin (time) WITH (pages_per_range = 32);
+    CREATE INDEX sample_values_offset ON sample_values USING brin (log_offset) WITH (pages_per_range = 32);
+    -- Those of records that are in quarantine because of a leaked key.
+    CREATE TABLE withheld_samples (LIKE sample_values);
+
+    -- value: JSON, or value_bytes: a payload that is no text, or neither if it was too long to be copied.
+    CREATE TABLE latest_values (
+        topic_id    int NOT NULL,
+        key         text COLLATE "C" NOT NULL,
+        value       text,
+        value_bytes bytea,
+        log_offset  bigint NOT NULL,
+        received_at timestamptz NOT NULL,
+        PRIMARY KEY (topic_id, key)
+    );
+
+    CREATE TABLE quarantined (
+        log_offset      bigint PRIMARY KEY,
+        received_at     timestamptz NOT NULL,
+        event_at        timestamptz,
+        datasource_id   int NOT NULL,
+        topic_id        int NOT NULL,
+        origin_id       int NOT NULL,
+        payload         {json},
+        payload_bytes   bytea,
+        payload_note    text,
+        properties      bytea NOT NULL,
+        publisher       bigint NOT NULL,
+        flags           int NOT NULL,
+        cause           text NOT NULL,
+        keyword         text,
+        pointer         text,
+        detail          text,
+        schema_version  bigint,
+        redriven_offset bigint
+    );
+    CREATE INDEX quarantined_datasource ON quarantined (datasource_id, log_offset);
+    CREATE INDEX quarantined_origin ON quarantined (origin_id);
+
+    CREATE VIEW records AS
+    SELECT e.log_offset, d.datasource, t.topic, e.received_at, e.event_at, coalesce(e.event_at, e.received_at) AS time,
+        o.key_id, o.transport, nullif(o.content_type, '') AS content_type, e.payload, e.payload_bytes, e.payload_note
+    FROM entries e JOIN datasources d ON d.id = e.datasource_id JOIN topics t ON t.id = e.topic_id
+    JOIN origins o ON o.id = e.origin_id;
+
+    CREATE VIEW samples AS
+    SELECT d.datasource, t.topic, s.key, v.time, v.value, v.log_offset
+    FROM sample_values v JOIN series s ON s.id = v.series_id JOIN topics t ON t.id = s.topic_id
+    JOIN datasources d ON d.id = t.datasource_id;
+
+    CREATE VIEW latest AS
+    SELECT d.datasource, t.topic, v.key, v.value, v.value_bytes, v.log_offset, v.received_at
+    FROM latest_values v JOIN topics t ON t.id = v.topic_id JOIN datasources d ON d.id = t.datasource_id;
+
+    CREATE VIEW quarantine AS
+    SELECT q.log_offset, d.datasource, t.topic, q.received_at, q.event_at, o.key_id, o.transport,
+        nullif(o.content_type, '') AS content_type, q.payload, q.payload_bytes, q.payload_note,
+        q.cause, q.keyword, q.pointer, q.detail, q.schema_version, q.redriven_offset
+    FROM quarantined q JOIN datasources d ON d.id = q.datasource_id JOIN topics t ON t.id = q.topic_id
+    JOIN origins o ON o.id = q.origin_id;
+"#;

@@ -1,0 +1,92 @@
+//! One PostgreSQL for all gateways of a cluster: one of them writes, another takes its place, and whoever was cut off
+//! changes nothing.
+
+use std::time::Duration;
+
+use serde_json::{Value, json};
+
+use crate::common::nats::NatsServer;
+use crate::common::postgres::PostgresServer;
+use crate::common::{Gateway, Setup, Source, scratch, wait_for};
+
+/// Longer than a gateway keeps its place without a sign of life.
+const STOPPED: Duration = Duration::from_secs(13);
+
+fn signal(gateway: &Gateway, signal: i32) {
+    let pid = libc::pid_t::try_from(gateway.pid()).expect("a process id");
+    // SAFETY: kill(2) takes two integers; the child has not been waited for, so the id is its.
+    assert_eq!(unsafe { libc::kill(pid, signal) }, 0);
+}
+
+fn sink(gateway: &Gateway) -> Value {
+    gateway.get("/v1/sinks", &gateway.admin_key()).json()["sinks"][0].clone()
+}
+
+fn send(gateway: &Gateway, source: &Source, numbers: std::ops::Range<u64>) {
+    for n in numbers {
+        let body = json!({ "n": n }).to_string();
+        let answer = gateway.request("POST", "/v1/ingest/press-4/t", &source.key, &[], body.as_bytes());
+        assert_eq!(answer.status, 200, "{}", answer.text());
+    }
+}
+
+#[test]
+fn gateways_share_it_and_one_that_stood_still_writes_nothing_twice() {
+    let (nats, server) = (NatsServer::start(), PostgresServer::start());
+    let (dir_a, dir_b) = (scratch(), scratch());
+    let start = |dir: &std::path::Path| {
+        let setup = Setup::embedded_on(dir)
+            .set("log.backend", "jetstream")
+            .set("nats.servers", format!("[\"{}\"]", nats.url()))
+            .set("storage.sinks", "postgres");
+        server.stored_into(setup).start()
+    };
+    let a = start(dir_a.path());
+    wait_for("the first one to write", || {
+        (sink(&a)["is_writer"] == true
+            && server
+                .try_sql("SELECT 1 FROM sink WHERE owner IS NOT NULL")
+                .is_ok_and(|rows| !rows.is_empty()))
+        .then_some(())
+    });
+    // The cluster's first gateway has made the admin key for all.
+    let admin_key = |dir: &std::path::Path| dir.join("admin.key");
+    std::fs::copy(admin_key(dir_a.path()), admin_key(dir_b.path())).expect("the admin key is there");
+    let b = start(dir_b.path());
+    let source = a.create("press-4");
+    wait_for("the second one to know the key", || {
+        (b.request("POST", "/v1/ingest/press-4/t", &source.key, &[], b"{\"n\": 0}").status == 200)
+            .then_some(())
+    });
+    send(&a, &source, 1..100);
+    wait_for("the second one to see that the first one writes", || {
+        let sink = sink(&b);
+        (sink["is_writer"] == false && sink["lag"] == 0).then_some(())
+    });
+
+    signal(&a, libc::SIGSTOP);
+    send(&b, &source, 100..200);
+    std::thread::sleep(STOPPED);
+    send(&b, &source, 200..300);
+    wait_for("the second one to write", || {
+        let sink = sink(&b);
+        (sink["is_writer"] == true && sink["lag"] == 0).then_some(())
+    });
+    signal(&a, libc::SIGCONT);
+    send(&a, &source, 300..400);
+    wait_for("the first one to see that", || {
+        let sink = sink(&a);
+        (sink["is_writer"] == false && sink["lag"] == 0).then_some(())
+    });
+
+    // A gateway that ends gives its place away at once; so does one whose connection has ended.
+    b.kill();
+    send(&a, &source, 400..500);
+    wait_for("the first one to write again", || {
+        let sink = sink(&a);
+        (sink["is_writer"] == true && sink["lag"] == 0).then_some(())
+    });
+    let rows = server.sql("SELECT count(*), count(DISTINCT payload->>'n'), min(payload->>'n'), count(DISTINCT log_offset) FROM records");
+    assert_eq!(rows, ["500|500|0|500"]);
+    assert_eq!(server.sql("SELECT count(*) FROM samples"), ["500"]);
+}

@@ -1,0 +1,361 @@
+//! PostgreSQL as a sink, with a real server: what is stored and how, that it is there once whatever is killed, that a server
+//! which is away is nobody's trouble, TLS, and who may write.
+
+use std::collections::HashSet;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use rand::rngs::SmallRng;
+use rand::{RngExt, SeedableRng};
+use serde_json::{Value, json};
+
+use crate::common::load::{Ledger, all_kinds, number};
+use crate::common::postgres::{PASSWORD, PostgresServer};
+use crate::common::tls::Identity;
+use crate::common::{Gateway, Setup, Source, kept, scratch, wait_for};
+
+const ROUNDS: usize = 20;
+
+fn send(gateway: &Gateway, source: &Source, topic: &str, payload: &[u8]) -> u64 {
+    let path = format!("/v1/ingest/{}/{topic}", source.id);
+    let headers = [("content-type", "application/octet-stream")];
+    let answer = gateway.request("POST", &path, &source.key, &headers, payload);
+    assert_eq!(answer.status, 200, "{}", answer.text());
+    answer.json()["last_offset"].as_u64().expect("an offset")
+}
+
+fn sink(gateway: &Gateway) -> Value {
+    let sinks = gateway.get("/v1/sinks", &gateway.admin_key()).json();
+    let of_postgres =
+        sinks["sinks"].as_array().and_then(|sinks| sinks.iter().find(|of| of["sink"] == "postgres").cloned());
+    of_postgres.expect("postgres is among the sinks")
+}
+
+/// Everything that PostgreSQL has, in order: offset, and the number in each payload.
+fn numbers_in(server: &PostgresServer) -> Vec<(u64, u64)> {
+    let rows = server.sql("SELECT log_offset, payload->>'n' FROM records ORDER BY log_offset");
+    let number = |text: &str| text.parse().expect("a number");
+    rows.iter()
+        .map(|row| row.split_once('|').map(|(offset, n)| (number(offset), number(n))).expect("two"))
+        .collect()
+}
+
+#[test]
+fn what_is_stored_is_what_was_sent_and_a_value_that_cannot_be_stops_nothing() {
+    let (dir, server) = (scratch(), PostgresServer::start());
+    let gateway =
+        server.stored_into(Setup::embedded_on(dir.path()).set("storage.sinks", "sqlite,postgres")).start();
+    let source = gateway.create("press-4");
+    let deep = format!("{}{}", "[".repeat(20_000), "]".repeat(20_000));
+    let payloads: [&[u8]; 11] = [
+        br#"{"t": 21.50, "state": {"rpm": 900}, "on": true, "unit": "C"}"#,
+        b"on",
+        b"\xff\x00\x01",
+        b"",
+        br#"{"a": "x\u0000y"}"#,
+        br#"{"a": "\ud800"}"#,
+        br#"{"big": 1e999999}"#,
+        deep.as_bytes(),
+        b"{\"nul\": 1}\0",
+        br#"{"\u0000": 1, "t": 5}"#,
+        br#"{"t": 22}"#,
+    ];
+    for payload in payloads {
+        send(&gateway, &source, "spindle/temp", payload);
+    }
+    gateway.settle();
+    let rows = server.sql(
+        "SELECT log_offset, datasource, topic, transport, payload, payload_bytes IS NULL, payload_note FROM records ORDER BY 1",
+    );
+    assert_eq!(rows.len(), payloads.len());
+    assert_eq!(
+        rows[0],
+        r#"0|press-4|spindle/temp|http|{"t": 21.50, "on": true, "unit": "C", "state": {"rpm": 900}}|t|"#
+    );
+    for (place, note) in [(4, "u0000"), (5, "surrogate"), (6, "numeric"), (7, "nested"), (9, "u0000")] {
+        assert!(rows[place].contains("|f|it ") && rows[place].contains(note), "{}", rows[place]);
+    }
+    let bytes = server.sql("SELECT encode(payload_bytes, 'hex') FROM records WHERE payload_bytes IS NOT NULL ORDER BY log_offset");
+    let expected: Vec<String> = payloads[1..10]
+        .iter()
+        .map(|payload| payload.iter().map(|byte| format!("{byte:02x}")).collect())
+        .collect();
+    assert_eq!(bytes, expected);
+    assert_eq!(
+        server.sql("SELECT key, value FROM samples WHERE log_offset IN (0, 10) ORDER BY log_offset, key"),
+        ["on|1", "state.rpm|900", "t|21.5", "t|22"]
+    );
+    assert_eq!(server.sql("SELECT value, log_offset FROM latest WHERE key = 't'"), ["22|10"]);
+    assert_eq!(server.sql("SELECT value FROM latest WHERE key = 'unit'"), ["\"C\""]);
+    assert_eq!(sink(&gateway)["lag"], 0);
+    assert_eq!(gateway.metric("headgate_sink_cursor{sink=\"postgres\"}"), payloads.len() as f64);
+}
+
+#[test]
+fn leak_surgery_its_undo_deletion_and_purge_reach_it() {
+    let (dir, server) = (scratch(), PostgresServer::start());
+    let gateway =
+        server.stored_into(Setup::embedded_on(dir.path()).set("storage.sinks", "sqlite,postgres")).start();
+    let source = gateway.create("press-4");
+    for n in 0..10 {
+        send(&gateway, &source, "t", json!({ "n": n }).to_string().as_bytes());
+    }
+    gateway.settle();
+    let counts = || {
+        server
+            .sql(
+                "SELECT (SELECT count(*) FROM records), (SELECT count(*) FROM quarantine), (SELECT count(*) FROM samples),
+                    (SELECT count(*) FROM withheld_samples), (SELECT value FROM latest)",
+            )
+            .remove(0)
+    };
+    assert_eq!(counts(), "10|0|10|0|9");
+    let path = format!("/v1/datasources/press-4/keys/{}/quarantine", source.key_id);
+    let answer = gateway.post(&path, &gateway.admin_key(), &json!({ "since": "2020-01-01T00:00:00Z" }));
+    assert_eq!(answer.status, 200, "{}", answer.text());
+    assert_eq!(counts(), "0|10|0|10|");
+    // What comes in under the key later is not covered.
+    send(&gateway, &source, "t", br#"{"n": 10}"#);
+    gateway.settle();
+    assert_eq!(counts(), "1|10|1|10|10");
+    let answer = gateway.post(&path, &gateway.admin_key(), &json!({ "undo": true }));
+    assert_eq!(answer.status, 200, "{}", answer.text());
+    assert_eq!(counts(), "11|0|11|0|10");
+
+    gateway.delete("press-4");
+    wait_for("the end of the incarnation", || {
+        (server.sql("SELECT DISTINCT datasource FROM records") == ["press-4~1"]).then_some(())
+    });
+    let again = gateway.create("press-4");
+    send(&gateway, &again, "t", br#"{"n": 11}"#);
+    gateway.settle();
+    assert_eq!(server.sql("SELECT value FROM samples WHERE datasource = 'press-4'"), ["11"]);
+    let purge = gateway.request(
+        "DELETE",
+        "/v1/datasources/press-4?incarnation=1&purge=true",
+        &gateway.admin_key(),
+        &[],
+        b"",
+    );
+    assert!(matches!(purge.status, 200 | 202), "{}", purge.text());
+    wait_for("the purge", || (counts() == "1|0|1|0|11").then_some(()));
+    assert_eq!(server.sql("SELECT datasource FROM datasources"), ["press-4"]);
+}
+
+/// A gateway that is killed, and then a server that is, in every round and under load.
+#[test]
+fn what_was_acknowledged_is_there_once_whatever_is_killed() {
+    let (dir, mut server) = (scratch(), PostgresServer::start());
+    let setup = server.stored_into(Setup::embedded_on(dir.path()).set("storage.sinks", "sqlite,postgres"));
+    let mut random = SmallRng::seed_from_u64(15);
+    let mut pause = |from, to| std::thread::sleep(Duration::from_millis(random.random_range(from..to)));
+    let ledger = Arc::new(Ledger::default());
+    let mut acked = Vec::new();
+    let mut gateway = setup.start();
+    let source = gateway.create("press-4");
+    for _ in 0..ROUNDS {
+        let before = ledger.acked();
+        let cursor = sink(&gateway)["cursor"].as_u64();
+        let senders = all_kinds(&gateway, &source, &ledger);
+        wait_for("the first ack of the round", || (ledger.acked() > before).then_some(()));
+        // The server is back from the round before, and something is stored.
+        wait_for("records to come to the server", || {
+            (sink(&gateway)["cursor"].as_u64() > cursor).then_some(())
+        });
+        pause(0, 100);
+        server.kill();
+        // It begins again by itself, whatever the gateway does meanwhile.
+        server.begin_again();
+        pause(0, 250);
+        gateway.kill();
+        for sender in senders {
+            let sent = sender.join().expect("a sender saw only acks, and then the end");
+            assert_eq!(sent.goodbye, None, "a sink that is away is nobody's trouble");
+            acked.extend(sent.acked);
+        }
+        gateway = setup.start();
+    }
+    gateway.settle();
+    gateway.stop();
+    server.wait_until_up();
+    let in_log: Vec<_> =
+        kept::in_log(dir.path()).iter().map(|record| (record.offset, number(&record.payload))).collect();
+    assert!(acked.len() > ROUNDS * 50, "the gateway was under load: {} acks", acked.len());
+    let stored = numbers_in(&server);
+    assert!(
+        stored == in_log,
+        "PostgreSQL holds what the log holds, offset by offset: {} of {}",
+        stored.len(),
+        in_log.len()
+    );
+    let stored: HashSet<u64> = stored.into_iter().map(|(_, n)| n).collect();
+    assert!(acked.iter().all(|n| stored.contains(n)), "nothing that was acknowledged is missing");
+    let samples = server.sql("SELECT count(*), count(DISTINCT log_offset) FROM samples");
+    assert_eq!(samples, [format!("{0}|{0}", in_log.len())]);
+}
+
+#[test]
+fn a_server_that_is_away_is_seen_and_caught_up_with() {
+    let (dir, mut server) = (scratch(), PostgresServer::start());
+    let setup = server.stored_into(Setup::embedded_on(dir.path()).set("storage.sinks", "sqlite,postgres"));
+    let gateway = setup.start();
+    let source = gateway.create("press-4");
+    send(&gateway, &source, "t", br#"{"n": 0}"#);
+    gateway.settle();
+    server.kill();
+    let begun = Instant::now();
+    for n in 1..50 {
+        send(&gateway, &source, "t", json!({ "n": n }).to_string().as_bytes());
+    }
+    assert!(begun.elapsed() < Duration::from_secs(10));
+    let state =
+        wait_for("the trouble to show", || Some(sink(&gateway)).filter(|sink| sink["trouble"].is_string()));
+    assert!(state["lag"].as_u64() > Some(0), "{state}");
+    let ready = gateway.get("/readyz", "");
+    assert!(ready.status == 200 && ready.text().contains("PostgreSQL at 127.0.0.1"), "{}", ready.text());
+    assert_eq!(gateway.metric("headgate_sink_up{sink=\"postgres\"}"), 0.0);
+    wait_for("SQLite goes on", || {
+        (gateway.metric("headgate_sink_cursor{sink=\"sqlite\"}") == 50.0).then_some(())
+    });
+    server.resume();
+    gateway.settle();
+    assert_eq!(numbers_in(&server), (0..50).map(|n| (n, n)).collect::<Vec<_>>());
+    let state = sink(&gateway);
+    assert!(state["trouble"].is_null() && state["last_error"]["error"].is_string(), "{state}");
+    gateway.stop();
+
+    // A start does not wait for it, and a password that is wrong is told without being shown.
+    let gateway = setup.clone().set("storage.postgres.password", "wr0ng-passw0rd").start();
+    let state =
+        wait_for("the trouble to show", || Some(sink(&gateway)).filter(|sink| sink["trouble"].is_string()));
+    assert!(state["trouble"].as_str().is_some_and(|words| words.contains("28P01")), "{state}");
+    send(&gateway, &source, "t", br#"{"n": 50}"#);
+    let output = gateway.stop().output;
+    assert!(!output.contains("wr0ng-passw0rd") && !output.contains(PASSWORD), "{output}");
+    let gateway = setup.start();
+    gateway.settle();
+    assert_eq!(numbers_in(&server).len(), 51);
+}
+
+#[test]
+fn a_second_gateway_with_another_log_writes_nothing() {
+    let (dir, server) = (scratch(), PostgresServer::start());
+    let gateway = server.stored_into(Setup::embedded_on(dir.path()).set("storage.sinks", "postgres")).start();
+    let source = gateway.create("press-4");
+    send(&gateway, &source, "t", br#"{"n": 0}"#);
+    gateway.settle();
+    let second = scratch();
+    let setup = server.stored_into(Setup::embedded_on(second.path()).set("storage.sinks", "postgres"));
+    let other = setup.start();
+    let source = other.create("press-5");
+    for n in 1..5 {
+        send(&other, &source, "t", json!({ "n": n }).to_string().as_bytes());
+    }
+    let trouble = |gateway: &Gateway| sink(gateway)["trouble"].as_str().map(str::to_owned);
+    let words = wait_for("the second one to see that", || trouble(&other));
+    assert!(words.contains("another gateway writes") || words.contains("does not fit the log"), "{words}");
+    gateway.stop();
+    // Also once the first one has gone: what is there is not of this log.
+    other.kill();
+    let other = setup.start();
+    let words = wait_for("it to see that", || trouble(&other));
+    assert!(words.contains("does not fit the log"), "{words}");
+    assert_eq!(numbers_in(&server), [(0, 0)]);
+}
+
+#[test]
+fn tls_is_verified_as_sslmode_says() {
+    let certificates = scratch();
+    let issuer = Identity::issuer(certificates.path(), "issuer");
+    let (of_server, other) =
+        (issuer.issue(certificates.path(), "server"), Identity::issuer(certificates.path(), "other"));
+    let mut server = PostgresServer::start();
+    let read = |path| std::fs::read(path).expect("a certificate");
+    let certificate = server.put_file("server.pem", &read(&of_server.certificate));
+    let key = server.put_file("server.key", &read(&of_server.key));
+    server.use_tls(&certificate, &key);
+    let gateway_with = |ssl_mode: &str, ca: Option<&Identity>| {
+        let dir = scratch();
+        let mut setup = server.stored_into(Setup::embedded_on(dir.path()).set("storage.sinks", "postgres"));
+        setup = setup.set("storage.postgres.url", format!("{}?sslmode={ssl_mode}", server.url()));
+        setup = setup.set("storage.postgres.schema", ssl_mode);
+        if let Some(ca) = ca {
+            setup = setup.set("storage.postgres.ca", ca.certificate.display());
+        }
+        (setup.start(), dir)
+    };
+    for (ssl_mode, ca) in [
+        ("disable", None),
+        ("prefer", None),
+        ("require", None),
+        ("verify-ca", Some(&issuer)),
+        ("verify-full", Some(&issuer)),
+    ] {
+        let (gateway, _dir) = gateway_with(ssl_mode, ca);
+        let source = gateway.create("press-4");
+        send(&gateway, &source, "t", br#"{"n": 0}"#);
+        gateway.settle();
+        let is_tls = server.sql(
+            "SELECT bool_or(s.ssl) FROM pg_stat_ssl s JOIN pg_stat_activity a USING (pid) WHERE a.application_name = 'headgate'",
+        );
+        assert_eq!(is_tls, [if ssl_mode == "disable" { "f" } else { "t" }], "{ssl_mode}");
+    }
+    for ssl_mode in ["require", "verify-ca", "verify-full"] {
+        let (gateway, _dir) = gateway_with(ssl_mode, Some(&other));
+        let words = wait_for("the certificate to be refused", || {
+            sink(&gateway)["trouble"].as_str().map(str::to_owned)
+        });
+        assert!(words.contains("certificate"), "{ssl_mode}: {words}");
+    }
+}
+
+/// The dashboard's own queries, as Grafana would send them.
+#[test]
+fn the_queries_of_the_dashboard_give_what_is_stored() {
+    let (dir, server) = (scratch(), PostgresServer::start());
+    let gateway = server.stored_into(Setup::embedded_on(dir.path()).set("storage.sinks", "postgres")).start();
+    let source = gateway.create("press-4");
+    for n in 0..3 {
+        send(&gateway, &source, "spindle", json!({ "n": n, "on": true }).to_string().as_bytes());
+    }
+    gateway.settle();
+    let path =
+        std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("config/grafana/postgres/dashboard.json");
+    let dashboard: Value =
+        serde_json::from_slice(&std::fs::read(path).expect("the dashboard")).expect("JSON");
+    let asked = |query: &Value| {
+        let mut sql = query.as_str().expect("a query").to_owned();
+        for (macro_, stands_for) in [
+            ("$__timeGroup(time, $__interval)", "floor(extract(epoch FROM time) / 60) * 60"),
+            ("$__timeGroup(received_at, '1m')", "floor(extract(epoch FROM received_at) / 60) * 60"),
+            ("$__timeFilter(time)", "time BETWEEN now() - interval '1 hour' AND now()"),
+            ("$__timeFilter(received_at)", "received_at BETWEEN now() - interval '1 hour' AND now()"),
+            ("${source:sqlstring}", "'press-4'"),
+            ("${topic:sqlstring}", "'spindle'"),
+            ("${key:sqlstring}", "'n','on'"),
+        ] {
+            sql = sql.replace(macro_, stands_for);
+        }
+        assert!(!sql.contains('$'), "{sql}");
+        server.sql(&sql)
+    };
+    let variables: Vec<_> = dashboard["templating"]["list"]
+        .as_array()
+        .expect("variables")
+        .iter()
+        .map(|of| asked(&of["query"]))
+        .collect();
+    assert_eq!(variables, [vec!["press-4"], vec!["spindle"], vec!["n", "on"]]);
+    let panels: Vec<_> = dashboard["panels"]
+        .as_array()
+        .expect("panels")
+        .iter()
+        .map(|of| asked(&of["targets"][0]["rawSql"]))
+        .collect();
+    assert!(
+        panels[0].iter().any(|row| row.contains("|n|")) && panels[0].iter().any(|row| row.contains("|on|1")),
+        "{panels:?}"
+    );
+    assert!(panels[1].iter().all(|row| row.contains("|press-4|")) && !panels[1].is_empty(), "{panels:?}");
+    assert!(panels[2][0].starts_with("spindle|n|2|"), "{panels:?}");
+}
