@@ -102,7 +102,7 @@ fn main() {
                 through: (n + 1) * ROWS_PER_COMMIT - 1,
                 columns: Vec::new(),
                 files: vec![file(n * ROWS_PER_COMMIT)],
-                aside: Vec::new(),
+                ..TableAppend::default()
             };
             runtime.block_on(table.append(&append)).expect("committed");
         }

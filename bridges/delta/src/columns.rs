@@ -171,6 +171,11 @@ impl TableSchema {
         self.columns.iter().find(|c| c.name.eq_ignore_ascii_case(name))
     }
 
+    /// The names of all columns, of whatever type.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.fields.iter().filter_map(|field| field["name"].as_str())
+    }
+
     /// Whether a column of that name is there, of whatever type.
     pub fn has_name(&self, name: &str) -> bool {
         self.fields.iter().any(|f| f["name"].as_str().is_some_and(|n| n.eq_ignore_ascii_case(name)))

@@ -32,8 +32,8 @@ pub enum LakeError {
     /// There is a table, and it is another one: its partition columns or fixed columns differ.
     #[error("there is another table at this place: {0}")]
     OtherTable(String),
-    /// Somebody else has moved the cursor.
-    #[error("another writer has moved the table's cursor to {cursor:?}")]
+    /// Somebody else has moved the cursor, or a mark that the rows depend on.
+    #[error("another writer has moved the table's cursor, which is {cursor:?}, or its marks")]
     Superseded {
         /// Where it is.
         cursor: Option<i64>,

@@ -147,7 +147,7 @@ impl StorageConsumer {
         };
         let (sink, said) = opened.map(|OpenedSink { sink, said }| (sink, said)).unzip();
         let shared = Arc::new(StorageProgress {
-            cursor: watch::Sender::new(sink.as_ref().map_or(0, |sink| sink.cursor())),
+            cursor: watch::Sender::new(sink.as_ref().map_or(0, |sink| sink.stored_cursor())),
             withheld: watch::Sender::new(sink.as_ref().map_or(0, |sink| sink.withheld_version())),
             hold: log.hold(),
             set_aside: Mutex::new(said.flatten()),

@@ -15,8 +15,13 @@ use super::{StorageError, StoredLimitsSource};
 
 /// An open database with its cursor in the log. All methods may block on a disk or a network.
 pub(in crate::consume) trait RecordSink: Send {
-    /// The first offset that is not stored yet.
+    /// The first offset that it has not taken yet.
     fn cursor(&self) -> Offset;
+
+    /// The first offset that is not stored: a sink may hold what it has taken until its next commit.
+    fn stored_cursor(&self) -> Offset {
+        self.cursor()
+    }
 
     /// The cursor as a loss of power would leave it: the sink never needs the log below this.
     fn durable_cursor(&self) -> Offset;

@@ -68,7 +68,7 @@ impl StorageSinks {
                     Box::new(PostgresPlace::new(&config.postgres, config.samples, is_shared))
                 }
                 #[cfg(feature = "delta")]
-                SinkKind::Delta => Box::new(DeltaPlace::new(dir, &config.delta)),
+                SinkKind::Delta => Box::new(DeltaPlace::new(dir, &config.delta, log.clone(), is_shared)),
                 // The settings have been checked.
                 #[cfg(not(feature = "delta"))]
                 SinkKind::Delta => continue,

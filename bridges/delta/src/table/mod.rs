@@ -97,6 +97,8 @@ pub struct TableAppend {
     pub files: Vec<DataFile>,
     /// Rows that are kept and not in the table: see [`LakeTable::rewrite`].
     pub aside: Vec<DataFile>,
+    /// A [mark](LakeTable::mark) that the rows depend on, and where it is expected; 0 if it was never set.
+    pub mark: Option<(String, i64)>,
 }
 
 /// What became of an append.
@@ -151,7 +153,7 @@ impl LakeTable {
 
     /// A further cursor of the application: how far something else has come. See [`LakeTable::set_mark`].
     pub fn mark(&self, name: &str) -> Option<i64> {
-        self.snapshot.cursor(&self.mark_app(name))
+        self.snapshot.cursor(&mark_app(&self.spec.app_id, name))
     }
 
     /// Commits a further cursor, and nothing else. It may also go back.
@@ -160,18 +162,13 @@ impl LakeTable {
     ///
     /// The store's.
     pub async fn set_mark(&mut self, name: &str, version: i64) -> Result<(), LakeError> {
-        let app_id = self.mark_app(name);
+        let app_id = self.spec.app_id.clone();
         self.commit(|snapshot| {
-            let txn = AppTransaction { app_id: app_id.clone(), version, last_updated: Some(now_ms()) };
-            let is_there = snapshot.cursor(&app_id) == Some(version);
-            Ok((!is_there).then(|| vec![commit_info("WRITE"), txn.into()]))
+            let moved = mark_action(snapshot, &app_id, name, version);
+            Ok(moved.map(|moved| vec![commit_info("WRITE"), moved]))
         })
         .await?;
         Ok(())
-    }
-
-    fn mark_app(&self, name: &str) -> String {
-        format!("{}/{name}", self.spec.app_id)
     }
 
     /// How its files are written.
@@ -193,8 +190,8 @@ impl LakeTable {
     ///
     /// # Errors
     ///
-    /// [`LakeError::Superseded`] when the cursor is elsewhere than expected, [`LakeError::Schema`] for columns that do
-    /// not fit, and the store's. After an error the same append may be tried again.
+    /// [`LakeError::Superseded`] when the cursor or the mark is elsewhere than expected, [`LakeError::Schema`] for columns
+    /// that do not fit, and the store's. After an error the same append may be tried again.
     pub async fn append(&mut self, append: &TableAppend) -> Result<AppendOutcome, LakeError> {
         self.catch_up().await?;
         if plan_append(&self.snapshot, &self.spec.app_id, append)?.is_none() {
@@ -326,6 +323,17 @@ fn commit_info(operation: &str) -> LogAction {
     LogAction { commit_info: Some(info), ..LogAction::default() }
 }
 
+fn mark_app(app_id: &str, name: &str) -> String {
+    format!("{app_id}/{name}")
+}
+
+/// Moves a mark; `None` when it is there already.
+fn mark_action(snapshot: &TableSnapshot, app_id: &str, name: &str, version: i64) -> Option<LogAction> {
+    let app_id = mark_app(app_id, name);
+    let is_there = snapshot.cursor(&app_id) == Some(version);
+    (!is_there).then(|| AppTransaction { app_id, version, last_updated: Some(now_ms()) }.into())
+}
+
 /// `None` when the cursor is there already.
 fn plan_append(
     snapshot: &TableSnapshot,
@@ -336,7 +344,10 @@ fn plan_append(
     if cursor.is_some_and(|cursor| cursor >= append.through) {
         return Ok(None);
     }
-    if cursor != append.previous {
+    let has_mark = |(name, version): &(String, i64)| {
+        snapshot.cursor(&mark_app(app_id, name)).unwrap_or_default() == *version
+    };
+    if cursor != append.previous || !append.mark.iter().all(has_mark) {
         return Err(LakeError::Superseded { cursor });
     }
     let mut actions = vec![commit_info("WRITE")];

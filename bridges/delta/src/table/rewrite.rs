@@ -13,7 +13,7 @@ use bytes::Bytes;
 use object_store::path::Path;
 use object_store::{ObjectStoreExt, PutPayload};
 
-use super::{LakeTable, commit_info, now_ms, object_path};
+use super::{LakeTable, commit_info, mark_action, now_ms, object_path};
 use crate::actions::{AddFile, AppTransaction, LogAction, RemoveFile};
 use crate::data_file::{DataFile, DataFileWriter, PartitionValues, partition_of, read_rows};
 use crate::error::LakeError;
@@ -95,8 +95,24 @@ impl LakeTable {
     pub async fn rewrite(
         &mut self,
         selects: impl Fn(&AddFile) -> bool,
+        sort: impl FnMut(&PartitionValues, &RecordBatch) -> Result<RowTargets, LakeError>,
+    ) -> Result<RewriteReport, LakeError> {
+        self.rewrite_with_mark(None, selects, sort).await
+    }
+
+    /// As [`LakeTable::rewrite`], and sets a [mark](LakeTable::mark) in the same commit, also when no row has to move: an
+    /// append that expects the mark to be where it was is then too late.
+    ///
+    /// # Errors
+    ///
+    /// As there.
+    pub async fn rewrite_with_mark(
+        &mut self,
+        mark: Option<(&str, i64)>,
+        selects: impl Fn(&AddFile) -> bool,
         mut sort: impl FnMut(&PartitionValues, &RecordBatch) -> Result<RowTargets, LakeError>,
     ) -> Result<RewriteReport, LakeError> {
+        let app_id = self.spec.app_id.clone();
         for _ in 0..REWRITE_ATTEMPTS_MAX {
             self.refresh().await?;
             let selected: Vec<AddFile> = self.snapshot.files().filter(|f| selects(f)).cloned().collect();
@@ -106,12 +122,13 @@ impl LakeTable {
                 actions.extend(self.sort_file(RowSource::Table(file.clone()), &mut sort, &mut report).await?);
             }
             let mut ended = Vec::new();
-            for name in self.names_aside() {
+            let all_aside = names_aside(&self.snapshot);
+            for name in &all_aside {
                 let source =
-                    RowSource::Aside { partition: self.partition_aside(&name).await?, name: name.clone() };
+                    RowSource::Aside { partition: self.partition_aside(name).await?, name: name.clone() };
                 let changes = self.sort_file(source, &mut sort, &mut report).await?;
                 if !changes.is_empty() {
-                    ended.push(name);
+                    ended.push(name.clone());
                     actions.extend(changes);
                 }
             }
@@ -119,10 +136,12 @@ impl LakeTable {
             self.commit(|snapshot| {
                 // A commit of another writer may have replaced files, or brought some that have not been looked at.
                 let paths = snapshot.files().filter(|f| selects(f)).map(|f| &f.path);
-                is_outdated = !paths.eq(selected.iter().map(|f| &f.path))
-                    || ended.iter().any(|name| snapshot.cursor(&aside_app(name)) != Some(ASIDE_COUNTS));
-                Ok((!is_outdated && !actions.is_empty())
-                    .then(|| [vec![commit_info("UPDATE")], actions.clone()].concat()))
+                is_outdated =
+                    !paths.eq(selected.iter().map(|f| &f.path)) || names_aside(snapshot) != all_aside;
+                let moved = mark.and_then(|(name, version)| mark_action(snapshot, &app_id, name, version));
+                let changes: Vec<LogAction> = actions.iter().cloned().chain(moved).collect();
+                Ok((!is_outdated && !changes.is_empty())
+                    .then(|| [vec![commit_info("UPDATE")], changes].concat()))
             })
             .await?;
             if !is_outdated {
@@ -164,7 +183,7 @@ impl LakeTable {
     /// The store's, and a file that is no Parquet.
     pub async fn read_aside(&self) -> Result<Vec<(PartitionValues, Vec<RecordBatch>)>, LakeError> {
         let mut files = Vec::new();
-        for name in self.names_aside() {
+        for name in names_aside(&self.snapshot) {
             let bytes = self.store.get(&aside_path(&name)).await?.bytes().await?;
             files.push((partition_of(&bytes)?, read_rows(bytes)?.collect::<Result<_, _>>()?));
         }
@@ -182,16 +201,9 @@ impl LakeTable {
         Ok(actions)
     }
 
-    /// The files aside that count.
-    fn names_aside(&self) -> Vec<String> {
-        let transactions = self.snapshot.transactions();
-        let counting = transactions.filter(|t| t.version == ASIDE_COUNTS);
-        counting.filter_map(|t| t.app_id.strip_prefix(ASIDE_APP).map(str::to_owned)).collect()
-    }
-
     /// The objects of the files aside that count.
     pub(super) fn paths_aside(&self) -> impl Iterator<Item = Path> {
-        self.names_aside().into_iter().map(|name| aside_path(&name))
+        names_aside(&self.snapshot).into_iter().map(|name| aside_path(&name))
     }
 
     async fn partition_aside(&self, name: &str) -> Result<PartitionValues, LakeError> {
@@ -264,6 +276,12 @@ impl LakeTable {
         };
         writer.write(rows)
     }
+}
+
+/// The files aside that count.
+fn names_aside(snapshot: &TableSnapshot) -> Vec<String> {
+    let counting = snapshot.transactions().filter(|t| t.version == ASIDE_COUNTS);
+    counting.filter_map(|t| t.app_id.strip_prefix(ASIDE_APP).map(str::to_owned)).collect()
 }
 
 /// Says that a file no longer counts.

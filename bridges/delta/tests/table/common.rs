@@ -107,7 +107,7 @@ pub(crate) async fn append_next(
             .filter(|(nth, _)| offsets(*nth).next().is_some())
             .map(|(nth, datasource)| file(datasource, day, offsets(nth)))
             .collect(),
-        aside: Vec::new(),
+        ..TableAppend::default()
     };
     table.append(&append).await.map(|_| ())
 }

@@ -6,10 +6,16 @@
 //!
 //! Records in quarantine are not in the table. Those of a leaked key are taken out of it and kept aside, until they are
 //! given back or purged ([`rules`]).
+//!
+//! Where gateways share a lake, each commit says which offset and which rules it follows: the first one counts, and the
+//! others lose nothing but their work. Whoever was too late leaves the lake to the faster one until that stands still
+//! ([`turns`]).
 
 mod columns;
 mod pending;
 mod rules;
+mod turns;
+mod upkeep;
 mod values;
 
 use std::sync::Arc;
@@ -20,20 +26,18 @@ use headgate_bridge_delta::{LakeError, LakePlace, LakeTable, ORPHAN_AGE_MIN, Pla
 use tokio::runtime::Runtime;
 use tracing::warn;
 
-use self::columns::table_spec;
+use self::columns::{OFFSET, table_spec};
 use self::pending::PendingRows;
+use self::turns::OtherWriterTurn;
+use self::upkeep::UpkeepTimes;
 use crate::limits::{LAKE_PENDING_BYTES, LAKE_VALUE_COLUMNS_MAX};
 use crate::log::{WithheldRules, WithheldSnapshot};
-use crate::message::{Offset, RecordFlags, RecordRef, now_micros};
+use crate::message::{KeyId, Offset, RecordFlags, RecordRef, TimeMicros};
 
-/// How often old files are deleted, old days dropped and the log of the table is cut.
-const UPKEEP_INTERVAL: Duration = Duration::from_secs(15 * 60);
-/// How long the log of the table is kept, for those who read an earlier version.
-const TABLE_LOG_KEPT: Duration = Duration::from_secs(7 * 24 * 60 * 60);
-/// Merges of small files after a commit. Each holds a file in memory.
-const MERGES_PER_COMMIT: usize = 2;
 /// The cursor of the table that says which rules about leaked keys and deletions its rows follow.
 const WITHHELD_MARK: &str = "withheld";
+/// The one that says up to which of them what was purged is erased from earlier versions of the table too.
+const ERASED_MARK: &str = "erased";
 
 /// Why the lake has not taken records, or could not be opened.
 #[derive(Debug, thiserror::Error)]
@@ -50,6 +54,20 @@ pub enum LakeFault {
     /// The threads for its connections could not be started.
     #[error("the lake: {0}")]
     Threads(#[from] std::io::Error),
+    /// Another gateway, which has another log, writes into the table.
+    #[error("another gateway writes into the lake at {place}")]
+    OtherWriter {
+        /// Where it is.
+        place: String,
+    },
+    /// The table has the records of another log.
+    #[error("the lake at {place} is that of another log: its record {offset} is not the one of this log")]
+    OtherLog {
+        /// Where it is.
+        place: String,
+        /// The newest record in it.
+        offset: Offset,
+    },
     /// The table has records that the log does not have.
     #[error(
         "the lake at {place} has records up to offset {stored}, and the log ends at {log_end}: it is the lake of another log, or the log has lost records"
@@ -69,7 +87,9 @@ impl LakeFault {
     pub fn remedy(&self) -> &'static str {
         match self {
             Self::AheadOfLog { .. } => "put the log back, or name another place in storage.delta.place",
-            Self::Table(LakeError::OtherTable(_) | LakeError::ProtocolNewer { .. }) => {
+            Self::OtherWriter { .. }
+            | Self::OtherLog { .. }
+            | Self::Table(LakeError::OtherTable(_) | LakeError::ProtocolNewer { .. }) => {
                 "name another place in storage.delta.place"
             }
             Self::Table(_) | Self::Threads(_) => "it is tried again",
@@ -89,6 +109,15 @@ pub(in crate::consume) struct LakeSettings {
     pub(in crate::consume) removed_kept: Duration,
     /// How many days of records are kept; 0: all.
     pub(in crate::consume) retention_days: u64,
+    /// Whether other gateways with the same log write there too.
+    pub(in crate::consume) is_shared: bool,
+}
+
+/// The record of the table with the highest offset.
+pub(in crate::consume) struct NewestRow {
+    pub(in crate::consume) offset: Offset,
+    pub(in crate::consume) key_id: KeyId,
+    pub(in crate::consume) received_at: TimeMicros,
 }
 
 /// The open table, and the records that wait for their commit.
@@ -100,10 +129,13 @@ pub(in crate::consume) struct LakeSink {
     pending: PendingRows,
     /// Behind the records that are committed or wait.
     cursor: Offset,
-    /// The rules about what is left out, once they are known.
-    left_out: Option<WithheldSnapshot>,
-    committed_at: Instant,
-    upkept_at: Option<Instant>,
+    /// The rules about what is left out and their version, once they are known.
+    left_out: Option<(WithheldSnapshot, u64)>,
+    /// `None` since it was opened: what failed before is seen to fail or to work at once.
+    committed_at: Option<Instant>,
+    /// While another gateway writes.
+    other_writer: Option<OtherWriterTurn>,
+    upkeep: UpkeepTimes,
 }
 
 impl LakeSink {
@@ -130,8 +162,9 @@ impl LakeSink {
             pending,
             cursor: 0,
             left_out: None,
-            committed_at: Instant::now(),
-            upkept_at: None,
+            committed_at: None,
+            other_writer: None,
+            upkeep: UpkeepTimes::default(),
         };
         sink.cursor = sink.committed();
         Ok(sink)
@@ -157,9 +190,31 @@ impl LakeSink {
         self.table.mark(WITHHELD_MARK).map_or(0, offset_of)
     }
 
-    /// Whether it has those rules, since it was opened.
+    /// Whether it has the rules that the table follows.
     pub(in crate::consume) fn has_rules(&self) -> bool {
-        self.left_out.is_some()
+        self.left_out.as_ref().is_some_and(|(_, version)| *version == self.withheld_version())
+    }
+
+    /// The newest record of the table; `None` if it has none.
+    ///
+    /// # Errors
+    /// [`LakeFault`].
+    pub(in crate::consume) fn newest_row(&self) -> Result<Option<NewestRow>, LakeFault> {
+        let files = self.table.snapshot().files();
+        let newest =
+            files.filter_map(|file| Some((file.bounds(OFFSET)?.1, file))).max_by_key(|(last, _)| *last);
+        let Some((last, file)) = newest else { return Ok(None) };
+        for rows in self.runtime.block_on(self.table.read_file(file))? {
+            let rows = rows?;
+            for (key_id, received_at, offset) in
+                (0..rows.num_rows()).rev().filter_map(|row| rules::row_of(&rows, row))
+            {
+                if offset == offset_of(last) {
+                    return Ok(Some(NewestRow { offset, key_id, received_at }));
+                }
+            }
+        }
+        Ok(None)
     }
 
     /// Takes `records`, which are in order and below `next`, and commits them with those before when that is due.
@@ -171,14 +226,14 @@ impl LakeSink {
         records: impl Iterator<Item = RecordRef<'a>>,
         next: Offset,
     ) -> Result<(), LakeFault> {
-        let left_out = self.left_out.clone().unwrap_or_default();
+        let left_out = self.left_out.as_ref().map(|(rules, _)| rules.clone()).unwrap_or_default();
         for record in records {
             if record.offset >= self.cursor && !record.flags.contains(RecordFlags::QUARANTINED) {
                 self.pending.push(&record, &left_out);
             }
         }
         self.cursor = self.cursor.max(next);
-        let is_due = self.committed_at.elapsed() >= self.settings.interval;
+        let is_due = self.committed_at.is_none_or(|at| at.elapsed() >= self.settings.interval);
         if self.pending.bytes() >= LAKE_PENDING_BYTES || (is_due && self.cursor > self.committed()) {
             self.commit()?;
         }
@@ -200,21 +255,24 @@ impl LakeSink {
             columns: rows.columns,
             files: rows.files,
             aside: rows.aside,
+            mark: self.left_out.as_ref().map(|(_, version)| (WITHHELD_MARK.to_owned(), cursor_of(*version))),
         };
         match self.runtime.block_on(self.table.append(&append)) {
-            // In a cluster another gateway has stored some of them: this one goes on behind those, and with their columns.
-            Err(LakeError::Superseded { .. }) => {
-                self.cursor = self.committed();
-                self.pending = PendingRows::new(self.table.snapshot().schema(), LAKE_VALUE_COLUMNS_MAX);
-            }
+            Err(LakeError::Superseded { .. }) => return self.yield_to_other(),
             done => drop(done?),
         }
         self.cursor = self.cursor.max(self.committed());
-        self.committed_at = Instant::now();
+        self.committed_at = Some(Instant::now());
         if let Err(error) = self.keep_up() {
             warn!(%error, "upkeep of the lake");
         }
         Ok(())
+    }
+
+    /// Forgets what waits, and goes on behind what is committed, with the columns that the table has now.
+    fn begin_behind_commits(&mut self) {
+        self.cursor = self.committed();
+        self.pending = PendingRows::new(self.table.snapshot().schema(), LAKE_VALUE_COLUMNS_MAX);
     }
 
     /// Makes the rows that are there follow the rules about what is left out, and those that come.
@@ -223,38 +281,33 @@ impl LakeSink {
     /// [`LakeFault`].
     pub(in crate::consume) fn reconcile(&mut self, withheld: &WithheldRules) -> Result<(), LakeFault> {
         let followed = self.withheld_version();
-        // A version that is ahead is of another registry. To follow a rule twice does no harm.
-        let followed = if followed > withheld.version() { 0 } else { followed };
-        let (changes, left_out) = withheld.changes_and_rules(followed);
-        if !changes.is_empty() {
-            self.commit()?;
-            self.runtime.block_on(rules::follow(&mut self.table, &changes, &left_out))?;
-        }
-        let version = followed + changes.len() as u64;
-        if version != self.withheld_version() {
-            self.runtime.block_on(self.table.set_mark(WITHHELD_MARK, cursor_of(version)))?;
-        }
-        self.left_out = Some(left_out);
-        Ok(())
-    }
-
-    /// Merges small files, and now and then deletes what is no longer read. What fails there is tried again later.
-    fn keep_up(&mut self) -> Result<(), LakeFault> {
-        self.runtime.block_on(self.table.compact(MERGES_PER_COMMIT))?;
-        if self.upkept_at.is_some_and(|at| at.elapsed() < UPKEEP_INTERVAL) {
+        let is_ahead = followed > withheld.version();
+        if is_ahead && self.settings.is_shared {
+            // Another gateway has them, and they come: until then nothing that is committed follows older ones.
+            self.left_out = Some((withheld.now(), withheld.version()));
             return Ok(());
         }
-        self.upkept_at = Some(Instant::now());
-        if self.settings.retention_days > 0 {
-            let days = i64::try_from(self.settings.retention_days).unwrap_or(i64::MAX);
-            let oldest = columns::day_text(columns::day_of(now_micros()).saturating_sub(days));
-            let is_old = |day: Option<&str>| day.is_some_and(|day| day < oldest.as_str());
-            self.runtime.block_on(self.table.drop_files(|file| is_old(file.partition(columns::DAY))))?;
+        // A version that is ahead is of another registry. To follow a rule twice does no harm.
+        let followed = if is_ahead { 0 } else { followed };
+        let (changes, left_out) = withheld.changes_and_rules(followed);
+        let version = followed + changes.len() as u64;
+        if !changes.is_empty() {
+            self.commit()?;
+            self.runtime.block_on(rules::follow(&mut self.table, &changes, &left_out, version))?;
         }
-        self.runtime.block_on(async {
-            self.table.vacuum(self.settings.removed_kept, ORPHAN_AGE_MIN).await?;
-            self.table.expire_log(TABLE_LOG_KEPT).await
-        })?;
+        self.left_out = Some((left_out, version));
+        self.erase_purged(withheld)
+    }
+
+    /// Erases what was purged from earlier versions of the table as well.
+    fn erase_purged(&mut self, withheld: &WithheldRules) -> Result<(), LakeFault> {
+        let erased = self.table.mark(ERASED_MARK).map_or(0, offset_of);
+        let erased = if erased > withheld.version() { 0 } else { erased };
+        let (changes, _) = withheld.changes_and_rules(erased);
+        if self.runtime.block_on(rules::erase_purged(&mut self.table, &changes))? {
+            let version = cursor_of(erased + changes.len() as u64);
+            self.runtime.block_on(self.table.set_mark(ERASED_MARK, version))?;
+        }
         Ok(())
     }
 }

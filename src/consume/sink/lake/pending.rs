@@ -19,8 +19,13 @@ use crate::consume::sink::incarnations::shown_name;
 use crate::log::WithheldSnapshot;
 use crate::message::{KeyId, RecordRef};
 
-/// What a record takes in memory beside its texts, about.
+/// What a record takes in memory beside its texts and values, about.
 const ROW_BYTES: usize = 96;
+/// What the columns of a file take before they have rows, about.
+const GROUP_BYTES: usize = 4 << 10;
+/// The rows and the bytes of text that columns have room for at first: most datasources bring few records an interval.
+const FIRST_ROWS: usize = 16;
+const FIRST_TEXT_BYTES: usize = 256;
 
 /// Which rows go into one file: those of a datasource and day that are in the table, or aside.
 #[derive(Clone, PartialEq, Eq, Hash)]
@@ -82,9 +87,12 @@ impl PendingRows {
             self.key_text = Some((key_id, key_id.to_string()));
         }
         let key_text = self.key_text.as_ref().map_or("", |(_, text)| text);
-        let group = self.groups.entry(RowGroup { datasource, day, is_aside }).or_default();
-        self.bytes += record.payload.len() + record.topic.len() + ROW_BYTES;
-        group.push(record, key_text, &mut self.values);
+        let group = self.groups.entry(RowGroup { datasource, day, is_aside }).or_insert_with(|| {
+            self.bytes += GROUP_BYTES;
+            RowColumns::default()
+        });
+        self.bytes += record.payload.len() + record.topic.len() + record.content_type.len() + ROW_BYTES;
+        self.bytes += group.push(record, key_text, &mut self.values);
     }
 
     /// Makes files of them. None wait afterwards.
@@ -102,7 +110,6 @@ impl PendingRows {
 }
 
 /// The rows of one file, column by column.
-#[derive(Default)]
 struct RowColumns {
     offset: Int64Builder,
     received_at: TimestampMicrosecondBuilder,
@@ -117,8 +124,29 @@ struct RowColumns {
     rows: usize,
 }
 
+impl Default for RowColumns {
+    fn default() -> Self {
+        let text = || StringBuilder::with_capacity(FIRST_ROWS, FIRST_TEXT_BYTES);
+        let time = || TimestampMicrosecondBuilder::with_capacity(FIRST_ROWS);
+        Self {
+            offset: Int64Builder::with_capacity(FIRST_ROWS),
+            received_at: time(),
+            event_at: time(),
+            topic: text(),
+            key_id: text(),
+            transport: text(),
+            content_type: text(),
+            payload: text(),
+            payload_bytes: BinaryBuilder::with_capacity(FIRST_ROWS, 0),
+            values: ValueBuilders::default(),
+            rows: 0,
+        }
+    }
+}
+
 impl RowColumns {
-    fn push(&mut self, record: &RecordRef<'_>, key_text: &str, values: &mut ValueColumns) {
+    /// Adds a row. Returns what its values take in memory, about, in bytes.
+    fn push(&mut self, record: &RecordRef<'_>, key_text: &str, values: &mut ValueColumns) -> usize {
         self.offset.append_value(cursor_of(record.offset));
         self.received_at.append_value(record.received_at);
         self.event_at.append_option(record.event_at);
@@ -133,6 +161,7 @@ impl RowColumns {
             self.values.read(text, record.datasource, self.rows, values);
         }
         self.rows += 1;
+        self.values.take_growth()
     }
 
     fn into_file(

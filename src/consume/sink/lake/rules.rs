@@ -1,7 +1,7 @@
 //! The rules about leaked keys and deleted datasources, applied to rows that are in the lake: where each row belongs
 //! follows from the rules alone, and the files whose rows belong elsewhere are written anew, in one commit.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 
 use headgate_bridge_delta::array::cast::AsArray;
 use headgate_bridge_delta::array::types::{Int64Type, TimestampMicrosecondType};
@@ -9,7 +9,7 @@ use headgate_bridge_delta::array::{Array, RecordBatch};
 use headgate_bridge_delta::{LakeError, LakeTable, PartitionValues, RowTarget, RowTargets};
 
 use super::columns::{DATASOURCE, DAY, KEY_ID, OFFSET, RECEIVED_AT, partition};
-use super::offset_of;
+use super::{WITHHELD_MARK, cursor_of, offset_of};
 use crate::consume::sink::incarnations::shown_name;
 use crate::log::{IncarnationStep, WithheldChange, WithheldSnapshot};
 use crate::message::{KeyId, Offset, TimeMicros};
@@ -46,30 +46,42 @@ impl ConcernedSources {
     }
 }
 
-/// Makes the rows that are in the table, and those aside, follow the rules. `changes` are those since the version that they
-/// followed. What is purged is nowhere afterwards, in no file that an earlier version of the table has either.
+/// Makes the rows that are in the table, and those aside, follow the rules, whose version is `version` from now on.
+/// `changes` are those since the version that they followed.
 pub(super) async fn follow(
     table: &mut LakeTable,
     changes: &[WithheldChange],
     left_out: &WithheldSnapshot,
+    version: u64,
 ) -> Result<(), LakeError> {
     let concerned = ConcernedSources::of(changes);
     table
-        .rewrite(
+        .rewrite_with_mark(
+            Some((WITHHELD_MARK, cursor_of(version))),
             |file| concerned.contains(file.partition(DATASOURCE)),
             |partition, rows| Ok(targets_of(partition, rows, left_out)),
         )
         .await?;
-    let is_purge = |change: &WithheldChange| {
+    Ok(())
+}
+
+/// Erases the files that earlier versions of the table have of what was purged by these changes. Returns whether one of them
+/// is a purge.
+pub(super) async fn erase_purged(
+    table: &mut LakeTable,
+    changes: &[WithheldChange],
+) -> Result<bool, LakeError> {
+    let is_purge = |change: &&WithheldChange| {
         matches!(change, WithheldChange::Incarnation(_, _, IncarnationStep::Purged))
     };
-    if changes.iter().any(is_purge) {
-        let shown = |values: Option<&PartitionValues>| {
-            values.and_then(|values| values.get(DATASOURCE)?.clone()).unwrap_or_default()
-        };
-        table.erase_removed(|file| concerned.contains(Some(&shown(file.partition_values.as_ref())))).await?;
+    let purges: Vec<WithheldChange> = changes.iter().filter(is_purge).cloned().collect();
+    if purges.is_empty() {
+        return Ok(false);
     }
-    Ok(())
+    let concerned = ConcernedSources::of(&purges);
+    let shown = |values: Option<&PartitionValues>| values.and_then(|values| values.get(DATASOURCE)?.clone());
+    table.erase_removed(|file| concerned.contains(shown(file.partition_values.as_ref()).as_deref())).await?;
+    Ok(true)
 }
 
 /// Where the rows of a batch belong.
@@ -82,7 +94,6 @@ fn targets_of(
     let (shown, day) = (value(DATASOURCE), value(DAY));
     let mut places: Vec<RowTarget> = Vec::new();
     let mut place_of_row = Vec::with_capacity(rows.num_rows());
-    let mut known: BTreeMap<String, usize> = BTreeMap::new();
     let stays = RowTarget::Table(partition_values.clone());
     for row in 0..rows.num_rows() {
         let place = match row_of(rows, row) {
@@ -91,19 +102,19 @@ fn targets_of(
                 target_of(shown, day, key_id, received_at, offset, left_out)
             }
         };
-        let name = format!("{place:?}");
-        let number = *known.entry(name).or_insert_with(|| {
+        // There are few: the datasource in its incarnations, aside and nowhere.
+        let known = places.iter().position(|known| *known == place);
+        place_of_row.push(known.unwrap_or_else(|| {
             places.push(place);
             places.len() - 1
-        });
-        place_of_row.push(number);
+        }));
     }
     let rows_of = |wanted: usize| place_of_row.iter().map(|place| Some(*place == wanted)).collect();
     places.into_iter().enumerate().map(|(number, place)| (place, rows_of(number))).collect()
 }
 
 /// What the rules look at, of one row. `None` for a row that is not the gateway's.
-fn row_of(rows: &RecordBatch, row: usize) -> Option<(KeyId, TimeMicros, Offset)> {
+pub(super) fn row_of(rows: &RecordBatch, row: usize) -> Option<(KeyId, TimeMicros, Offset)> {
     let keys = rows.column_by_name(KEY_ID)?.as_string_opt::<i32>()?;
     let times = rows.column_by_name(RECEIVED_AT)?.as_primitive_opt::<TimestampMicrosecondType>()?;
     let offsets = rows.column_by_name(OFFSET)?.as_primitive_opt::<Int64Type>()?;

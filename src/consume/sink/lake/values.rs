@@ -1,11 +1,11 @@
-//! Columns of values: the members of payloads that are JSON objects, `v_temp` for `temp`.
+//! Columns of values: the members of payloads that are JSON objects, `v_temp` for `temp`, and of objects in these,
+//! `v_state_rpm` for `state.rpm`.
 //!
 //! The first value that comes under a name decides its type for all datasources: double, boolean or string. A value of
-//! another type stays in the payload alone, as do long strings, arrays, objects, and members whose column would have the
+//! another type stays in the payload alone, as do long strings, arrays, and members whose column would have the
 //! name of another one's. So do new members once a datasource has brought [`LAKE_VALUE_COLUMNS_OF_ONE_MAX`] columns, or the
 //! table is full. A column's comment is the member's name.
 
-use std::borrow::Cow;
 use std::fmt;
 use std::sync::Arc;
 
@@ -14,12 +14,14 @@ use headgate_bridge_delta::array::ArrayRef;
 use headgate_bridge_delta::array::builder::{BooleanBuilder, Float64Builder, StringBuilder};
 use headgate_bridge_delta::{ColumnType, TableColumn, TableSchema};
 use serde::Deserializer;
-use serde::de::{IgnoredAny, MapAccess, SeqAccess, Visitor};
+use serde::de::{DeserializeSeed, IgnoredAny, MapAccess, SeqAccess, Visitor};
 
 use crate::limits::{LAKE_VALUE_BYTES_MAX, LAKE_VALUE_COLUMNS_OF_ONE_MAX, LAKE_VALUE_NAME_BYTES_MAX};
 
 /// What the names of all columns of values begin with.
 const VALUE_PREFIX: &str = "v_";
+/// Between the name of a member that is an object and those in it.
+const NESTED: char = '.';
 
 /// All columns of values, of the table and of the records that wait.
 pub(super) struct ValueColumns {
@@ -38,7 +40,7 @@ pub(super) struct ValueColumns {
 impl ValueColumns {
     /// Those of the table.
     pub(super) fn new(schema: &TableSchema, columns_max: usize) -> Self {
-        let names = schema.columns().iter().map(|column| column.name.to_ascii_lowercase()).collect();
+        let names = schema.names().map(str::to_lowercase).collect();
         let is_value =
             |column: &&TableColumn| column.name.starts_with(VALUE_PREFIX) && column.comment.is_some();
         let columns: Vec<TableColumn> = schema.columns().iter().filter(is_value).cloned().collect();
@@ -87,9 +89,18 @@ impl ValueColumns {
     }
 }
 
+/// What a value takes in memory beside its text, about; also one that is not there.
+const VALUE_BYTES: usize = 9;
+/// The rows that a column has room for at first.
+const FIRST_ROWS: usize = 16;
+
 /// The values of the rows of one file. A column is as long as its last value, until it is finished.
 #[derive(Default)]
-pub(super) struct ValueBuilders(HashMap<usize, ValueBuilder>);
+pub(super) struct ValueBuilders {
+    columns: HashMap<usize, ValueBuilder>,
+    /// By how many bytes they have grown, about, beside the row that is not counted yet.
+    growth: usize,
+}
 
 impl ValueBuilders {
     /// Takes the values of a payload, which is that of row `row`. One that is no JSON object has none.
@@ -97,14 +108,14 @@ impl ValueBuilders {
         if !payload.trim_start().starts_with('{') {
             return;
         }
-        let reader = PayloadReader { builders: self, datasource, row, columns };
+        let mut reader = PayloadReader { builders: self, datasource, row, columns, member: String::new() };
         // What is broken off is no JSON: its first members may stand in columns, its payload is there as it came.
-        let _ = serde_json::Deserializer::from_str(payload).deserialize_map(reader);
+        let _ = serde_json::Deserializer::from_str(payload).deserialize_map(&mut reader);
     }
 
     /// The columns, each with `rows` values.
     pub(super) fn finish(self, rows: usize, columns: &ValueColumns) -> Vec<(TableColumn, ArrayRef)> {
-        let mut finished: Vec<_> = self.0.into_iter().collect();
+        let mut finished: Vec<_> = self.columns.into_iter().collect();
         finished.sort_unstable_by_key(|(place, _)| *place);
         finished
             .into_iter()
@@ -113,7 +124,19 @@ impl ValueBuilders {
     }
 
     fn append(&mut self, place: usize, row: usize, value: &MemberValue<'_>) {
-        self.0.entry(place).or_insert_with(|| ValueBuilder::new(value)).append(row, value);
+        let column = self.columns.entry(place).or_insert_with(|| {
+            self.growth += (row + FIRST_ROWS) * VALUE_BYTES;
+            ValueBuilder::new(value)
+        });
+        if let MemberValue::Text(text) = value {
+            self.growth += text.len();
+        }
+        column.append(row, value);
+    }
+
+    /// How much more memory they take since the last call, with one more row in each column, in bytes.
+    pub(super) fn take_growth(&mut self) -> usize {
+        std::mem::take(&mut self.growth) + self.columns.len() * VALUE_BYTES
     }
 }
 
@@ -121,8 +144,7 @@ impl ValueBuilders {
 enum MemberValue<'a> {
     Number(f64),
     Flag(bool),
-    Text(Cow<'a, str>),
-    Other,
+    Text(&'a str),
 }
 
 impl MemberValue<'_> {
@@ -131,7 +153,7 @@ impl MemberValue<'_> {
             Self::Number(_) => Some(ColumnType::Double),
             Self::Flag(_) => Some(ColumnType::Boolean),
             Self::Text(text) if text.len() <= LAKE_VALUE_BYTES_MAX => Some(ColumnType::Text),
-            Self::Text(_) | Self::Other => None,
+            Self::Text(_) => None,
         }
     }
 }
@@ -145,9 +167,11 @@ enum ValueBuilder {
 impl ValueBuilder {
     fn new(first: &MemberValue<'_>) -> Self {
         match first {
-            MemberValue::Number(_) => Self::Numbers(Float64Builder::new(), 0),
-            MemberValue::Flag(_) => Self::Flags(BooleanBuilder::new(), 0),
-            MemberValue::Text(_) | MemberValue::Other => Self::Texts(StringBuilder::new(), 0),
+            MemberValue::Number(_) => Self::Numbers(Float64Builder::with_capacity(FIRST_ROWS), 0),
+            MemberValue::Flag(_) => Self::Flags(BooleanBuilder::with_capacity(FIRST_ROWS), 0),
+            MemberValue::Text(_) => {
+                Self::Texts(StringBuilder::with_capacity(FIRST_ROWS, FIRST_ROWS * VALUE_BYTES), 0)
+            }
         }
     }
 
@@ -208,104 +232,117 @@ impl ValueBuilder {
     }
 }
 
-/// Reads the members of an object, without a copy of it.
-struct PayloadReader<'b, 'c> {
-    builders: &'b mut ValueBuilders,
-    datasource: &'c str,
+/// Reads the members of an object, and of objects in it, without a copy of them.
+struct PayloadReader<'a> {
+    builders: &'a mut ValueBuilders,
+    datasource: &'a str,
     row: usize,
-    columns: &'c mut ValueColumns,
+    columns: &'a mut ValueColumns,
+    /// The member that is read: `state.rpm`.
+    member: String,
 }
 
-impl<'de> Visitor<'de> for PayloadReader<'_, '_> {
+impl PayloadReader<'_> {
+    fn put(&mut self, value: &MemberValue<'_>) {
+        let Some(column_type) = value.column_type() else { return };
+        if let Some(place) = self.columns.place_of(&self.member, column_type, self.datasource) {
+            self.builders.append(place, self.row, value);
+        }
+    }
+}
+
+/// A member's value.
+impl<'de> DeserializeSeed<'de> for &mut PayloadReader<'_> {
     type Value = ();
 
-    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("an object")
-    }
-
-    fn visit_map<A: MapAccess<'de>>(self, mut members: A) -> Result<(), A::Error> {
-        while let Some(MemberText(member)) = members.next_key()? {
-            let value: MemberValue<'de> = members.next_value()?;
-            let Some(column_type) = value.column_type() else { continue };
-            if let Some(place) = self.columns.place_of(&member, column_type, self.datasource) {
-                self.builders.append(place, self.row, &value);
-            }
-        }
-        Ok(())
+    fn deserialize<D: Deserializer<'de>>(self, from: D) -> Result<(), D::Error> {
+        from.deserialize_any(self)
     }
 }
 
-/// A member's name, borrowed where it has no escapes.
-struct MemberText<'a>(Cow<'a, str>);
-
-impl<'de> serde::Deserialize<'de> for MemberText<'de> {
-    fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
-        match MemberValue::deserialize(from)? {
-            MemberValue::Text(text) => Ok(Self(text)),
-            _ => Err(serde::de::Error::custom("no name")),
-        }
-    }
-}
-
-impl<'de> serde::Deserialize<'de> for MemberValue<'de> {
-    fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
-        from.deserialize_any(ValueReader)
-    }
-}
-
-struct ValueReader;
-
-impl<'de> Visitor<'de> for ValueReader {
-    type Value = MemberValue<'de>;
+impl<'de> Visitor<'de> for &mut PayloadReader<'_> {
+    type Value = ();
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("JSON")
     }
 
-    fn visit_bool<E>(self, value: bool) -> Result<MemberValue<'de>, E> {
-        Ok(MemberValue::Flag(value))
+    fn visit_bool<E>(self, value: bool) -> Result<(), E> {
+        self.put(&MemberValue::Flag(value));
+        Ok(())
     }
 
     #[expect(
         clippy::cast_precision_loss,
         reason = "the column is of doubles; the payload has the number as it came"
     )]
-    fn visit_i64<E>(self, value: i64) -> Result<MemberValue<'de>, E> {
-        Ok(MemberValue::Number(value as f64))
+    fn visit_i64<E>(self, value: i64) -> Result<(), E> {
+        self.put(&MemberValue::Number(value as f64));
+        Ok(())
     }
 
     #[expect(
         clippy::cast_precision_loss,
         reason = "the column is of doubles; the payload has the number as it came"
     )]
-    fn visit_u64<E>(self, value: u64) -> Result<MemberValue<'de>, E> {
-        Ok(MemberValue::Number(value as f64))
+    fn visit_u64<E>(self, value: u64) -> Result<(), E> {
+        self.put(&MemberValue::Number(value as f64));
+        Ok(())
     }
 
-    fn visit_f64<E>(self, value: f64) -> Result<MemberValue<'de>, E> {
-        Ok(MemberValue::Number(value))
+    fn visit_f64<E>(self, value: f64) -> Result<(), E> {
+        self.put(&MemberValue::Number(value));
+        Ok(())
     }
 
-    fn visit_borrowed_str<E>(self, value: &'de str) -> Result<MemberValue<'de>, E> {
-        Ok(MemberValue::Text(Cow::Borrowed(value)))
+    fn visit_str<E>(self, value: &str) -> Result<(), E> {
+        self.put(&MemberValue::Text(value));
+        Ok(())
     }
 
-    fn visit_str<E>(self, value: &str) -> Result<MemberValue<'de>, E> {
-        Ok(MemberValue::Text(Cow::Owned(value.to_owned())))
+    fn visit_unit<E>(self) -> Result<(), E> {
+        Ok(())
     }
 
-    fn visit_unit<E>(self) -> Result<MemberValue<'de>, E> {
-        Ok(MemberValue::Other)
-    }
-
-    fn visit_seq<A: SeqAccess<'de>>(self, mut elements: A) -> Result<MemberValue<'de>, A::Error> {
+    fn visit_seq<A: SeqAccess<'de>>(self, mut elements: A) -> Result<(), A::Error> {
         while elements.next_element::<IgnoredAny>()?.is_some() {}
-        Ok(MemberValue::Other)
+        Ok(())
     }
 
-    fn visit_map<A: MapAccess<'de>>(self, mut members: A) -> Result<MemberValue<'de>, A::Error> {
-        while members.next_entry::<IgnoredAny, IgnoredAny>()?.is_some() {}
-        Ok(MemberValue::Other)
+    fn visit_map<A: MapAccess<'de>>(self, mut members: A) -> Result<(), A::Error> {
+        let outer = self.member.len();
+        while members.next_key_seed(MemberName(&mut self.member))?.is_some() {
+            members.next_value_seed(&mut *self)?;
+            self.member.truncate(outer);
+        }
+        Ok(())
+    }
+}
+
+/// Adds a member's name to those of the objects that it is in.
+struct MemberName<'a>(&'a mut String);
+
+impl<'de> DeserializeSeed<'de> for MemberName<'_> {
+    type Value = ();
+
+    fn deserialize<D: Deserializer<'de>>(self, from: D) -> Result<(), D::Error> {
+        from.deserialize_str(self)
+    }
+}
+
+impl Visitor<'_> for MemberName<'_> {
+    type Value = ();
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a name")
+    }
+
+    fn visit_str<E>(self, name: &str) -> Result<(), E> {
+        if !self.0.is_empty() {
+            self.0.push(NESTED);
+        }
+        self.0.push_str(name);
+        Ok(())
     }
 }
 
@@ -337,7 +374,7 @@ mod tests {
             r#"{"t":9"#,
         ];
         let found = columns(&payloads, 100);
-        let expected = [("v_t", 3), ("v_ok", 1), ("v_unit", 1), ("v_t_", 1), ("v_a_b", 1)];
+        let expected = [("v_t", 3), ("v_ok", 1), ("v_unit", 1), ("v_deep_t", 1), ("v_t_", 1), ("v_a_b", 1)];
         let expected: Vec<_> = expected.map(|(name, values)| (name.to_owned(), values)).to_vec();
         assert_eq!(found, expected);
     }
