@@ -104,6 +104,13 @@ impl AddFile {
         Some((stats["minValues"][column].as_i64()?, stats["maxValues"][column].as_i64()?))
     }
 
+    /// The same of a column of texts.
+    pub fn text_bounds(&self, column: &str) -> Option<(String, String)> {
+        let stats = self.parsed_stats()?;
+        let bound = |which: &str| Some(stats[which][column].as_str()?.to_owned());
+        Some((bound("minValues")?, bound("maxValues")?))
+    }
+
     fn parsed_stats(&self) -> Option<Value> {
         serde_json::from_str(self.stats.as_deref()?).ok()
     }

@@ -10,11 +10,11 @@ use std::time::Duration;
 
 use headgate_bridge_delta::object_store::ObjectStore;
 use headgate_bridge_delta::object_store::memory::InMemory;
-use headgate_bridge_delta::{AddFile, LakeError, LakeTable, RowTarget, TableSnapshot};
+use headgate_bridge_delta::{AddFile, LakeError, LakeTable, RowTarget, TableAppend, TableSnapshot};
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 
-use crate::common::{append_next, offsets, offsets_aside, open, partition, sorted, spec};
+use crate::common::{append_next, file, offsets, offsets_aside, open, partition, sorted, spec, value_column};
 use crate::faults::StoppingStore;
 
 /// Lives of a writer in one run: each ends with a kill.
@@ -286,4 +286,26 @@ async fn surgery_reaches_rows_that_are_appended_meanwhile() {
     let table = open(&store).await;
     let found = offsets(&table, table.snapshot()).await.expect("readable");
     assert_eq!(found, (0..40).filter(|o| o % 2 == 0).collect());
+}
+
+/// A writer that does not know the newest rules yet is too late, although no row had to move.
+#[tokio::test]
+async fn rows_that_follow_older_rules_are_not_appended() {
+    let store: Arc<dyn ObjectStore> = Arc::new(InMemory::new());
+    let (mut surgeon, mut writer) = (open(&store).await, open(&store).await);
+    surgeon
+        .rewrite_with_mark(Some(("rules", 1)), |_| true, |_, batch| Ok(sorted(batch, |_| RowTarget::Nowhere)))
+        .await
+        .expect("rewritten");
+    let following = |version: i64| TableAppend {
+        through: 9,
+        columns: vec![value_column("press-4")],
+        files: vec![file("press-4", DAYS[0], 0..10)],
+        mark: Some(("rules".to_owned(), version)),
+        ..TableAppend::default()
+    };
+    assert!(matches!(writer.append(&following(0)).await, Err(LakeError::Superseded { cursor: None })));
+    writer.append(&following(1)).await.expect("appended");
+    let table = open(&store).await;
+    assert_eq!((table.mark("rules"), table.cursor()), (Some(1), Some(9)));
 }

@@ -262,8 +262,8 @@ impl LakeSink {
             done => drop(done?),
         }
         self.cursor = self.cursor.max(self.committed());
-        self.committed_at = Some(Instant::now());
-        if let Err(error) = self.keep_up() {
+        let last = self.committed_at.replace(Instant::now());
+        if let Err(error) = self.keep_up(last.map_or(Duration::ZERO, |at| at.elapsed())) {
             warn!(%error, "upkeep of the lake");
         }
         Ok(())

@@ -6,7 +6,7 @@ use std::collections::BTreeSet;
 use headgate_bridge_delta::array::cast::AsArray;
 use headgate_bridge_delta::array::types::{Int64Type, TimestampMicrosecondType};
 use headgate_bridge_delta::array::{Array, RecordBatch};
-use headgate_bridge_delta::{LakeError, LakeTable, PartitionValues, RowTarget, RowTargets};
+use headgate_bridge_delta::{AddFile, LakeError, LakeTable, PartitionValues, RowTarget, RowTargets};
 
 use super::columns::{DATASOURCE, DAY, KEY_ID, OFFSET, RECEIVED_AT, partition};
 use super::{WITHHELD_MARK, cursor_of, offset_of};
@@ -14,35 +14,54 @@ use crate::consume::sink::incarnations::shown_name;
 use crate::log::{IncarnationStep, WithheldChange, WithheldSnapshot};
 use crate::message::{KeyId, Offset, TimeMicros};
 
-/// Which datasources some changes concern.
+/// Which rows some changes concern.
 #[derive(Default)]
-struct ConcernedSources {
-    are_all: bool,
-    some: BTreeSet<String>,
+struct ConcernedRows {
+    /// All of these datasources: incarnations have begun, ended, or are purged.
+    datasources: BTreeSet<String>,
+    /// Those of these keys, of a datasource or of all.
+    keys: Vec<(Option<String>, String)>,
 }
 
-impl ConcernedSources {
-    fn of(changes: &[WithheldChange]) -> Self {
+impl ConcernedRows {
+    fn of<'a>(changes: impl IntoIterator<Item = &'a WithheldChange>) -> Self {
         let mut concerned = Self::default();
         for change in changes {
-            let datasource = match change {
-                WithheldChange::Withhold(rule) => &rule.datasource,
-                WithheldChange::GiveBack(datasource, _) | WithheldChange::Incarnation(datasource, ..) => {
-                    datasource
+            match change {
+                WithheldChange::Withhold(rule) => {
+                    let datasource =
+                        (!rule.datasource.is_all()).then(|| rule.datasource.of_scope().0.as_str().to_owned());
+                    concerned.keys.push((datasource, rule.key_id.to_string()));
                 }
-            };
-            if datasource.is_all() {
-                concerned.are_all = true;
-            } else {
-                concerned.some.insert(datasource.as_str().to_owned());
+                // What is given back is aside, where everything is looked at.
+                WithheldChange::GiveBack(..) => {}
+                WithheldChange::Incarnation(datasource, ..) => {
+                    concerned.datasources.insert(datasource.as_str().to_owned());
+                }
             }
         }
         concerned
     }
 
-    /// Whether rows that are shown under this name are concerned.
-    fn contains(&self, shown: Option<&str>) -> bool {
-        self.are_all || shown.is_some_and(|shown| self.some.contains(datasource_of(shown)))
+    /// Whether rows that are shown under this name are concerned, whatever their keys.
+    fn contains_all_of(&self, shown: Option<&str>) -> bool {
+        shown.is_some_and(|shown| self.datasources.contains(datasource_of(shown)))
+    }
+
+    /// Whether a file may have some of them.
+    fn are_in(&self, file: &AddFile) -> bool {
+        let shown = file.partition(DATASOURCE);
+        if self.contains_all_of(shown) {
+            return true;
+        }
+        let is_named = |datasource: &str| shown.is_none_or(|shown| datasource_of(shown) == datasource);
+        let mut keys = self.keys.iter().filter(|(of, _)| of.as_deref().is_none_or(is_named)).peekable();
+        if keys.peek().is_none() {
+            return false;
+        }
+        let bounds = file.text_bounds(KEY_ID);
+        let is_within = |key: &String| bounds.as_ref().is_none_or(|(min, max)| min <= key && key <= max);
+        keys.any(|(_, key)| is_within(key))
     }
 }
 
@@ -54,11 +73,11 @@ pub(super) async fn follow(
     left_out: &WithheldSnapshot,
     version: u64,
 ) -> Result<(), LakeError> {
-    let concerned = ConcernedSources::of(changes);
+    let concerned = ConcernedRows::of(changes);
     table
         .rewrite_with_mark(
             Some((WITHHELD_MARK, cursor_of(version))),
-            |file| concerned.contains(file.partition(DATASOURCE)),
+            |file| concerned.are_in(file),
             |partition, rows| Ok(targets_of(partition, rows, left_out)),
         )
         .await?;
@@ -74,13 +93,14 @@ pub(super) async fn erase_purged(
     let is_purge = |change: &&WithheldChange| {
         matches!(change, WithheldChange::Incarnation(_, _, IncarnationStep::Purged))
     };
-    let purges: Vec<WithheldChange> = changes.iter().filter(is_purge).cloned().collect();
-    if purges.is_empty() {
+    let concerned = ConcernedRows::of(changes.iter().filter(is_purge));
+    if concerned.datasources.is_empty() {
         return Ok(false);
     }
-    let concerned = ConcernedSources::of(&purges);
     let shown = |values: Option<&PartitionValues>| values.and_then(|values| values.get(DATASOURCE)?.clone());
-    table.erase_removed(|file| concerned.contains(shown(file.partition_values.as_ref()).as_deref())).await?;
+    table
+        .erase_removed(|file| concerned.contains_all_of(shown(file.partition_values.as_ref()).as_deref()))
+        .await?;
     Ok(true)
 }
 

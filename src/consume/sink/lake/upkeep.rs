@@ -2,6 +2,7 @@
 
 use std::time::{Duration, Instant};
 
+use hashbrown::HashMap;
 use headgate_bridge_delta::{AddFile, ORPHAN_AGE_MIN};
 use tracing::info;
 
@@ -16,8 +17,8 @@ const UPKEEP_INTERVAL: Duration = Duration::from_secs(15 * 60);
 const LAKE_RETENTION_INTERVAL: Duration = Duration::from_secs(60);
 /// How long the log of the table is kept, for those who read an earlier version.
 const TABLE_LOG_KEPT: Duration = Duration::from_secs(7 * 24 * 60 * 60);
-/// Merges of small files after a commit. Each holds a file in memory.
-const MERGES_PER_COMMIT: usize = 2;
+/// Merges take this part of the time. Each holds a file in memory.
+const MERGE_TIME_SHARE: u32 = 4;
 const DAY_US: TimeMicros = 24 * 60 * 60 * 1_000_000;
 
 /// When things were last done, since the table was opened.
@@ -28,9 +29,11 @@ pub(super) struct UpkeepTimes {
 }
 
 impl LakeSink {
-    /// Merges small files, and now and then deletes what is no longer read. What fails there is tried again later.
-    pub(super) fn keep_up(&mut self) -> Result<(), LakeFault> {
-        self.runtime.block_on(self.table.compact(MERGES_PER_COMMIT))?;
+    /// Merges small files, for about a quarter of the time since the last commit, and now and then deletes what is no
+    /// longer read. What fails there is tried again later.
+    pub(super) fn keep_up(&mut self, since_commit: Duration) -> Result<(), LakeFault> {
+        let (begun, most) = (Instant::now(), since_commit / MERGE_TIME_SHARE);
+        while self.runtime.block_on(self.table.compact(1))? > 0 && begun.elapsed() < most {}
         if self.upkeep.upkept_at.is_some_and(|at| at.elapsed() < UPKEEP_INTERVAL) {
             return Ok(());
         }
@@ -56,81 +59,89 @@ impl LakeSink {
             return Ok(());
         }
         self.upkeep.pruned_at = Some(Instant::now());
-        let mut bounds: Vec<FileBound> = limits().iter().filter_map(|limit| self.bound_of(limit)).collect();
-        if self.settings.retention_days > 0 {
-            let days = i64::try_from(self.settings.retention_days).unwrap_or(i64::MAX);
-            bounds.push(FileBound {
-                datasource: None,
-                oldest_day: Some(first_day_kept(days)),
-                oldest_row: None,
-            });
-        }
-        if bounds.is_empty() {
-            return Ok(());
-        }
-        let is_over = |file: &AddFile| bounds.iter().any(|bound| bound.is_passed_by(file));
-        let dropped = self.runtime.block_on(self.table.drop_files(is_over))?;
+        let retention_days = i64::try_from(self.settings.retention_days).unwrap_or(i64::MAX);
+        let bounds = FileBounds {
+            oldest_day: (retention_days > 0).then(|| first_day_kept(retention_days)),
+            of_datasources: self.datasource_bounds(&limits()),
+        };
+        let dropped = self.runtime.block_on(self.table.drop_files(|file| bounds.are_passed_by(file)))?;
         if dropped > 0 {
             info!(files = dropped, "the oldest files are no longer part of the lake");
         }
         Ok(())
     }
 
-    /// Which files are over the limits of a datasource. Those of its ended incarnations have another name.
-    fn bound_of(&self, (scope, limits): &(DatasourceId, StoredLimits)) -> Option<FileBound> {
-        let (datasource, _) = scope.of_scope();
-        let datasource = datasource.as_str();
-        let oldest_row = limits.bytes.and_then(|max| self.oldest_row_within(datasource, max));
-        let oldest_day = limits.age_us.map(|age| first_day_kept(age.div_euclid(DAY_US)));
-        (oldest_row.is_some() || oldest_day.is_some()).then(|| FileBound {
-            datasource: Some(datasource.to_owned()),
-            oldest_day,
-            oldest_row,
-        })
-    }
-
-    /// The first row of the oldest file that stays, so that the files of a datasource are at most `bytes_max`; `None`: all.
-    fn oldest_row_within(&self, datasource: &str, bytes_max: u64) -> Option<i64> {
-        let files =
-            self.table.snapshot().files().filter(|file| file.partition(DATASOURCE) == Some(datasource));
-        let mut sizes: Vec<(i64, u64)> = files
-            .filter_map(|file| Some((file.bounds(OFFSET)?.0, u64::try_from(file.size).unwrap_or(0))))
-            .collect();
-        sizes.sort_unstable_by(|a, b| b.cmp(a));
-        let mut all = 0;
-        let is_within = |(_, size): &&(i64, u64)| {
-            all += size;
-            all <= bytes_max
-        };
-        let staying = sizes.iter().take_while(is_within).count();
-        if staying == sizes.len() {
-            return None;
+    /// Which files are over the limits of datasources. Those of ended incarnations have another name.
+    fn datasource_bounds(&self, limits: &[(DatasourceId, StoredLimits)]) -> HashMap<String, FileBound> {
+        let mut bounds: HashMap<String, FileBound> = HashMap::new();
+        let mut bytes_max: HashMap<String, u64> = HashMap::new();
+        for (scope, limits) in limits {
+            let datasource = scope.of_scope().0.as_str().to_owned();
+            // A day is over when its last record is.
+            let days = limits.age_us.map(|age| age.saturating_add(DAY_US - 1).div_euclid(DAY_US));
+            let bound = FileBound { oldest_day: days.map(first_day_kept), oldest_row: None };
+            bounds.insert(datasource.clone(), bound);
+            bytes_max.extend(limits.bytes.map(|max| (datasource, max)));
         }
-        // The newest file stays in any case: a datasource that is over its limit is not empty.
-        Some(sizes[staying.max(1) - 1].0)
+        let mut sizes: HashMap<&str, Vec<(i64, u64)>> = HashMap::new();
+        for file in self.table.snapshot().files() {
+            if let Some(datasource) = file.partition(DATASOURCE)
+                && bytes_max.contains_key(datasource)
+                && let Some((first, _)) = file.bounds(OFFSET)
+            {
+                let size = u64::try_from(file.size).unwrap_or(0);
+                sizes.entry(datasource).or_default().push((first, size));
+            }
+        }
+        for (datasource, sizes) in sizes {
+            if let (Some(bound), Some(max)) = (bounds.get_mut(datasource), bytes_max.get(datasource)) {
+                bound.oldest_row = oldest_row_within(sizes, *max);
+            }
+        }
+        bounds
     }
 }
 
-/// The oldest rows that stay.
+/// The first row of the oldest file that stays, so that all that stay are at most `bytes_max`; `None`: all stay. The newest
+/// one stays in any case: a datasource that is over its limit is not empty.
+fn oldest_row_within(mut files: Vec<(i64, u64)>, bytes_max: u64) -> Option<i64> {
+    files.sort_unstable_by(|a, b| b.cmp(a));
+    let mut all = 0_u64;
+    let is_within = |(_, size): &&(i64, u64)| {
+        all = all.saturating_add(*size);
+        all <= bytes_max
+    };
+    let staying = files.iter().take_while(is_within).count();
+    (staying < files.len()).then(|| files[staying.max(1) - 1].0)
+}
+
+/// The oldest files that stay.
+struct FileBounds {
+    /// Of all datasources.
+    oldest_day: Option<String>,
+    of_datasources: HashMap<String, FileBound>,
+}
+
+/// The oldest rows of a datasource that stay.
 struct FileBound {
-    /// `None`: of all datasources.
-    datasource: Option<String>,
     oldest_day: Option<String>,
     oldest_row: Option<i64>,
 }
 
-impl FileBound {
-    fn is_passed_by(&self, file: &AddFile) -> bool {
-        if self.datasource.as_deref().is_some_and(|datasource| file.partition(DATASOURCE) != Some(datasource))
-        {
-            return false;
-        }
-        let is_old = match (&self.oldest_day, file.partition(DAY)) {
+impl FileBounds {
+    fn are_passed_by(&self, file: &AddFile) -> bool {
+        let is_before = |oldest: &Option<String>| match (oldest, file.partition(DAY)) {
             (Some(oldest), Some(day)) => day < oldest.as_str(),
             _ => false,
         };
-        let first = || file.bounds(OFFSET).map(|(first, _)| first);
-        is_old || self.oldest_row.is_some_and(|oldest| first().is_some_and(|first| first < oldest))
+        let of_datasource = file.partition(DATASOURCE).and_then(|name| self.of_datasources.get(name));
+        let is_passed = |bound: &FileBound| {
+            is_before(&bound.oldest_day)
+                || bound
+                    .oldest_row
+                    .is_some_and(|oldest| file.bounds(OFFSET).is_some_and(|(first, _)| first < oldest))
+        };
+        is_before(&self.oldest_day) || of_datasource.is_some_and(is_passed)
     }
 }
 
