@@ -9,10 +9,19 @@ use rand::RngExt;
 use serde_json::json;
 use tempfile::TempDir;
 
-use super::{Setup, wait_for};
+use super::{Setup, python, wait_for};
 
 const ID: &str = "lake-id";
 const SECRET: &str = "s3cret-of-the-lake";
+/// Makes the bucket, where there is none.
+const MAKE_BUCKET: &str = r#"
+import sys, pyarrow.fs
+port, id, secret = sys.argv[1:]
+store = pyarrow.fs.S3FileSystem(endpoint_override=f"127.0.0.1:{port}", scheme="http", access_key=id, secret_key=secret,
+    region="us-east-1", allow_bucket_creation=True, connect_timeout=5, request_timeout=5)
+store.create_dir("lake")
+"#;
+
 /// A server. Killed when it is dropped.
 pub struct SeaweedServer {
     dir: TempDir,
@@ -32,6 +41,10 @@ impl SeaweedServer {
         std::fs::write(dir.path().join("s3.json"), identity.to_string()).expect("written");
         let mut server = Self { dir, ports: free_ports(), child: None };
         server.resume();
+        let port = server.ports[6].to_string();
+        wait_for("the store to make a bucket", || {
+            python(MAKE_BUCKET, &[&port, ID, SECRET]).status.success().then_some(())
+        });
         server
     }
 

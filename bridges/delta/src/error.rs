@@ -9,6 +9,8 @@ use crate::columns::SchemaError;
 
 /// The longest text that is shown of a store's answer, in bytes.
 const STORE_ANSWER_BYTES_MAX: usize = 300;
+/// The hexadecimal digits of a file's name.
+const FILE_NAME_DIGITS: usize = 32;
 
 /// Why an operation on a table has failed. What it has not committed is not in the table.
 #[derive(Debug, thiserror::Error)]
@@ -66,8 +68,18 @@ impl From<object_store::Error> for LakeError {
 
 /// An error of a store in one line. Answers of S3 are XML of any length; none holds a secret, only what was signed.
 fn store_text(error: &object_store::Error) -> String {
+    plain_text(&error.to_string())
+}
+
+/// Without what differs each time, how long a request took and the names of files: an error that stays is told once.
+fn plain_text(error: &str) -> String {
     let mut text = String::new();
-    for word in error.to_string().split_whitespace() {
+    let mut words = error.split_whitespace().peekable();
+    while let Some(word) = words.next() {
+        if word == "in" && words.next_if(|next| is_time(next)).is_some() {
+            continue;
+        }
+        let word = without_file_names(word);
         if text.len() + word.len() > STORE_ANSWER_BYTES_MAX {
             text.push('…');
             break;
@@ -76,4 +88,42 @@ fn store_text(error: &object_store::Error) -> String {
         let _ = write!(text, "{gap}{word}");
     }
     text
+}
+
+/// Whether it is a time as Rust prints it: `1.5ms`.
+fn is_time(word: &str) -> bool {
+    let digits = word.trim_end_matches(['n', 'µ', 'm', 's']);
+    word.ends_with('s') && !digits.is_empty() && digits.parse::<f64>().is_ok()
+}
+
+/// With `…` for names that were drawn at random.
+fn without_file_names(word: &str) -> String {
+    let mut plain = String::new();
+    let mut rest = word;
+    while !rest.is_empty() {
+        let end = rest.find(|c: char| !c.is_ascii_hexdigit()).unwrap_or(rest.len());
+        plain.push_str(if end >= FILE_NAME_DIGITS { "…" } else { &rest[..end] });
+        rest = &rest[end..];
+        let end = rest.find(|c: char| c.is_ascii_hexdigit()).unwrap_or(rest.len());
+        plain.push_str(&rest[..end]);
+        rest = &rest[end..];
+    }
+    plain
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_error_that_stays_has_the_same_words_each_time() {
+        let of = |name: &str, time: &str| {
+            plain_text(&format!("PUT http://h/a/{name}.parquet#1 in {time} -  no room"))
+        };
+        let said = of("00ff00ff00ff00ff00ff00ff00ff00ff", "1.777046ms");
+        assert_eq!(said, "PUT http://h/a/….parquet#1 - no room");
+        assert_eq!(said, of("10ff00ff00ff00ff00ff00ff00ff00fe", "12.5µs"));
+        assert_eq!(plain_text("in time, in 1s"), "in time,");
+        assert_eq!(plain_text(&"x ".repeat(1_000)).len(), STORE_ANSWER_BYTES_MAX + '…'.len_utf8());
+    }
 }
