@@ -12,7 +12,7 @@ const UTC: &str = "UTC";
 
 /// Why columns are not those of a table.
 #[derive(Debug, thiserror::Error)]
-pub enum SchemaError {
+pub enum TableSchemaError {
     /// A name that Delta does not take.
     #[error("a column cannot be called {0:?}")]
     Name(String),
@@ -150,11 +150,11 @@ impl TableSchema {
     /// # Errors
     ///
     /// Two of the same name, or a name that cannot be.
-    pub fn new(columns: &[TableColumn]) -> Result<Self, SchemaError> {
+    pub fn new(columns: &[TableColumn]) -> Result<Self, TableSchemaError> {
         let mut schema = Self { fields: Vec::new(), columns: Vec::new() };
         for column in columns {
             if schema.has_name(&column.name) {
-                return Err(SchemaError::Conflict { column: column.name.clone() });
+                return Err(TableSchemaError::Conflict { column: column.name.clone() });
             }
             schema.push(column)?;
         }
@@ -186,7 +186,7 @@ impl TableSchema {
     /// # Errors
     ///
     /// A column that is there with another type, one that is new and required, or a name that cannot be.
-    pub fn extended(&self, columns: &[TableColumn]) -> Result<Option<Self>, SchemaError> {
+    pub fn extended(&self, columns: &[TableColumn]) -> Result<Option<Self>, TableSchemaError> {
         let mut extended = None;
         for column in columns {
             let schema = extended.as_ref().unwrap_or(self);
@@ -195,12 +195,12 @@ impl TableSchema {
                     .column(&column.name)
                     .is_none_or(|c| c.column_type != column.column_type || c.name != column.name)
                 {
-                    return Err(SchemaError::Conflict { column: column.name.clone() });
+                    return Err(TableSchemaError::Conflict { column: column.name.clone() });
                 }
                 continue;
             }
             if column.is_required {
-                return Err(SchemaError::Required(column.name.clone()));
+                return Err(TableSchemaError::Required(column.name.clone()));
             }
             extended.get_or_insert_with(|| self.clone()).push(column)?;
         }
@@ -224,10 +224,11 @@ impl TableSchema {
     }
 
     /// From `schemaString`.
-    pub(crate) fn from_json(text: &str) -> Result<Self, SchemaError> {
-        let schema: Value = serde_json::from_str(text).map_err(|e| SchemaError::Unreadable(e.to_string()))?;
+    pub(crate) fn from_json(text: &str) -> Result<Self, TableSchemaError> {
+        let schema: Value =
+            serde_json::from_str(text).map_err(|e| TableSchemaError::Unreadable(e.to_string()))?;
         let Some(fields) = schema["fields"].as_array() else {
-            return Err(SchemaError::Unreadable("it has no fields".to_owned()));
+            return Err(TableSchemaError::Unreadable("it has no fields".to_owned()));
         };
         Ok(Self {
             fields: fields.clone(),
@@ -235,9 +236,9 @@ impl TableSchema {
         })
     }
 
-    fn push(&mut self, column: &TableColumn) -> Result<(), SchemaError> {
+    fn push(&mut self, column: &TableColumn) -> Result<(), TableSchemaError> {
         if !TableColumn::may_be_called(&column.name) {
-            return Err(SchemaError::Name(column.name.clone()));
+            return Err(TableSchemaError::Name(column.name.clone()));
         }
         self.fields.push(column.to_json());
         self.columns.push(column.clone());

@@ -29,7 +29,7 @@ mod stats;
 mod table;
 
 pub use actions::{AddFile, RemoveFile};
-pub use columns::{ColumnType, SchemaError, TableColumn, TableSchema};
+pub use columns::{ColumnType, TableColumn, TableSchema, TableSchemaError};
 pub use data_file::{DataFile, DataFileWriter, PartitionValues};
 pub use error::LakeError;
 pub use place::{BucketAccess, LakePlace, PlaceError};

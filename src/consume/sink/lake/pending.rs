@@ -14,7 +14,7 @@ use headgate_bridge_delta::{
 
 use super::columns::{self, day_of, day_text, partition, table_spec};
 use super::cursor_of;
-use super::values::{ValueBuilders, ValueColumns};
+use super::values::{COLUMN_ROWS_FIRST, ValueBuilders, ValueColumns};
 use crate::consume::sink::incarnations::shown_name;
 use crate::log::WithheldSnapshot;
 use crate::message::{KeyId, RecordRef};
@@ -23,8 +23,7 @@ use crate::message::{KeyId, RecordRef};
 const ROW_BYTES: usize = 96;
 /// What the columns of a file take before they have rows, about.
 const GROUP_BYTES: usize = 4 << 10;
-/// The rows and the bytes of text that columns have room for at first: most datasources bring few records an interval.
-const FIRST_ROWS: usize = 16;
+/// The bytes that a column of texts has room for at first.
 const FIRST_TEXT_BYTES: usize = 256;
 
 /// Which rows go into one file: those of a datasource and day that are in the table, or aside.
@@ -126,10 +125,10 @@ struct RowColumns {
 
 impl Default for RowColumns {
     fn default() -> Self {
-        let text = || StringBuilder::with_capacity(FIRST_ROWS, FIRST_TEXT_BYTES);
-        let time = || TimestampMicrosecondBuilder::with_capacity(FIRST_ROWS);
+        let text = || StringBuilder::with_capacity(COLUMN_ROWS_FIRST, FIRST_TEXT_BYTES);
+        let time = || TimestampMicrosecondBuilder::with_capacity(COLUMN_ROWS_FIRST);
         Self {
-            offset: Int64Builder::with_capacity(FIRST_ROWS),
+            offset: Int64Builder::with_capacity(COLUMN_ROWS_FIRST),
             received_at: time(),
             event_at: time(),
             topic: text(),
@@ -137,7 +136,7 @@ impl Default for RowColumns {
             transport: text(),
             content_type: text(),
             payload: text(),
-            payload_bytes: BinaryBuilder::with_capacity(FIRST_ROWS, 0),
+            payload_bytes: BinaryBuilder::with_capacity(COLUMN_ROWS_FIRST, 0),
             values: ValueBuilders::default(),
             rows: 0,
         }

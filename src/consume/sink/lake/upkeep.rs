@@ -12,7 +12,7 @@ use crate::consume::sink::retention::StoredLimits;
 use crate::message::{DatasourceId, TimeMicros, now_micros};
 
 /// How often old files are deleted, and the log of the table is cut.
-const UPKEEP_INTERVAL: Duration = Duration::from_secs(15 * 60);
+const LAKE_UPKEEP_INTERVAL: Duration = Duration::from_secs(15 * 60);
 /// How often it is looked for days that are too old.
 const LAKE_RETENTION_INTERVAL: Duration = Duration::from_secs(60);
 /// How long the log of the table is kept, for those who read an earlier version.
@@ -34,7 +34,7 @@ impl LakeSink {
     pub(super) fn keep_up(&mut self, since_commit: Duration) -> Result<(), LakeFault> {
         let (begun, most) = (Instant::now(), since_commit / MERGE_TIME_SHARE);
         while self.runtime.block_on(self.table.compact(1))? > 0 && begun.elapsed() < most {}
-        if self.upkeep.upkept_at.is_some_and(|at| at.elapsed() < UPKEEP_INTERVAL) {
+        if self.upkeep.upkept_at.is_some_and(|at| at.elapsed() < LAKE_UPKEEP_INTERVAL) {
             return Ok(());
         }
         self.upkeep.upkept_at = Some(Instant::now());

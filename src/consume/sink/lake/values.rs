@@ -90,9 +90,9 @@ impl ValueColumns {
 }
 
 /// What a value takes in memory beside its text, about; also one that is not there.
-const VALUE_BYTES: usize = 9;
-/// The rows that a column has room for at first.
-const FIRST_ROWS: usize = 16;
+const COLUMN_VALUE_BYTES: usize = 9;
+/// The rows that a column has room for at first: most datasources bring few records an interval.
+pub(super) const COLUMN_ROWS_FIRST: usize = 16;
 
 /// The values of the rows of one file. A column is as long as its last value, until it is finished.
 #[derive(Default)]
@@ -125,7 +125,7 @@ impl ValueBuilders {
 
     fn append(&mut self, place: usize, row: usize, value: &MemberValue<'_>) {
         let column = self.columns.entry(place).or_insert_with(|| {
-            self.growth += (row + FIRST_ROWS) * VALUE_BYTES;
+            self.growth += (row + COLUMN_ROWS_FIRST) * COLUMN_VALUE_BYTES;
             ValueBuilder::new(value)
         });
         if let MemberValue::Text(text) = value {
@@ -136,7 +136,7 @@ impl ValueBuilders {
 
     /// How much more memory they take since the last call, with one more row in each column, in bytes.
     pub(super) fn take_growth(&mut self) -> usize {
-        std::mem::take(&mut self.growth) + self.columns.len() * VALUE_BYTES
+        std::mem::take(&mut self.growth) + self.columns.len() * COLUMN_VALUE_BYTES
     }
 }
 
@@ -167,11 +167,12 @@ enum ValueBuilder {
 impl ValueBuilder {
     fn new(first: &MemberValue<'_>) -> Self {
         match first {
-            MemberValue::Number(_) => Self::Numbers(Float64Builder::with_capacity(FIRST_ROWS), 0),
-            MemberValue::Flag(_) => Self::Flags(BooleanBuilder::with_capacity(FIRST_ROWS), 0),
-            MemberValue::Text(_) => {
-                Self::Texts(StringBuilder::with_capacity(FIRST_ROWS, FIRST_ROWS * VALUE_BYTES), 0)
-            }
+            MemberValue::Number(_) => Self::Numbers(Float64Builder::with_capacity(COLUMN_ROWS_FIRST), 0),
+            MemberValue::Flag(_) => Self::Flags(BooleanBuilder::with_capacity(COLUMN_ROWS_FIRST), 0),
+            MemberValue::Text(_) => Self::Texts(
+                StringBuilder::with_capacity(COLUMN_ROWS_FIRST, COLUMN_ROWS_FIRST * COLUMN_VALUE_BYTES),
+                0,
+            ),
         }
     }
 
@@ -311,7 +312,7 @@ impl<'de> Visitor<'de> for &mut PayloadReader<'_> {
 
     fn visit_map<A: MapAccess<'de>>(self, mut members: A) -> Result<(), A::Error> {
         let outer = self.member.len();
-        while members.next_key_seed(MemberName(&mut self.member))?.is_some() {
+        while members.next_key_seed(MemberPath(&mut self.member))?.is_some() {
             members.next_value_seed(&mut *self)?;
             self.member.truncate(outer);
         }
@@ -320,9 +321,9 @@ impl<'de> Visitor<'de> for &mut PayloadReader<'_> {
 }
 
 /// Adds a member's name to those of the objects that it is in.
-struct MemberName<'a>(&'a mut String);
+struct MemberPath<'a>(&'a mut String);
 
-impl<'de> DeserializeSeed<'de> for MemberName<'_> {
+impl<'de> DeserializeSeed<'de> for MemberPath<'_> {
     type Value = ();
 
     fn deserialize<D: Deserializer<'de>>(self, from: D) -> Result<(), D::Error> {
@@ -330,7 +331,7 @@ impl<'de> DeserializeSeed<'de> for MemberName<'_> {
     }
 }
 
-impl Visitor<'_> for MemberName<'_> {
+impl Visitor<'_> for MemberPath<'_> {
     type Value = ();
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
