@@ -34,7 +34,7 @@ pub(super) const PAYLOAD_BYTES: &str = "payload_bytes";
 const APP_ID: &str = "headgate";
 /// Commits after which a checkpoint of the table is written.
 const CHECKPOINT_COMMITS: i64 = 50;
-const DAY_US: TimeMicros = 24 * 60 * 60 * 1_000_000;
+pub(super) const DAY_US: TimeMicros = 24 * 60 * 60 * 1_000_000;
 
 /// What the table is.
 pub(super) fn table_spec() -> TableSpec {

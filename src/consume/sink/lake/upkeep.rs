@@ -6,10 +6,10 @@ use hashbrown::HashMap;
 use headgate_bridge_delta::{AddFile, ORPHAN_AGE_MIN};
 use tracing::info;
 
-use super::columns::{self, DATASOURCE, DAY, OFFSET};
+use super::columns::{self, DATASOURCE, DAY, DAY_US, OFFSET};
 use super::{LakeFault, LakeSink};
 use crate::consume::sink::retention::StoredLimits;
-use crate::message::{DatasourceId, TimeMicros, now_micros};
+use crate::message::{DatasourceId, now_micros};
 
 /// How often old files are deleted, and the log of the table is cut.
 const LAKE_UPKEEP_INTERVAL: Duration = Duration::from_secs(15 * 60);
@@ -19,7 +19,6 @@ const LAKE_RETENTION_INTERVAL: Duration = Duration::from_secs(60);
 const TABLE_LOG_KEPT: Duration = Duration::from_secs(7 * 24 * 60 * 60);
 /// Merges take this part of the time. Each holds a file in memory.
 const MERGE_TIME_SHARE: u32 = 4;
-const DAY_US: TimeMicros = 24 * 60 * 60 * 1_000_000;
 
 /// When things were last done, since the table was opened.
 #[derive(Default)]
