@@ -235,6 +235,16 @@ pub const INFERENCE_PARTS_MAX: usize = 1_000;
 pub const INFERENCE_KEY_BYTES_MAX: usize = 128;
 /// A payload shown as an example.
 pub const INFERENCE_EXAMPLE_BYTES_MAX: usize = 16 << 10;
+/// What records that wait for their commit in a Delta lake take in memory, about.
+pub const LAKE_PENDING_BYTES: usize = 64 << 20;
+/// Columns of values in a Delta lake, for all datasources.
+pub const LAKE_VALUE_COLUMNS_MAX: usize = 1_000;
+/// Columns of values that one datasource brings into a Delta lake, between two starts.
+pub const LAKE_VALUE_COLUMNS_OF_ONE_MAX: usize = 100;
+/// The name of a member that gets a column in a Delta lake.
+pub const LAKE_VALUE_NAME_BYTES_MAX: usize = 128;
+/// A string that stands in a column of a Delta lake.
+pub const LAKE_VALUE_BYTES_MAX: usize = 256;
 /// Quarantined messages that are redriven in one draft.
 pub const REDRIVE_PAGE_RECORDS: usize = 500;
 /// Quarantined messages that one redrive request handles, approximately.

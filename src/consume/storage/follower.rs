@@ -83,7 +83,7 @@ impl Consumer for StorageFollower {
     }
 
     fn cursor(&self) -> Offset {
-        *self.shared.cursor.borrow()
+        self.sink.as_ref().map_or_else(|| *self.shared.cursor.borrow(), |sink| sink.cursor())
     }
 
     fn may_recover(&self) -> bool {
@@ -170,7 +170,7 @@ impl StorageFollower {
     /// Goes on with another sink.
     fn take_over(&mut self, sink: Box<dyn RecordSink>) {
         self.shared.withheld.send_replace(sink.withheld_version());
-        self.shared.cursor.send_replace(sink.cursor());
+        self.shared.cursor.send_replace(sink.stored_cursor());
         self.sink = Some(sink);
     }
 
@@ -195,10 +195,10 @@ impl StorageFollower {
         if !is_writer {
             self.shared.withheld.send_replace(sink.withheld_version());
             self.shared.hold.set(sink.durable_cursor());
-            self.shared.cursor.send_replace(sink.cursor());
+            self.shared.cursor.send_replace(sink.stored_cursor());
             return Ok(StorageRound::OtherWriter);
         }
-        let cursor = sink.cursor();
+        let (cursor, was_stored) = (sink.cursor(), sink.stored_cursor());
         let sync = self.synced_at.is_none_or(|at| at.elapsed() >= STORAGE_SYNC_INTERVAL);
         let first = self.log.first_offset();
         let has_records = cursor >= first && cursor < self.log.next_offset();
@@ -234,9 +234,9 @@ impl StorageFollower {
             self.synced_at = Some(Instant::now());
             self.shared.hold.set(sink.durable_cursor());
         }
-        let stored = sink.cursor();
+        let stored = sink.stored_cursor();
         self.shared.cursor.send_replace(stored);
-        self.shared.pace.lock().note(Instant::now(), stored - cursor);
-        Ok(StorageRound::Stored { records: stored - cursor })
+        self.shared.pace.lock().note(Instant::now(), stored.saturating_sub(was_stored));
+        Ok(StorageRound::Stored { records: sink.cursor().saturating_sub(cursor) })
     }
 }
