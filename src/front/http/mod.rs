@@ -34,6 +34,7 @@ mod persistence;
 mod presented;
 mod probes;
 mod problem;
+mod problem_pages;
 mod quarantine;
 mod query;
 mod records;
@@ -431,14 +432,15 @@ fn routes() -> Vec<(Method, &'static str, MethodRouter<Arc<HttpFrontState>>)> {
         route(get.clone(), "/readyz", probes::ready),
         route(get.clone(), "/metrics", probes::metrics),
         route(get.clone(), "/openapi.json", openapi),
-        route(get.clone(), "/dashboard/{version}/{*file}", dashboard::file),
+        route(get.clone(), "/problems/{kind}", problem_pages::show),
+        route(get.clone(), "/dashboard/{version}/{file}", dashboard::file),
         route(get, "/", dashboard::page),
     ]
 }
 
 /// The routes that are for devices and readers. All others are the administration's: where it has a listener of its own,
 /// they are not found at any other.
-const DEVICE_ROUTES: [(Method, &str); 18] = [
+const DEVICE_ROUTES: [(Method, &str); 19] = [
     (Method::POST, "/v1/ingest/{datasource}"),
     (Method::POST, "/v1/ingest/{datasource}/{*topic}"),
     (Method::POST, "/api/v2/write"),
@@ -457,6 +459,7 @@ const DEVICE_ROUTES: [(Method, &str); 18] = [
     (Method::GET, "/livez"),
     (Method::GET, "/readyz"),
     (Method::GET, "/openapi.json"),
+    (Method::GET, "/problems/{kind}"),
 ];
 
 /// Whether a route is one of those.

@@ -32,7 +32,7 @@ fn in_a_browser_a_key_that_may_only_read_looks_and_is_out_when_it_is_revoked() {
 #[test]
 fn in_a_browser_over_https_the_cookie_is_for_this_host_alone() {
     let dir = scratch();
-    let identity = Identity::issuer(dir.path(), "gateway");
+    let identity = Identity::issuer(dir.path(), "issuer").issue(dir.path(), "gateway");
     let gateway = Setup::on(dir.path())
         .set("http.tls.certificate", identity.certificate.display())
         .set("http.tls.key", identity.key.display())
@@ -69,11 +69,30 @@ fn a_browser_keeps_the_files_for_ever_and_asks_for_the_page() {
         assert_eq!(known(path, &file.headers["etag"]), 304);
     }
     let version = files[0].split('/').nth(2).expect("a version");
-    for path in ["app.js", "uplot/LICENSE"] {
+    for path in ["app.js", "uplot-license.txt"] {
         assert_eq!(gateway.get(&format!("/dashboard/{version}/{path}"), "").status, 200, "{path}");
     }
     for path in [format!("/dashboard/{version}/none.js"), "/dashboard/0000000000000000/app.js".to_owned()] {
         assert_eq!(gateway.get(&path, "").status, 404, "{path}");
+    }
+}
+
+#[test]
+fn the_type_of_a_problem_is_a_page_that_says_what_to_do() {
+    let dir = scratch();
+    let gateway = Gateway::start(dir.path());
+    let kind = gateway.get("/v1/datasources", "").json()["type"].as_str().expect("a type").to_owned();
+    let page = gateway.get(&kind, "");
+    assert_eq!((page.status, page.headers["content-type"].as_str()), (200, "text/html; charset=utf-8"));
+    assert!(page.headers["content-security-policy"].starts_with("default-src 'none'"));
+    let text = page.text();
+    for words in ["A valid API key is needed", "HTTP 401", "revoked_key", "unknown_key"] {
+        assert!(text.contains(words), "{words}");
+    }
+    for none in ["/problems/none", "/problems/%3Cscript%3E"] {
+        let answer = gateway.get(none, "");
+        assert_eq!(answer.status, 404);
+        assert!(answer.text().contains("unauthorized"), "it names those that there are");
     }
 }
 
@@ -83,8 +102,12 @@ fn where_the_administration_is_apart_devices_have_no_dashboard() {
     let gateway = Setup::on(dir.path()).set("http.admin.listen", "127.0.0.1:0").start();
     let page = gateway.get("/", "");
     assert_eq!(page.status, 404);
-    let key = gateway.admin_key();
-    for (method, path) in [("POST", "/v1/session"), ("GET", "/v1/live")] {
-        assert_eq!(gateway.request(method, path, &key, &[], &[]).status, 404, "{method} {path}");
+    for (method, path) in [("POST", "/v1/session"), ("GET", "/v1/session")] {
+        assert_eq!(gateway.request(method, path, "any", &[], &[]).status, 404, "{method} {path}");
+        assert_ne!(
+            gateway.request(method, path, &gateway.admin_key(), &[], &[]).status,
+            404,
+            "{method} {path}"
+        );
     }
 }

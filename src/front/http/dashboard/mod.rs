@@ -30,6 +30,7 @@ const PAGE: &str = include_str!("pages/index.html");
 type PageFile = (&'static str, &'static str, &'static [u8]);
 
 const SCRIPT: &str = "text/javascript; charset=utf-8";
+const STYLE: &str = "text/css; charset=utf-8";
 
 /// uPlot as a module; its file, as its authors made it, has no exports.
 const UPLOT: &str = concat!(include_str!("pages/uplot/uPlot.iife.min.js"), "\nexport default uPlot;\n");
@@ -37,17 +38,17 @@ const UPLOT: &str = concat!(include_str!("pages/uplot/uPlot.iife.min.js"), "\nex
 macro_rules! page_files {
     ($($name:literal: $media_type:expr),* $(,)?) => {
         &[
-            ("uplot/uPlot.js", SCRIPT, UPLOT.as_bytes()),
+            ("uplot.js", SCRIPT, UPLOT.as_bytes()),
+            ("uplot.css", STYLE, include_bytes!("pages/uplot/uPlot.min.css")),
+            ("uplot-license.txt", "text/plain; charset=utf-8", include_bytes!("pages/uplot/LICENSE")),
             $(($name, $media_type, include_bytes!(concat!("pages/", $name)))),*
         ]
     };
 }
 
 const FILES: &[PageFile] = page_files![
-    "styles.css": "text/css; charset=utf-8",
+    "styles.css": STYLE,
     "icon.svg": "image/svg+xml",
-    "uplot/uPlot.min.css": "text/css; charset=utf-8",
-    "uplot/LICENSE": "text/plain; charset=utf-8",
     "app.js": SCRIPT,
     "api.js": SCRIPT,
     "audit.js": SCRIPT,
@@ -81,6 +82,11 @@ static VERSION: LazyLock<String> = LazyLock::new(|| {
     }
     hash.finalize().to_hex()[..16].to_owned()
 });
+
+/// The part of the files' path that tells their version.
+pub(super) fn version() -> &'static str {
+    &VERSION
+}
 
 /// A page may load and connect to what this gateway serves, and nothing else; no text of it is ever run, and none
 /// becomes markup.
@@ -133,14 +139,14 @@ mod tests {
     use super::*;
 
     fn texts() -> impl Iterator<Item = (&'static str, &'static str)> {
-        let own = FILES.iter().filter(|(name, ..)| !name.starts_with("uplot/"));
+        let own = FILES.iter().filter(|(name, ..)| !name.starts_with("uplot"));
         own.map(|(name, _, bytes)| (*name, std::str::from_utf8(bytes).expect("text")))
     }
 
     #[test]
     fn the_page_and_its_scripts_name_files_that_there_are_and_each_file_is_named() {
         let all: String = texts().map(|(_, text)| text).chain([PAGE]).collect();
-        for (name, ..) in FILES.iter().filter(|(name, ..)| *name != "uplot/LICENSE") {
+        for (name, ..) in FILES.iter().filter(|(name, ..)| *name != "uplot-license.txt") {
             let is_named = all.contains(&format!("\"./{name}\"")) || PAGE.contains(&format!("/{name}\""));
             assert!(is_named, "nothing uses {name}");
         }

@@ -16,7 +16,7 @@ use crate::limits::{
     LIVE_DATASOURCES_MAX, LIVE_HISTORY_RECORDS_MAX, LIVE_HISTORY_S, LIVE_KEYS_MAX, LIVE_SCAN_BYTES_MAX,
     USAGE_KEYS_PER_CHANGE,
 };
-use crate::message::{DatasourceId, Incarnation, Offset, TimeMicros, now_micros};
+use crate::message::{DatasourceId, Incarnation, Offset, RecordFlags, TimeMicros, now_micros};
 use crate::time::Rfc3339;
 
 /// A datasource, as the live view lists it.
@@ -157,6 +157,9 @@ fn add_history(
         let totals = hello.totals.get_mut(record.datasource);
         if let Some(totals) = totals {
             totals.last_at = Some(Rfc3339(record.received_at));
+        }
+        if record.flags.contains(RecordFlags::QUARANTINED) {
+            continue;
         }
         let age_s = usize::try_from((now - record.received_at).max(0) / SECOND).unwrap_or(usize::MAX);
         if age_s < LIVE_HISTORY_S {

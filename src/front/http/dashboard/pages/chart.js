@@ -1,6 +1,6 @@
 // A chart of one number over time: what is stored of it, and what comes in while it is shown.
 
-import uPlot from "./uplot/uPlot.js";
+import uPlot from "./uplot.js";
 import { get, of, query } from "./api.js";
 import { fill, h, notify, select, setText } from "./dom.js";
 import { plural, samples, time, tod, value } from "./format.js";
@@ -18,6 +18,8 @@ export function chartPanel(place, datasource) {
   let chart = null;
   let data = [[], []];
   let stepS = 0;
+  let step = null; // what the newest step has so far
+  let loadedAt = ""; // the newest record that the answer can have
   let serial = 0;
   const what = select([], null, (name) => choose(...JSON.parse(name)));
   what.setAttribute("aria-label", "Value");
@@ -69,15 +71,24 @@ export function chartPanel(place, datasource) {
       const series = await get(of(datasource, "series") + query({ topic: chosen.topic, key: chosen.key, from, agg: aggregate, points: POINTS }));
       if (asked !== serial) return;
       stepS = series.step_s;
+      loadedAt = series.to ?? "";
       data = [[], []];
       for (const { at, value: of_ } of series.points) {
         data[0].push(Date.parse(at) / 1000);
         data[1].push(of_);
       }
+      const newest = series.points.at(-1);
+      step = newest?.value === null || !newest ? null : stepOf(Date.parse(newest.at) / 1000, newest.value, newest.count);
       draw(true);
     } catch (error) {
       if (error.status !== 401 && asked === serial) notify(error.message, true);
     }
+  }
+
+  // A step of so many samples, of which the answer says one number.
+  function stepOf(at, number, count) {
+    const sum = aggregate === "avg" ? number * count : number;
+    return { at, sum, count: aggregate === "count" ? number : count, min: number, max: number, last: number, first: number };
   }
 
   function colors() {
@@ -116,18 +127,25 @@ export function chartPanel(place, datasource) {
     offer,
     choose,
     load,
-    // Adds what has come in; a step that is not over gets its newest value.
+    // Adds what has come in to the step that is not over, or begins the next ones.
     take(records) {
-      if (!chosen || aggregate === "sum" || aggregate === "count") return;
+      if (!chosen || !stepS) return;
       let isChanged = false;
       for (const record of records) {
         if (record.topic !== chosen.topic || record.payload_encoding) continue;
         const number = samples(record.payload).get(chosen.key);
         if (number === undefined) continue;
-        const at = Date.parse(record.event_at ?? record.received_at) / 1000;
-        if (data[0].length && at <= data[0].at(-1)) continue;
-        data[0].push(at);
-        data[1].push(number);
+        // What the answer had already is older than it.
+        if (record.received_at <= loadedAt) continue;
+        const at = Math.floor(Date.parse(record.event_at ?? record.received_at) / 1000 / stepS) * stepS;
+        if (data[0].length && at < data[0].at(-1)) continue;
+        if (step?.at === at) step = { at, sum: step.sum + number, count: step.count + 1, min: Math.min(step.min, number), max: Math.max(step.max, number), last: number, first: step.first };
+        else step = { at, sum: number, count: 1, min: number, max: number, last: number, first: number };
+        if (data[0].at(-1) !== at) {
+          data[0].push(at);
+          data[1].push(null);
+        }
+        data[1][data[1].length - 1] = aggregate === "avg" ? step.sum / step.count : step[aggregate];
         isChanged = true;
       }
       const oldest = Date.now() / 1000 - Number(range);

@@ -1,7 +1,7 @@
 // Who is connected over MQTT, and the sessions of those that are away: how far behind each is, and its way out.
 
 import { get, of, post, query } from "./api.js";
-import { button, fill, h, notify, table } from "./dom.js";
+import { button, fill, h, notify, refill, table } from "./dom.js";
 import { confirm } from "./dialogs.js";
 import { age, count, until } from "./format.js";
 
@@ -23,7 +23,7 @@ export function clientsPanel(place, datasource) {
       }
     }
     sessions.sort((a, b) => Number(b.connected) - Number(a.connected) || a.client_id.localeCompare(b.client_id));
-    fill(list, table("Clients", [
+    refill(list, table("Clients", [
       { name: "Client" }, { name: "State" }, { name: "Key" }, { name: "Behind", class: "value" }, { name: "In flight", class: "value" }, { name: "", class: "act" },
     ], sessions.map((session) => {
       const use = uses.get(session.client_id);

@@ -38,7 +38,7 @@ export function datasourceView(main, id, tab, rewatch) {
   const panels = open(body, id, shown.some(([of_]) => of_ === tab) ? tab : "", rewatch);
   let timer = null;
   const soon = (act, ms) => {
-    if (timer === null) {
+    if (act && timer === null) {
       timer = setTimeout(() => {
         timer = null;
         act();
@@ -49,7 +49,7 @@ export function datasourceView(main, id, tab, rewatch) {
     const known = datasources.get(id);
     if (!known) return;
     setText(name, known.name);
-    setText(state, `${rate(rateOf(known))} messages/s · ${known.last_at ? `last message ${age(known.last_at)}` : "no message yet"} · ${plural(known.accepted, "message")} accepted`);
+    setText(state, `${rate(rateOf(known))} messages/s · ${known.last_at ? `last message ${age(known.last_at)}` : "no message yet"}${known.accepted ? ` · ${count(known.accepted)} accepted with its present keys` : ""}`);
     spark.draw(known.history);
   };
   draw();
@@ -58,9 +58,9 @@ export function datasourceView(main, id, tab, rewatch) {
       if (event === "hello" || event === "tick") draw();
       const got = event === "tick" ? data.datasources[id] : undefined;
       if (got) panels.take?.(got);
-      if (got?.quarantined) soon(() => panels.onQuarantined?.(), 1500);
-      if (event === "keys") panels.onKeys?.();
-      if (event === "refusals") soon(() => panels.onRefused?.(), 500);
+      if (got?.quarantined) soon(panels.onQuarantined, 1500);
+      if (event === "keys") soon(panels.onKeys, 300);
+      if (event === "refusals") soon(panels.onRefused, 500);
     },
     close() {
       clearTimeout(timer);

@@ -71,6 +71,7 @@ export function datasourcesView(main) {
     isKnown = true;
     arrange();
     draw();
+    askNewest();
   }
   return {
     on(name) {
@@ -101,7 +102,7 @@ function card(known) {
   const values = h("dl", { class: "values" });
   const element = h("article", { class: "card" },
     h("div", { class: "card-head" },
-      h("h2", {}, h("a", { href: `#/datasources/${encodeURIComponent(known.id)}` }, known.name)),
+      h("h2", {}, h("a", { href: `#/datasources/${encodeURIComponent(known.id)}`, title: known.name }, known.name)),
       known.name === known.id ? null : h("span", { class: "id" }, known.id)),
     h("div", { class: "card-rate" }, h("div", {}, speed, h("span", { class: "unit" }, " messages/s")), spark.element),
     values,
@@ -119,16 +120,26 @@ function card(known) {
   };
 }
 
-// The newest values, the newest topic first: each number of a payload by its name, or the payload itself.
+// The newest values of a few topics: the members of each payload by their names, numbers before texts, or the payload
+// itself. Every topic has its turn before one has a second line.
 function drawValues(place, newest) {
-  const shown = [];
-  const records = [...newest.values()].sort((a, b) => (a.received_at < b.received_at ? 1 : -1)).slice(0, VALUES_MAX);
-  records.sort((a, b) => a.topic.localeCompare(b.topic));
-  for (const record of records) {
-    if (record.payload_encoding || record.omitted_bytes) shown.push([record.topic, payload(record)]);
-    else for (const [name, text] of members(record.payload)) shown.push([name && name !== "value" ? `${record.topic} ${name}` : record.topic, text]);
+  const topics = [...newest.values()].sort((a, b) => a.topic.localeCompare(b.topic)).slice(0, VALUES_MAX);
+  const of_ = topics.map((record) => {
+    if (record.payload_encoding || record.omitted_bytes) return [[record.topic, payload(record)]];
+    const found = members(record.payload).sort((a, b) => Number(b[2]) - Number(a[2]));
+    return found.map(([name, text]) => [name && name !== "value" ? `${record.topic} ${name}` : record.topic, text]);
+  });
+  let left = VALUES_MAX;
+  const taken = of_.map(() => 0);
+  for (let turn = 0; turn < VALUES_MAX; turn += 1) {
+    of_.forEach((found, i) => {
+      if (left > 0 && found.length > turn) {
+        taken[i] += 1;
+        left -= 1;
+      }
+    });
   }
-  const lines = shown.slice(0, VALUES_MAX);
+  const lines = of_.flatMap((found, i) => found.slice(0, taken[i]));
   while (place.children.length > 2 * lines.length) place.lastChild.remove();
   lines.forEach(([name, text], i) => {
     if (!place.children[2 * i]) place.append(h("dt", {}), h("dd", {}));

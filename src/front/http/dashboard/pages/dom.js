@@ -29,6 +29,14 @@ export function fill(parent, ...children) {
   return parent;
 }
 
+// As `fill`, for what is drawn again and again: who was at a button there is at the one that takes its place.
+export function refill(parent, ...children) {
+  const at = parent.contains(document.activeElement) ? document.activeElement.getAttribute("aria-label") : null;
+  fill(parent, ...children);
+  if (at) [...parent.querySelectorAll("[aria-label]")].find((made) => made.getAttribute("aria-label") === at)?.focus({ preventScroll: true });
+  return parent;
+}
+
 // An element of SVG.
 export function svg(name, attributes, ...children) {
   const made = document.createElementNS("http://www.w3.org/2000/svg", name);

@@ -56,7 +56,7 @@ export function span(s) {
 
 // A value as one line of text.
 export function value(of) {
-  if (typeof of === "number") return String(Number(of.toPrecision(10)));
+  if (typeof of === "number") return String(Number.isInteger(of) ? of : Number(of.toPrecision(7)));
   return typeof of === "string" ? of : JSON.stringify(of);
 }
 

@@ -1,7 +1,7 @@
 // The keys of a datasource, or of all datasources (`*`): what each may do, who uses it, and what ends it.
 
 import { get, of, post, query, remove } from "./api.js";
-import { button, field, fill, h, notify, select, table } from "./dom.js";
+import { button, field, fill, h, notify, refill, select, table } from "./dom.js";
 import { confirm, formDialog, showSecret } from "./dialogs.js";
 import { age, count, localInput, payload, plural, time, until } from "./format.js";
 
@@ -18,7 +18,7 @@ export function keysPanel(place, datasource) {
   async function load() {
     const { keys } = await get(of(datasource, "keys"));
     keys.sort((a, b) => (a.created_at < b.created_at ? 1 : -1));
-    fill(list, table("Keys", [
+    refill(list, table("Keys", [
       { name: "Key" }, { name: "May" }, { name: "State" }, { name: "Last use" }, { name: "Messages", class: "value" }, { name: "", class: "act" },
     ], keys.map((key) => ({ cells: [nameOf(key), key.scopes.join(", "), stateOf(key), useOf(key), countsOf(key), actionsOf(key)] })),
     "No key: nothing can be published or read here. Make one."));

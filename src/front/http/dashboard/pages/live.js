@@ -1,6 +1,6 @@
 // What happens, as the gateway tells it: one stream for the page. Its events go to whatever view is there.
 
-import { query } from "./api.js";
+import { query, request } from "./api.js";
 import { setNow } from "./format.js";
 
 const HISTORY_S = 60;
@@ -13,6 +13,9 @@ let listener = () => {};
 let hiddenTimer = null;
 let retryTimer = null;
 let whenEnded = () => {};
+
+// Whether the stream that there is has one datasource alone.
+const isPartial = () => Boolean(wanted?.includes("datasource="));
 
 // What is known of each datasource, by its id.
 export const datasources = new Map();
@@ -62,6 +65,9 @@ function open() {
   };
 }
 
+// What the gateway says to the stream that it has refused.
+export const ask = () => request("HEAD", wanted);
+
 // Opens it again after a while.
 function again() {
   clearTimeout(retryTimer);
@@ -81,7 +87,8 @@ function take(name, data) {
       list(data);
       gateway.log_end = data.log_end;
       gateway.version = data.version;
-      for (const [id, known] of datasources) {
+      for (const { id } of data.datasources) {
+        const known = datasources.get(id);
         const totals = data.totals[id];
         if (totals) Object.assign(known, totals, { last_at: later(totals.last_at, known.last_at) });
         known.history = data.history[id] ?? new Array(HISTORY_S).fill(0);
@@ -108,17 +115,15 @@ function take(name, data) {
 }
 
 function list(data) {
-  const ids = new Set(data.datasources.map((of) => of.id));
   for (const [id, known] of datasources) {
     const of = data.datasources.find((listed) => listed.id === id);
-    if (!of || of.incarnation !== known.incarnation) datasources.delete(id);
+    if (of ? of.incarnation !== known.incarnation : !isPartial()) datasources.delete(id);
   }
   for (const of of data.datasources) {
     const fresh = { accepted: 0, refused: 0, last_at: null, history: new Array(HISTORY_S).fill(0), newest: new Map() };
     datasources.set(of.id, Object.assign(datasources.get(of.id) ?? fresh, of));
   }
-  gateway.more = data.more;
-  return ids;
+  if (!isPartial()) gateway.more = data.more;
 }
 
 const later = (a, b) => (!b || (a && a > b) ? a : b);
@@ -132,6 +137,7 @@ function tick(data) {
   gateway.log_end = data.log_end;
   for (const [id, known] of datasources) {
     const of = data.datasources[id];
+    if (!of && isPartial() && !wanted.includes(`datasource=${id}`)) continue;
     known.history.push(of && data.seconds > 0 ? Math.round((of.records * scale) / Math.max(1, data.seconds)) : 0);
     while (known.history.length > HISTORY_S) known.history.shift();
     if (!of) continue;

@@ -6,7 +6,7 @@ import { datasourcesView } from "./datasources.js";
 import { button, fill, h, notify } from "./dom.js";
 import { healthView } from "./health.js";
 import { keysPanel } from "./keys.js";
-import { gateway, onEnded, stop, watch } from "./live.js";
+import { ask, gateway, onEnded, stop, watch } from "./live.js";
 import { refusalsPanel } from "./refusals.js";
 import { current, end, isGatewayAdmin, resume } from "./session.js";
 
@@ -131,8 +131,10 @@ export function close() {
 
 onEnded(async (reason, again) => {
   if (reason === "datasource_deleted") {
-    notify("This datasource was deleted.");
-    location.hash = "#/";
+    if (location.hash.startsWith("#/datasources/")) {
+      notify("This datasource was deleted.");
+      location.hash = "#/";
+    }
     return;
   }
   if (reason === "key_dead") {
@@ -141,8 +143,14 @@ onEnded(async (reason, again) => {
   }
   try {
     if (!(await resume())) leave("You are signed out: the session is over, or its key has ended.");
-    else again();
-  } catch {
+    else await ask().then(again);
+  } catch (error) {
+    if (error.status === 404 && location.hash.startsWith("#/datasources/")) {
+      notify("There is no such datasource, or it is not this key's to read.", true);
+      location.hash = "#/";
+      return;
+    }
+    if (error.status === 429) notify("Too many pages watch the gateway with this key: close one.", true);
     again();
   }
 });

@@ -53,7 +53,7 @@ function entry(of) {
     ["First", time(of.first_at)],
   ].filter(Boolean);
   return h("article", { class: "refusal" },
-    h("div", { class: "refusal-head" }, h("h3", {}, readable(of.cause)), h("span", { class: "muted" }, `${of.count === 1 ? "once" : plural(of.count, "time")}, last ${age(of.last_at)}`)),
+    h("div", { class: "refusal-head" }, h("h3", { class: "cause" }, readable(of.cause)), h("span", { class: "muted" }, `${of.count === 1 ? "once" : plural(of.count, "time")}, last ${age(of.last_at)}`)),
     h("p", { class: "wrap" }, of.detail),
     h("p", { class: "advice wrap" }, of.advice),
     h("dl", { class: "facts" }, facts.map(([name, text]) => h("div", {}, h("dt", {}, name), h("dd", {}, text)))));

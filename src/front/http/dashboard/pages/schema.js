@@ -18,8 +18,8 @@ export function schemaPanel(place, datasource) {
       h("div", { class: "actions" }, h("button", { class: "primary" }, "Set the schemas")))
     : null;
   fill(place, h("div", { class: "columns" },
-    h("section", { class: "panel" }, h("h2", {}, "Enforced"), enforced),
-    h("section", { class: "panel" }, h("h2", {}, "Inferred"), inferred)), form);
+    h("div", { class: "body" }, h("section", { class: "panel" }, h("h2", {}, "Enforced"), enforced), form),
+    h("section", { class: "panel" }, h("h2", {}, "Inferred"), inferred)));
 
   form?.addEventListener("submit", async (event) => {
     event.preventDefault();

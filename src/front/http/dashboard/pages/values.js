@@ -1,7 +1,7 @@
 // The newest value of each topic and member, as it comes.
 
 import { get, of, query } from "./api.js";
-import { button, fill, h, notify, setText, table } from "./dom.js";
+import { button, h, notify, refill, setText, table } from "./dom.js";
 import { age, members, payload, value } from "./format.js";
 
 const ROWS_MAX = 300;
@@ -22,7 +22,7 @@ export function valuesTable(place, datasource, whenChart) {
 
   function draw() {
     const sorted = [...rows.values()].sort((a, b) => a.topic.localeCompare(b.topic) || a.key.localeCompare(b.key));
-    fill(place, table("Newest values", [
+    refill(place, table("Newest values", [
       { name: "Topic" }, { name: "Value of" }, { name: "Newest", class: "value" }, { name: "Received", class: "time" }, { name: "", class: "act" },
     ], sorted.map((row) => {
       row.value = h("span", { class: "number" }, row.text);
