@@ -419,7 +419,7 @@ impl ModelRun {
         for record in batches.iter().flat_map(Batch::records) {
             let is_parked = RecordKind::of(&record) == RecordKind::Parked;
             if is_parked && record.datasource == TENANTS[tenant] && self.random.percent(30) {
-                let redriven = draft.redrive(&admin, &datasource, &record).expect("may");
+                let redriven = draft.redrive(&admin, &datasource, &record, None).expect("may");
                 assert!(matches!(redriven, RedriveOutcome::Added));
                 added.push(record);
             }
