@@ -24,7 +24,9 @@ use tokio::runtime::Handle;
 use tokio::sync::Semaphore;
 
 use crate::auth::{Grant, Key};
-use crate::limits::{PROCESSOR_WINDOW, SLOW_IN_FLIGHT_BYTES_MAX, SLOW_LANE_STAY, TENANT_ACTIVE};
+use crate::limits::{
+    PROCESSOR_WINDOW, SLOW_DISK_PAUSES, SLOW_IN_FLIGHT_BYTES_MAX, SLOW_LANE_STAY, TENANT_ACTIVE,
+};
 use crate::message::{DatasourceId, KeyId};
 use crate::shares::processors;
 
@@ -165,6 +167,23 @@ impl ProcessorTime {
         }
         let tenant = self.of_key(key);
         self.is_slow(&tenant).then(|| tenant.log_turns.clone())
+    }
+
+    /// Does work for a key's tenant that writes so many bytes to a disk for which others wait. While the tenant is in the
+    /// slow lane, it has little of that under way, and pauses between.
+    pub async fn pace_disk<T>(&self, key: &Key, bytes: usize, work: impl Future<Output = T>) -> T {
+        let Some(turns) = self.log_turns(key) else { return work.await };
+        let permits = u32::try_from(bytes.min(SLOW_IN_FLIGHT_BYTES_MAX)).unwrap_or(u32::MAX);
+        // Never closed.
+        let turn = turns.acquire_many_owned(permits).await;
+        let began = Instant::now();
+        let done = work.await;
+        let pause = began.elapsed() * SLOW_DISK_PAUSES;
+        self.usual_runtime().spawn(async move {
+            tokio::time::sleep(pause).await;
+            drop(turn);
+        });
+        done
     }
 
     /// The time of all clients without a key.

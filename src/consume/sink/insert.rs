@@ -74,6 +74,12 @@ pub(super) fn insert_records<'a>(
             samples.observe(row.topic, &sampled, &ids.open_chunks);
         }
         newest.observe(row.topic, &record, text, is_object.then_some(&mut members));
+        if samples.is_full() {
+            std::mem::take(&mut samples).write(transaction, &mut ids.open_chunks)?;
+        }
+        if newest.is_full() {
+            std::mem::take(&mut newest).write(transaction)?;
+        }
     }
     samples.write(transaction, &mut ids.open_chunks)?;
     times.write(transaction)?;

@@ -249,7 +249,8 @@ async fn redrive_page(
                 superseded.push((record, earlier.first()));
             }
             SectionOutcome::KeyDead if before.is_some_and(|before| before <= Instant::now()) => {
-                let words = "It took so long that another gateway may have redriven the rest; asking again is safe.";
+                let words =
+                    "It took so long that another gateway may have redriven the rest; asking again is safe.";
                 return Err(Problem::new(Cause::StorageBehind, words).after_body_read());
             }
             other => {
