@@ -277,6 +277,11 @@ pub const SLOW_IN_FLIGHT_BYTES_MAX: usize = 128 << 10;
 /// How long such a tenant pauses after work of its own that others wait for the disk behind, as a multiple of what the
 /// work took.
 pub const SLOW_DISK_PAUSES: u32 = 3;
+/// The same after a request larger than [`SLOW_IN_FLIGHT_BYTES_MAX`], for whose commit everybody waits: about a sixteenth
+/// of the log's time is such a tenant's.
+pub const SLOW_LARGE_PAUSES: u32 = 15;
+/// The longest of these pauses.
+pub const SLOW_DISK_PAUSE_MAX: std::time::Duration = std::time::Duration::from_secs(2);
 /// The niceness of that priority.
 pub const SLOW_LANE_NICE: u8 = 10;
 /// What a new connection may use of the processors before it shares the place of its tenant, in nanoseconds.
@@ -290,7 +295,7 @@ pub const EARLY_KEYS_MAX: usize = 4;
 pub const EARLY_KEY_WAIT_MAX: std::time::Duration = std::time::Duration::from_millis(250);
 /// Connections that are accepted before others have their turn, while somebody is in the slow lane: a crowd must not fill
 /// the kernel's queue.
-pub const ACCEPTS_PER_TURN_MAX: u32 = 32;
+pub const ACCEPTS_PER_TURN_MAX: u32 = 8;
 /// What is read of a new HTTP connection in one of its turns while others wait to be let in.
 pub const NEWCOMER_READ_BYTES: usize = 256;
 /// Packets of an MQTT connection that are decoded before others have their turn.
