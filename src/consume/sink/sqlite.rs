@@ -402,7 +402,10 @@ mod tests {
         let end = records.len() as u64;
         sink.store(records.into_iter(), end, false).expect("stored");
         let connection = Connection::open(dir.path().join(RECORDS_FILE_NAME)).expect("opens");
-        let count = |sql: &str| connection.query_row(sql, [], |row| row.get::<_, usize>(0)).expect("a count");
+        let count = |sql: &str| {
+            let count = connection.query_row(sql, [], |row| row.get::<_, i64>(0)).expect("a count");
+            usize::try_from(count).expect("not negative")
+        };
         let half = topics.len() / 2;
         assert_eq!(count("SELECT count(*) FROM records"), 3 * topics.len());
         assert_eq!(count("SELECT count(*) FROM samples"), 3 * (2 * half + half));
