@@ -91,7 +91,8 @@ mod tests {
         assert_eq!(of(format!("{}{secret}", other.repeat(EARLY_KEYS_MAX)).as_bytes()), None, "guesses end");
 
         let processor = ProcessorTime::new();
-        processor.slow_down(&processor.of_strangers());
+        let strangers = processor.of_strangers();
+        processor.slow_down(&strangers);
         let limits = StrangerLimits { strangers_max: 2, per_address_max: 2 };
         let table = Arc::new(ConnectionTable::new(limits));
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
