@@ -314,10 +314,28 @@ pub const TENANT_ACTIVE: std::time::Duration = std::time::Duration::from_millis(
 pub const SLOW_LANE_STAY: std::time::Duration = std::time::Duration::from_secs(2);
 /// What such a tenant may have on its way into the log, in bytes; a larger request goes alone.
 pub const SLOW_IN_FLIGHT_BYTES_MAX: usize = 128 << 10;
+/// How long such a tenant pauses after work of its own that others wait for the disk behind, as a multiple of what the
+/// work took.
+pub const SLOW_DISK_PAUSES: u32 = 3;
+/// The same after a request larger than [`SLOW_IN_FLIGHT_BYTES_MAX`], for whose commit everybody waits: about a sixteenth
+/// of the log's time is such a tenant's.
+pub const SLOW_LARGE_PAUSES: u32 = 15;
+/// The longest of these pauses.
+pub const SLOW_DISK_PAUSE_MAX: std::time::Duration = std::time::Duration::from_secs(2);
 /// The niceness of that priority.
 pub const SLOW_LANE_NICE: u8 = 10;
 /// What a new connection may use of the processors before it shares the place of its tenant, in nanoseconds.
 pub const NEWCOMER_NS: u64 = 200_000;
+/// Bytes of a new connection that are looked at for a key while a crowd of strangers stands in line: a request with its
+/// first headers, or a CONNECT.
+pub const EARLY_KEY_BYTES_MAX: usize = 1_024;
+/// How many there are looked up.
+pub const EARLY_KEYS_MAX: usize = 4;
+/// How long those bytes are waited for.
+pub const EARLY_KEY_WAIT_MAX: std::time::Duration = std::time::Duration::from_millis(250);
+/// Connections that are accepted before others have their turn, while somebody is in the slow lane: a crowd must not fill
+/// the kernel's queue.
+pub const ACCEPTS_PER_TURN_MAX: u32 = 8;
 /// What is read of a new HTTP connection in one of its turns while others wait to be let in.
 pub const NEWCOMER_READ_BYTES: usize = 256;
 /// Packets of an MQTT connection that are decoded before others have their turn.
@@ -441,7 +459,7 @@ pub const POSTGRES_READ_WAIT_MAX: std::time::Duration = std::time::Duration::fro
 /// How long readers leave a PostgreSQL alone that was away.
 pub const POSTGRES_READER_AWAY_PAUSE: std::time::Duration = std::time::Duration::from_millis(500);
 /// Large HTTP bodies that are parsed at once for each processor.
-pub const PARSES_PER_PROCESSOR_MAX: usize = 4;
+pub const PARSES_PER_PROCESSOR_MAX: usize = 2;
 /// Payload bytes after which a page of a query ends, full or not.
 pub const QUERY_BYTES_MAX: usize = 16 << 20;
 /// Records that a query scans for one page; a selective filter gives short pages.
@@ -484,6 +502,9 @@ pub const LATEST_BOARD_DATASOURCES_MAX: usize = 8;
 pub const SAMPLES_PER_RECORD_MAX: usize = 256;
 /// Bytes of a sample's key, with the names of the objects that it is in.
 pub const SAMPLE_KEY_BYTES_MAX: usize = LATEST_KEY_BYTES_MAX;
+/// Topics and keys whose samples or newest values one transaction of storage gathers before it writes them: what clients
+/// invent must not take more memory than that.
+pub const GATHERED_KEYS_MAX: usize = 32 << 10;
 /// Objects inside of the outermost one whose numbers become samples.
 pub const SAMPLE_DEPTH_MAX: usize = 8;
 /// Bytes of the JSON pointer to an event time.

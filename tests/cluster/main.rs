@@ -7,6 +7,7 @@ mod common;
 mod clock;
 mod faults;
 mod fences;
+mod ids;
 mod lake;
 mod log;
 mod postgres;

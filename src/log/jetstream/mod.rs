@@ -29,6 +29,7 @@
 mod append;
 mod fences;
 mod follow;
+mod id_allowance;
 mod message;
 mod once;
 mod open;
@@ -54,6 +55,7 @@ use tracing::warn;
 use self::append::{AppenderCommand, JetstreamAppender, JetstreamSubmission};
 use self::fences::{KeyFences, fence_keys, load_fences, remove_shut_out};
 use self::follow::JetstreamLogFollower;
+use self::id_allowance::IdAllowance;
 use self::once::{ExchangeGenerations, once_bucket_settings};
 use self::open_exchanges::OpenExchanges;
 use self::own::{OwnAppends, own};
@@ -96,10 +98,13 @@ struct JetstreamLogShared {
     stream: JetstreamStream,
     /// The connection for following the stream.
     following: Nats,
+    /// For how long JetStream knows ids.
+    id_window: Duration,
     /// Whether the stream has several replicas.
     is_replicated: bool,
     once: ExchangeGenerations,
     exchanges: OpenExchanges,
+    ids: IdAllowance,
     tail: Tail,
     own: OwnAppends,
     listener: OnceLock<BatchListener>,
@@ -163,9 +168,15 @@ impl JetstreamLog {
         let state = stream.state().await?;
         let (fences, removed) = KeyFences::new();
         let shared = Arc::new(JetstreamLogShared {
+            id_window: window,
             is_replicated: replicas > 1,
             once,
             exchanges: OpenExchanges::new(config.intake.exchanges_per_datasource_max, window),
+            ids: IdAllowance::new(
+                config.intake.dedup_ids_per_datasource_max,
+                config.intake.dedup_ids_max,
+                window,
+            ),
             tail: Tail::new(state.last + 1),
             own: OwnAppends::default(),
             listener: OnceLock::new(),
@@ -323,6 +334,10 @@ impl Log for JetstreamLog {
         // It goes on if the caller does not wait.
         let fenced = tokio::spawn(fence_keys(self.shared.clone(), keys));
         Box::pin(async move { drop(fenced.await) })
+    }
+
+    fn shared_id_window(&self) -> Option<Duration> {
+        Some(self.shared.id_window)
     }
 
     fn fenced_records(&self) -> u64 {

@@ -101,6 +101,8 @@ causes! {
         "it uses more topics than its limit allows: use fewer, or raise the limit";
     Exchanges "exchanges" TooManyRequests:
         "its clients publish with QoS 2 and do not release: have them end their sessions, or raise intake.exchanges_per_datasource_max";
+    LimitIds "limit_ids" TooManyRequests:
+        "its datasource brings more message ids or QoS 2 messages than the cluster remembers: give fewer messages an id, send bulk data without, or raise intake.dedup_ids_per_datasource_max and intake.dedup_ids_max";
     LimitSessions "limit_sessions" OverLimit:
         "its datasource has as many lasting MQTT sessions as its limit allows: use a clean session, end old ones, or raise the limit";
     LimitSubscriptions "limit_subscriptions" OverLimit:
