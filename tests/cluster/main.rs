@@ -7,6 +7,7 @@ mod common;
 mod clock;
 mod faults;
 mod fences;
+mod history;
 mod log;
 mod postgres;
 mod registry;

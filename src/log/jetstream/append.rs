@@ -184,7 +184,7 @@ impl JetstreamAppender {
         }
         if !self.waiting.is_empty() && self.got_on_at + FOLLOWER_STALL_MAX <= now {
             // Without the follower, fences before these records may be unknown; without the registry too, a key's end.
-            match self.shared.may_be_behind() {
+            match self.shared.obstacle().is_some() {
                 true => {
                     self.got_on_at = now;
                     self.give_up_waiting(now);
@@ -238,7 +238,7 @@ impl JetstreamAppender {
             left += kept as usize + usize::from(asks);
             // The first of several records with one id tells whether all are known. Questions come before it.
             let at_once = if once.is_some() { kept.min(1) } else { kept };
-            let place = |record| PendingMessage { append, section: nth, record, again: false, asks };
+            let place = |record| PendingMessage { append, section: nth, record, again: false, asks, after: 0 };
             self.queue.extend((0..if asks { 1 } else { at_once }).map(place));
             let content = SharedIdContent { records, digest: section.content_digest() };
             let asked = section.asked().iter().map(|id| (*id, self.generation_of(*id).map(|g| g.number)));
@@ -287,12 +287,13 @@ impl JetstreamAppender {
 
     /// Publishes queued messages, as many as may be in flight.
     async fn publish_queued(&mut self) {
+        let after = self.shared.tail.next_offset();
         while self.blocked.is_none() && self.publisher.in_flight() < PUBLISHES_IN_FLIGHT_MAX {
             let Some(place) = self.refused.pop_first().or_else(|| self.queue.pop_front()) else { return };
-            if self.shared.may_be_behind() {
+            let place = PendingMessage { after, ..place };
+            if let Some(obstacle) = self.shared.obstacle() {
                 self.refused.insert(place);
-                let words = "this gateway has lost NATS and may not know yet which keys are dead";
-                self.blocked = Some((AppendError::Away(words.into()), Instant::now() + PUBLISH_RETRY_PAUSE));
+                self.blocked = Some((obstacle, Instant::now() + PUBLISH_RETRY_PAUSE));
                 return;
             }
             let Some(open) = self.open.get_mut(place.append) else { continue };
@@ -337,6 +338,11 @@ impl JetstreamAppender {
 
     /// Records that a message is stored.
     fn settle_stored(&mut self, place: PendingMessage, ack: JetstreamAck) {
+        if ack.sequence < place.after && !ack.duplicate && !place.asks {
+            self.shared.gate.note_lower_ack(ack.sequence, place.after);
+            let words = "the log has become another one, or an earlier state of it";
+            return self.settle_refused(place, PublishError::Unknown(words.to_owned()));
+        }
         let Some(open) = self.open.get_mut(place.append) else { return };
         let progress = &mut open.sections[place.section as usize];
         if place.asks {
@@ -410,6 +416,7 @@ impl JetstreamAppender {
             record,
             again: false,
             asks: false,
+            after: 0,
         }));
     }
 

@@ -11,6 +11,7 @@
 //!   generations.
 //! - Sharing (`share.rs`): shared places in the log, where each record goes to one reader.
 //! - Retention (`retention.rs`): by the gateways, because only they know what is stored.
+//! - One history (`history.rs`): whether the stream is the one that this gateway has followed.
 //! - Watching (`watch.rs`): settings, servers that are behind, and the time, which is the servers'.
 //!
 //! # Promises, where they differ from the embedded log's
@@ -29,6 +30,7 @@
 mod append;
 mod fences;
 mod follow;
+mod history;
 mod message;
 mod once;
 mod open;
@@ -73,6 +75,7 @@ use crate::subject::{SubjectError, SubjectSpace, check_topic_has_subject};
 use crate::trouble::TroubleCell;
 
 pub use headgate_bridge_nats::stream::SharedPlace;
+pub use history::{HistoryGate, HistorySetBack, LogHistory};
 pub use watch::timed_report;
 
 pub use share::{DeliveredRecord, SHARED_KEEP_INTERVAL, ShareError, SharedPlaces, SharedRecords};
@@ -106,6 +109,9 @@ struct JetstreamLogShared {
     holds: Holds,
     withheld: Arc<WithheldRules>,
     fences: KeyFences,
+    gate: HistoryGate,
+    /// The epochs of the log, once they are known.
+    history: OnceLock<LogHistory>,
     /// Whether a key may have died without this gateway knowing it yet.
     may_be_behind: OnceLock<Box<dyn Fn() -> bool + Send + Sync>>,
     /// The oldest offset, as far as is known.
@@ -129,9 +135,15 @@ struct JetstreamLogShared {
 }
 
 impl JetstreamLogShared {
-    /// Whether a key may have died without this gateway knowing it yet.
-    fn may_be_behind(&self) -> bool {
-        self.may_be_behind.get().is_some_and(|may_be_behind| may_be_behind())
+    /// Why nothing may be published now: the stream may be another one than was followed, or a key may have died without
+    /// this gateway knowing it yet.
+    fn obstacle(&self) -> Option<AppendError> {
+        if self.gate.is_in_doubt() {
+            return Some(AppendError::OtherHistory(self.gate.words()));
+        }
+        let is_behind = self.may_be_behind.get().is_some_and(|may_be_behind| may_be_behind());
+        let words = "this gateway has lost NATS and may not know yet which keys are dead";
+        is_behind.then(|| AppendError::Away(words.into()))
     }
 
     fn note_state(&self, state: &StreamState) {
@@ -172,6 +184,8 @@ impl JetstreamLog {
             holds: Holds::new(),
             withheld: Arc::default(),
             fences,
+            gate: HistoryGate::default(),
+            history: OnceLock::new(),
             may_be_behind: OnceLock::new(),
             first_offset: AtomicU64::new(0),
             bytes: AtomicU64::new(0),
@@ -223,6 +237,21 @@ impl JetstreamLog {
     /// acknowledges nothing that it has not read back.
     pub fn set_behind_check(&self, may_be_behind: impl Fn() -> bool + Send + Sync + 'static) {
         let _ = self.shared.may_be_behind.set(Box::new(may_be_behind));
+    }
+
+    /// The gate that is closed while the stream may be another one than this gateway has followed.
+    pub fn gate(&self) -> &HistoryGate {
+        &self.shared.gate
+    }
+
+    /// Sets the epochs of the log. Only the first call counts.
+    pub fn set_history(&self, history: LogHistory) {
+        let _ = self.shared.history.set(history);
+    }
+
+    /// The connection over which it appends.
+    pub fn nats(&self) -> &Nats {
+        self.shared.stream.nats()
     }
 
     /// Runs a read on the runtime and blocks until it ends.
@@ -370,6 +399,9 @@ impl Log for JetstreamLog {
     }
 
     fn read(&self, from: Offset, bytes_max: usize) -> Result<Vec<Batch>, LogReadError> {
+        if let Some(doubt) = self.doubt() {
+            return Err(LogReadError::Away(doubt.into()));
+        }
         match self.read_recent(from, bytes_max) {
             Some(batches) => Ok(batches),
             None => self.block_on_read(read::read_from_servers(self.shared.clone(), from, bytes_max)),
@@ -380,6 +412,9 @@ impl Log for JetstreamLog {
         // A stream has no message at 0.
         if from == 0 && self.first_offset() == 0 && self.next_offset() == 1 {
             return Some(vec![Batch::nothing_below(1)]);
+        }
+        if self.shared.gate.is_closed() {
+            return None;
         }
         self.shared.tail.read(from, bytes_max)
     }
@@ -412,9 +447,22 @@ impl Log for JetstreamLog {
     fn trouble(&self) -> Option<String> {
         let shared = &self.shared;
         let nats = shared.stream.nats().trouble().or_else(|| shared.following.trouble());
-        nats.or_else(|| shared.stream_trouble.current())
+        nats.or_else(|| shared.gate.doubt())
+            .or_else(|| shared.stream_trouble.current())
             .or_else(|| shared.append_trouble.current())
             .or_else(|| shared.clock_trouble.current())
+    }
+
+    fn is_in_doubt(&self) -> bool {
+        self.shared.gate.is_in_doubt()
+    }
+
+    fn doubt(&self) -> Option<String> {
+        self.shared.gate.doubt()
+    }
+
+    fn history(&self) -> Option<&LogHistory> {
+        self.shared.history.get()
     }
 
     fn warning(&self) -> Option<String> {

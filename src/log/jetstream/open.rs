@@ -29,6 +29,8 @@ pub(super) struct PendingMessage {
     pub(super) again: bool,
     /// Whether it is no record, but the question whether the section's first asked id is known.
     pub(super) asks: bool,
+    /// The offset that was the next one when it was published: the stream cannot put it before that.
+    pub(super) after: Offset,
 }
 
 /// An append that is not settled.

@@ -1,0 +1,157 @@
+//! The start of a gateway: whether it may join what the servers have.
+
+use std::path::Path;
+
+use headgate_bridge_nats::kv::KvPut;
+use headgate_bridge_nats::{KvBucket, KvError, ManagedStream, Nats, StreamError};
+use rand::TryRng;
+use rand::rngs::SysRng;
+use tracing::{info, warn};
+
+use super::{ClusterHistory, FollowedHistory, HistoryFindings, HistoryVerdict, judge, judge_anchor};
+use crate::auth::cluster::{HISTORY_ROW_NAME, registry_bucket_settings};
+use crate::message::Offset;
+
+/// The history that a gateway has joined.
+pub(in crate::gateway) struct AdmittedHistory {
+    pub(in crate::gateway) cluster: ClusterHistory,
+    /// The first offset that was given anew since this gateway was last there.
+    pub(in crate::gateway) set_back_to: Option<Offset>,
+}
+
+/// Why it may not join now.
+#[derive(Debug, thiserror::Error)]
+pub(in crate::gateway) enum AdmissionError {
+    /// NATS is away, or another gateway was first: try again.
+    #[error("{0}")]
+    Away(String),
+    /// It is not what was followed, and nobody has decided yet.
+    #[error("{0}")]
+    Undecided(String),
+    /// Trying again does not help.
+    #[error("{0}")]
+    Failed(String),
+}
+
+impl From<StreamError> for AdmissionError {
+    fn from(error: StreamError) -> Self {
+        match error {
+            StreamError::Away(text) => Self::Away(text),
+            error => Self::Failed(error.to_string()),
+        }
+    }
+}
+
+impl From<KvError> for AdmissionError {
+    fn from(error: KvError) -> Self {
+        match error {
+            KvError::Away(text) => Self::Away(text),
+            KvError::Conflict => Self::Away("another gateway is joining".to_owned()),
+            error => Self::Failed(error.to_string()),
+        }
+    }
+}
+
+impl AdmittedHistory {
+    /// Compares what the servers have with what the gateway in `dir` has followed. A new cluster gets its identity here.
+    ///
+    /// # Errors
+    /// [`AdmissionError`].
+    pub(in crate::gateway) async fn ask(
+        nats: &Nats,
+        streams: &[ManagedStream],
+        replicas: usize,
+        dir: &Path,
+    ) -> Result<Self, AdmissionError> {
+        let known = FollowedHistory::load(dir).map_err(|error| {
+            AdmissionError::Failed(format!("{}/{}: {error}", dir.display(), super::HISTORY_FILE_NAME))
+        })?;
+        let found = HistoryFindings::ask(nats, streams).await?;
+        let mut verdict = judge(&found, known.as_ref());
+        if verdict == HistoryVerdict::Same
+            && let Some(known) = &known
+            && let Some(broken) = judge_anchor(nats, &found, known).await?
+        {
+            verdict = broken;
+        }
+        match (verdict, found.history.clone()) {
+            (HistoryVerdict::Same | HistoryVerdict::Adopted, Some(cluster)) => {
+                let set_back_to = known.and_then(|known| cluster.of_log().end_since(known.epoch));
+                Ok(Self { cluster, set_back_to })
+            }
+            (HistoryVerdict::Broken(text), _) => Err(AdmissionError::Undecided(text)),
+            _ => {
+                let cluster = begin(nats, &found, replicas).await?;
+                Ok(Self { cluster, set_back_to: None })
+            }
+        }
+    }
+
+    /// Completes it, once every stream and bucket is there: notes when each was created, and marks those that are not
+    /// marked. Returns what the gateway follows from now on.
+    ///
+    /// # Errors
+    /// [`AdmissionError`].
+    pub(in crate::gateway) async fn complete(
+        &self,
+        nats: &Nats,
+        streams: &[ManagedStream],
+        replicas: usize,
+    ) -> Result<FollowedHistory, AdmissionError> {
+        let found = HistoryFindings::ask(nats, streams).await?;
+        let Some(mut cluster) = found.history.clone().filter(|history| history.epoch == self.cluster.epoch) else {
+            return Err(AdmissionError::Away("the cluster's history is being changed".to_owned()));
+        };
+        let before = cluster.clone();
+        for (name, extent) in found.extents() {
+            cluster.streams.entry(name.to_owned()).or_insert(extent.created);
+        }
+        if cluster != before {
+            put_history(nats, &cluster, found.revision, replicas).await?;
+        }
+        let mark = cluster.mark();
+        for (stream, report) in &found.streams {
+            let Some(report) = report else {
+                return Err(AdmissionError::Away(format!("{stream} is not there yet")));
+            };
+            if report.mark().as_ref() != Some(&mark)
+                && let Err(error) = stream.set_mark(nats, report, &mark).await
+            {
+                warn!(%error, "a stream or bucket cannot be marked as that of this log");
+            }
+        }
+        Ok(FollowedHistory::of(&cluster, &found))
+    }
+}
+
+/// Gives a cluster its identity, over what is there.
+async fn begin(nats: &Nats, found: &HistoryFindings, replicas: usize) -> Result<ClusterHistory, AdmissionError> {
+    let streams = found.extents().map(|(name, extent)| (name.to_owned(), extent.created)).collect();
+    let cluster = ClusterHistory { id: new_identity()?, epoch: 1, streams, set_backs: Vec::new() };
+    put_history(nats, &cluster, found.revision, replicas).await?;
+    info!(id = cluster.id, "the cluster's log has its identity");
+    Ok(cluster)
+}
+
+/// 128 random bits.
+pub(super) fn new_identity() -> Result<String, AdmissionError> {
+    let mut random = [0; 16];
+    SysRng
+        .try_fill_bytes(&mut random)
+        .map_err(|error| AdmissionError::Failed(format!("the operating system's random generator: {error}")))?;
+    Ok(format!("{:032x}", u128::from_be_bytes(random)))
+}
+
+/// Writes the row over the revision that it had.
+pub(super) async fn put_history(
+    nats: &Nats,
+    history: &ClusterHistory,
+    revision: u64,
+    replicas: usize,
+) -> Result<(), AdmissionError> {
+    let bucket = KvBucket::open(nats, &registry_bucket_settings(replicas)).await?;
+    let value = serde_json::to_vec(history).map_err(|error| AdmissionError::Failed(error.to_string()))?;
+    let put = KvPut { key: HISTORY_ROW_NAME.to_owned(), value: Some(value.into()), expected: Some(revision) };
+    bucket.put_all(&[put], None).await?;
+    Ok(())
+}
