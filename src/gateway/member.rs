@@ -133,6 +133,12 @@ impl JoiningMember {
             let (dir, log) = (dir.clone(), log.clone());
             tokio::task::spawn_blocking(move || set_back_stores(&dir, &*log, end)).await??;
         }
+        if let Some(followed_at) = admitted.followed_at {
+            while let Err(error) = log.find_open_exchanges(followed_at).await {
+                *self.waits_for.lock() = error.to_string();
+                tokio::time::sleep(CLUSTER_RETRY_PAUSE).await;
+            }
+        }
         member.open_cells(config).await?;
         let streams = all_streams(config);
         let known = loop {

@@ -17,7 +17,7 @@ fn setup(dir: &Path, server: &NatsServer) -> Setup {
         .set("log.backend", "jetstream")
         .set("nats.servers", format!("[\"{}\"]", server.url()))
         .set("data_dir", dir.display())
-        .set("mqtt.drain_ms_max", 2_000)
+        .set("drain_ms_max", 2_000)
 }
 
 fn send(gateway: &Gateway, source: &Source, numbers: std::ops::Range<u64>) {

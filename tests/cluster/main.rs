@@ -5,6 +5,7 @@
 mod common;
 
 mod clock;
+mod exchanges;
 mod faults;
 mod fences;
 mod history;

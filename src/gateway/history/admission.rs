@@ -10,13 +10,15 @@ use tracing::{info, warn};
 
 use super::{ClusterHistory, FollowedHistory, HistoryFindings, HistoryVerdict, judge, judge_anchor};
 use crate::auth::cluster::{HISTORY_ROW_NAME, registry_bucket_settings};
-use crate::message::Offset;
+use crate::message::{Offset, TimeMicros};
 
 /// The history that a gateway has joined.
 pub(in crate::gateway) struct AdmittedHistory {
     pub(in crate::gateway) cluster: ClusterHistory,
     /// The first offset that was given anew since this gateway was last there.
     pub(in crate::gateway) set_back_to: Option<Offset>,
+    /// When the newest message was stored that this gateway has followed; `None` if it has followed none.
+    pub(in crate::gateway) followed_at: Option<TimeMicros>,
 }
 
 /// Why it may not join now.
@@ -76,13 +78,15 @@ impl AdmittedHistory {
         }
         match (verdict, found.history.clone()) {
             (HistoryVerdict::Same | HistoryVerdict::Adopted, Some(cluster)) => {
-                let set_back_to = known.and_then(|known| cluster.of_log().end_since(known.epoch));
-                Ok(Self { cluster, set_back_to })
+                let set_back_to = known.as_ref().and_then(|known| cluster.of_log().end_since(known.epoch));
+                let log = found.streams.first().and_then(|(log, _)| known.as_ref()?.streams.get(log.name()));
+                let followed_at = log.map(|log| log.last_at / 1_000);
+                Ok(Self { cluster, set_back_to, followed_at })
             }
             (HistoryVerdict::Broken(text), _) => Err(AdmissionError::Undecided(text)),
             _ => {
                 let cluster = begin(nats, &found, replicas).await?;
-                Ok(Self { cluster, set_back_to: None })
+                Ok(Self { cluster, set_back_to: None, followed_at: None })
             }
         }
     }

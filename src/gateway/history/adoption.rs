@@ -140,16 +140,17 @@ async fn try_adopt(nats: &Nats, config: &Config, order: AdoptionOrder) -> Result
         return Ok(format!("{nothing}\n"));
     }
     let end = found.log().map_or(1, |log| log.last + 1);
-    let bucket = match (order.apply, found.registry()) {
-        (false, None) => None,
-        _ => Some(KvBucket::open(nats, &registry_bucket_settings(replicas)).await?),
-    };
-    let mending = match &bucket {
-        Some(bucket) => RegistryMending::plan(bucket, copy.as_ref(), order.is_restored, end).await?,
+    let settings = registry_bucket_settings(replicas);
+    // One that is gone is not made before it is decided.
+    let mending = match found.registry() {
+        Some(_) => {
+            let bucket = KvBucket::open(nats, &settings).await?;
+            RegistryMending::plan(&bucket, copy.as_ref(), order.is_restored, end).await?
+        }
         None => RegistryMending::default(),
     };
     tell(&mut said, &found, known.as_ref(), &mending, end);
-    let has_keys = mending.live_keys > 0 || (bucket.is_none() && order.is_restored);
+    let has_keys = mending.live_keys > 0 || (found.registry().is_none() && order.is_restored);
     if !has_keys && !order.is_new_registry {
         return Err(refused(anyhow::anyhow!(
             "{said}the registry has no key: put its bucket back; or publish it again where a gateway has its data directory \
@@ -157,7 +158,9 @@ async fn try_adopt(nats: &Nats, config: &Config, order: AdoptionOrder) -> Result
              be created again, and every device needs another key"
         )));
     }
-    if let Some(bucket) = bucket.filter(|_| order.apply) {
+    if order.apply {
+        let bucket = KvBucket::open(nats, &settings).await?;
+        let mending = RegistryMending::plan(&bucket, copy.as_ref(), order.is_restored, end).await?;
         mending.publish(&bucket).await?;
         let history = next_epoch(&found, known.as_ref(), end)?;
         put_history(nats, &with_registry(nats, config, history).await?, found.revision, replicas).await?;

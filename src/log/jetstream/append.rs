@@ -30,6 +30,7 @@ use tokio::time::sleep_until;
 use super::JetstreamLogShared;
 use super::message::{SharedIdContent, encode_message, encode_question, message_id_of};
 use super::once::Generation;
+use super::open_exchanges::KeptExchange;
 use super::open::{PendingAppend, PendingAppends, PendingMessage, SectionProgress};
 use super::own::OwnRunCollector;
 use super::read::shared_id_content_at;
@@ -220,7 +221,9 @@ impl JetstreamAppender {
             let dead = section.records() == 0 || !section.holds();
             let is_full = !dead && !self.may_open_exchanges(&section);
             let dead = dead || is_full;
-            let once = self.once_id_of(&section).filter(|_| !dead);
+            let known = if dead { None } else { self.find_kept(&mut section) };
+            let is_known = known.is_some();
+            let once = self.once_id_of(&section).filter(|_| !dead && !is_known);
             if let Some((id, Some(generation))) = once
                 && generation.is_stale()
             {
@@ -232,9 +235,9 @@ impl JetstreamAppender {
                 }));
             }
             let once = once.map(|(id, generation)| (id, generation.map(|generation| generation.number)));
-            let asks = !dead && !section.asked().is_empty();
+            let asks = !dead && !is_known && !section.asked().is_empty();
             let records = if dead { 0 } else { section.records() };
-            let kept = if section.is_question() { 0 } else { records };
+            let kept = if section.is_question() || is_known { 0 } else { records };
             left += kept as usize + usize::from(asks);
             // The first of several records with one id tells whether all are known. Questions come before it.
             let at_once = if once.is_some() { kept.min(1) } else { kept };
@@ -260,12 +263,34 @@ impl JetstreamAppender {
                 duplicates: 0,
                 content,
                 asked,
-                found: is_full.then_some(SectionOutcome::ExchangesFull),
+                found: known.or(is_full.then_some(SectionOutcome::ExchangesFull)),
                 dead,
             });
         }
         self.open.push(PendingAppend { sections: progress, left, error: None, give_up_at, reply });
         self.answer_if_settled(append);
+    }
+
+    /// What was kept before of a section whose exchange has been open for longer than JetStream may know its id.
+    fn find_kept(&self, section: &mut Section) -> Option<SectionOutcome> {
+        let exchanges = section.once().chain(section.asked().iter().copied()).filter(|id| id.is_exchange());
+        let find = |id| self.shared.exchanges.find(id, self.generation_of(id).map(|g| g.number));
+        // What lay beyond an earlier state from which the log went on is no longer there.
+        let is_there = |kept: &KeptExchange| {
+            let end = self.shared.history.get().and_then(|history| history.end_since(kept.epoch));
+            end.is_none_or(|end| kept.first < end)
+        };
+        let kept = exchanges.filter_map(find).find(is_there)?;
+        let earlier = Offsets::consecutive(kept.first, kept.content.records);
+        let content = SharedIdContent { records: section.records(), digest: section.content_digest() };
+        match kept.content.is_same(content) {
+            true if section.asked().is_empty() => Some(SectionOutcome::Duplicate(earlier)),
+            true => Some(SectionOutcome::Known(earlier)),
+            false if section.asked().is_empty() || section.is_question() => {
+                Some(SectionOutcome::Conflict { earlier, in_exchange: true })
+            }
+            false => None,
+        }
     }
 
     /// Whether the datasource of a section may open its exchanges; if so, they count.
@@ -535,7 +560,7 @@ impl JetstreamAppender {
         let Some(open) = self.open.take_settled(append) else { return };
         let last = open.last_offset();
         if open.error.is_some() || last < self.shared.tail.next_offset() {
-            open.answer(&self.shared.fences);
+            open.answer(&self.shared);
         } else {
             if self.waiting.is_empty() {
                 self.got_on_at = Instant::now();
@@ -568,7 +593,7 @@ impl JetstreamAppender {
             if let Some(mut open) = self.waiting.remove(&place) {
                 let words = "this gateway has lost NATS and does not know whether a key had ended before";
                 open.error = Some(AppendError::Unknown(words.into()));
-                open.answer(&self.shared.fences);
+                open.answer(&self.shared);
             }
         }
         self.pass_barriers();
@@ -579,7 +604,7 @@ impl JetstreamAppender {
         while let Some(first) = self.waiting.first_entry()
             && first.key().0 < next_offset
         {
-            first.remove().answer(&self.shared.fences);
+            first.remove().answer(&self.shared);
         }
         self.pass_barriers();
     }

@@ -9,6 +9,7 @@ use headgate_bridge_nats::stream::{StoredMessage, StreamFollower};
 use tracing::warn;
 
 use super::JetstreamLogShared;
+use super::exchange_rows::note_exchange;
 use super::fences::fenced_key;
 use super::own::AloneMode;
 use crate::log::nats_message::{ParsedTimeCache, decode_record};
@@ -82,6 +83,7 @@ impl JetstreamLogFollower {
         // A consumer that ends meanwhile has no successor before the next turn.
         while let Some(stored) = message.take_if(|stored| stored.sequence < end) {
             bytes += stored.payload.len();
+            note_exchange(&self.shared, &stored);
             self.stored.push(stored);
             if self.stored.len() < FOLLOW_BATCH_MESSAGES_MAX && bytes < FOLLOW_BATCH_BYTES_MAX {
                 message = self.follower.try_next();

@@ -28,6 +28,7 @@
 //!   knows counts as kept by this append, even if it was there before.
 
 mod append;
+mod exchange_rows;
 mod fences;
 mod follow;
 mod history;
@@ -53,10 +54,13 @@ use tokio::sync::{Notify, mpsc, oneshot};
 use tokio::task::JoinHandle;
 use tracing::warn;
 
+use self::exchange_rows::{
+    ExchangeRows, StaleRows, exchanges_bucket_settings, find_open_exchanges, write_exchange_rows, write_last_rows,
+};
 use self::append::{AppenderCommand, JetstreamAppender, JetstreamSubmission};
 use self::fences::{KeyFences, fence_keys, load_fences, remove_shut_out};
 use self::follow::JetstreamLogFollower;
-use self::once::{ExchangeGenerations, once_bucket_settings};
+use self::once::{ExchangeGenerations, RELEASE_MEMORY, once_bucket_settings};
 use self::open_exchanges::OpenExchanges;
 use self::own::{OwnAppends, own};
 use self::retention::{StreamRetention, cursors_bucket_settings};
@@ -89,7 +93,7 @@ pub struct JetstreamLog {
     commands: mpsc::UnboundedSender<AppenderCommand>,
     appender: Mutex<Option<JoinHandle<()>>>,
     follower: JoinHandle<()>,
-    others: [JoinHandle<()>; 4],
+    others: [JoinHandle<()>; 5],
     /// Runs the reads of blocking threads.
     runtime: Handle,
 }
@@ -101,8 +105,10 @@ struct JetstreamLogShared {
     following: Nats,
     /// Whether the stream has several replicas.
     is_replicated: bool,
-    once: ExchangeGenerations,
-    exchanges: OpenExchanges,
+    once: Arc<ExchangeGenerations>,
+    exchanges: Arc<OpenExchanges>,
+    rows: ExchangeRows,
+    stale_rows: StaleRows,
     tail: Tail,
     own: OwnAppends,
     listener: OnceLock<BatchListener>,
@@ -110,6 +116,8 @@ struct JetstreamLogShared {
     withheld: Arc<WithheldRules>,
     fences: KeyFences,
     gate: HistoryGate,
+    /// For how long the release of an exchange is known, at least.
+    exchange_memory: Duration,
     /// The epochs of the log, once they are known.
     history: OnceLock<LogHistory>,
     /// Whether a key may have died without this gateway knowing it yet.
@@ -146,10 +154,17 @@ impl JetstreamLogShared {
         is_behind.then(|| AppendError::Away(words.into()))
     }
 
+    /// The epoch of the log, as far as it is known.
+    fn epoch(&self) -> u64 {
+        self.history.get().map_or(0, |history| history.epoch)
+    }
+
     fn note_state(&self, state: &StreamState) {
         // An untouched stream begins at 1, and no record is missing below that.
         let first = if state.first <= 1 { 0 } else { state.first };
-        self.first_offset.fetch_max(first, Ordering::AcqRel);
+        if self.first_offset.fetch_max(first, Ordering::AcqRel) < first {
+            self.fences.forget_below(first);
+        }
         self.bytes.store(state.bytes, Ordering::Relaxed);
     }
 }
@@ -171,13 +186,27 @@ impl JetstreamLog {
         let (settings, replicas) = (stream_settings(config), config.nats.stream.replicas);
         let window = settings.duplicate_window;
         let stream = JetstreamStream::open(nats, &settings).await?;
-        let once = ExchangeGenerations::open(nats, replicas, window).await?;
+        let exchanges = Arc::new(OpenExchanges::new(config.intake.exchanges_per_datasource_max, window));
+        let (stale_rows, to_remove) = mpsc::unbounded_channel();
+        let once = ExchangeGenerations::open(nats, replicas, window, {
+            let (exchanges, stale_rows) = (exchanges.clone(), stale_rows.clone());
+            move |id, generation| {
+                if let Some(revision) = exchanges.close_earlier(id, generation) {
+                    let _ = stale_rows.send((id, revision));
+                }
+            }
+        });
+        let once = Arc::new(once.await?);
+        let removal = (stale_rows.clone(), to_remove);
+        let rows = ExchangeRows::open(nats, replicas, exchanges.clone(), once.clone(), removal).await?;
         let state = stream.state().await?;
         let (fences, removed) = KeyFences::new();
         let shared = Arc::new(JetstreamLogShared {
             is_replicated: replicas > 1,
             once,
-            exchanges: OpenExchanges::new(config.intake.exchanges_per_datasource_max, window),
+            exchanges,
+            rows,
+            stale_rows,
             tail: Tail::new(state.last + 1),
             own: OwnAppends::default(),
             listener: OnceLock::new(),
@@ -185,6 +214,7 @@ impl JetstreamLog {
             withheld: Arc::default(),
             fences,
             gate: HistoryGate::default(),
+            exchange_memory: window + RELEASE_MEMORY,
             history: OnceLock::new(),
             may_be_behind: OnceLock::new(),
             first_offset: AtomicU64::new(0),
@@ -223,6 +253,7 @@ impl JetstreamLog {
             tokio::spawn(watch_stream_state(shared.clone())),
             tokio::spawn(watch_reports(shared.clone(), managed_streams(config))),
             tokio::spawn(remove_shut_out(shared.clone(), removed, window)),
+            tokio::spawn(write_exchange_rows(shared.clone())),
         ];
         let (appender, runtime) = (Mutex::new(Some(appender)), Handle::current());
         Ok(Self { shared, commands, appender, follower, others, runtime })
@@ -242,6 +273,16 @@ impl JetstreamLog {
     /// The gate that is closed while the stream may be another one than this gateway has followed.
     pub fn gate(&self) -> &HistoryGate {
         &self.shared.gate
+    }
+
+    /// Finds the QoS 2 exchanges that a kill of all gateways has left open, in what was stored since this gateway followed
+    /// the stream last.
+    ///
+    /// # Errors
+    /// [`LogOpenError::Away`].
+    pub async fn find_open_exchanges(&self, followed_at: TimeMicros) -> Result<(), LogOpenError> {
+        let known_for = self.shared.exchange_memory;
+        Ok(find_open_exchanges(&self.shared, followed_at, known_for).await?)
     }
 
     /// Sets the epochs of the log. Only the first call counts.
@@ -279,12 +320,13 @@ fn stream_settings(config: &Config) -> JetstreamSettings {
 }
 
 /// The stream and the buckets of the log, as the configuration has them; the stream is the first.
-pub fn managed_streams(config: &Config) -> [ManagedStream; 3] {
+pub fn managed_streams(config: &Config) -> [ManagedStream; 4] {
     let (settings, replicas) = (stream_settings(config), config.nats.stream.replicas);
     [
         (&settings).into(),
         (&once_bucket_settings(replicas, settings.duplicate_window)).into(),
         (&cursors_bucket_settings(replicas)).into(),
+        (&exchanges_bucket_settings(replicas)).into(),
     ]
 }
 
@@ -322,8 +364,18 @@ impl Log for JetstreamLog {
 
     fn release(&self, ids: Vec<OnceId>, give_up_at: Instant) -> PendingCommit {
         let (reply, committed) = oneshot::channel();
-        self.shared.exchanges.close(&ids);
-        self.shared.once.release(ids, give_up_at, reply);
+        let rows = self.shared.exchanges.close(&ids);
+        if rows.is_empty() {
+            self.shared.once.release(ids, give_up_at, reply);
+            return committed;
+        }
+        let shared = self.shared.clone();
+        self.runtime.spawn(async move {
+            match shared.rows.remove(&rows, give_up_at).await {
+                Ok(()) => shared.once.release(ids, give_up_at, reply),
+                Err(error) => _ = reply.send(Err(AppendError::Away(error.to_string().into()))),
+            }
+        });
         committed
     }
 
@@ -359,7 +411,12 @@ impl Log for JetstreamLog {
     }
 
     fn sync(&self) -> LogFuture<'_, Result<(), AppendError>> {
-        Box::pin(self.shared.once.sync())
+        Box::pin(async move {
+            let rows = async {
+                self.shared.rows.sync().await.map_err(|error| AppendError::Away(error.to_string().into()))
+            };
+            tokio::try_join!(self.shared.once.sync(), rows).map(drop)
+        })
     }
 
     fn first_offset(&self) -> Offset {
@@ -478,6 +535,7 @@ impl Log for JetstreamLog {
             {
                 warn!("the log's appender has failed");
             }
+            write_last_rows(&self.shared).await;
             // Stopped so that consumers can end: later records of other gateways wait for the next start.
             self.follower.abort();
         })
