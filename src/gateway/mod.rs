@@ -34,10 +34,10 @@ use crate::log::Log;
 use crate::observe::metrics::Metrics;
 
 pub use cluster_settings::change_cluster;
-pub use history::{AdoptionOrder, adopt_cluster};
 use consumers::Consumers;
 use directory::ADMIN_KEY_FILE;
 use fronts::RunningFronts;
+pub use history::{AdoptionOrder, adopt_cluster};
 pub use keep::{back_up_stopped, restore_backup};
 use listeners::Listeners;
 use member::{ClusterMember, JoiningMember};

@@ -246,7 +246,8 @@ impl Intake {
         while self.may_be_behind() {
             if tokio::time::Instant::now() >= until {
                 if self.0.log.is_in_doubt() {
-                    let unchecked = || "whether it is still the one that was followed is being checked".to_owned();
+                    let unchecked =
+                        || "whether it is still the one that was followed is being checked".to_owned();
                     let doubt = self.0.log.doubt().unwrap_or_else(unchecked);
                     return Err(AppendError::OtherHistory(doubt.into()).into());
                 }

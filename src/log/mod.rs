@@ -93,8 +93,8 @@ pub use headgate_format::log::record::RecordBody;
 pub use headgate_format::log::section::Section;
 pub use incarnations::{IncarnationHistory, IncarnationStep};
 pub use jetstream::{
-    DeliveredRecord, HistoryGate, HistorySetBack, JetstreamLog, LogHistory, SHARED_KEEP_INTERVAL, ShareError, SharedPlace, SharedPlaces,
-    SharedRecords, managed_streams, timed_report,
+    DeliveredRecord, HistoryGate, HistorySetBack, JetstreamLog, LogHistory, SHARED_KEEP_INTERVAL, ShareError,
+    SharedPlace, SharedPlaces, SharedRecords, managed_streams, timed_report,
 };
 pub use retention::Hold;
 pub use withheld::{WithheldChange, WithheldRule, WithheldRules, WithheldSnapshot};

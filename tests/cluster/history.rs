@@ -10,6 +10,7 @@ use serde_json::json;
 
 use crate::common::kept::in_storage;
 use crate::common::nats::{NatsServer, nats_py};
+use crate::common::postgres::PostgresServer;
 use crate::common::{Gateway, Setup, Source, http, http_agent, scratch, wait_for};
 
 fn setup(dir: &Path, server: &NatsServer) -> Setup {
@@ -125,7 +126,10 @@ fn what_was_put_back_to_an_earlier_state_is_refused_until_it_is_adopted() {
     assert!(begun.elapsed() < Duration::from_secs(15), "{:?}", begun.elapsed());
     let command = setup(first.path(), &server);
     let told = decide(&command, &["cluster", "adopt"]);
-    assert!(told.contains("the log goes on at offset 21") && told.contains("nothing is changed yet"), "{told}");
+    assert!(
+        told.contains("the log goes on at offset 21") && told.contains("nothing is changed yet"),
+        "{told}"
+    );
     assert!(told.contains("1 keys that this gateway knows as dead"), "{told}");
     takes_nothing(&a, &source);
     b.kill();
@@ -255,4 +259,43 @@ fn a_new_registry_is_begun_on_purpose_alone() {
     comes_back(&gateway);
     assert_ne!(gateway.admin_key(), admin);
     ends_keys(&gateway, &gateway.admin_key());
+}
+
+#[test]
+fn what_one_postgresql_has_beyond_an_adopted_state_is_set_aside_once() {
+    let (mut server, postgres) = (NatsServer::start(), PostgresServer::start());
+    let (first, second) = (scratch(), scratch());
+    let set = |dir: &Path, server: &NatsServer| {
+        postgres.stored_into(setup(dir, server).set("storage.sinks", "postgres"))
+    };
+    let (a, b) = (set(first.path(), &server).start(), set(second.path(), &server).start());
+    let source = a.create("press-4");
+    let becomes = |numbers: &[u64]| {
+        let numbers: Vec<String> = numbers.iter().map(u64::to_string).collect();
+        let sql = "SELECT string_agg(payload->>'n', ',' ORDER BY log_offset) FROM records";
+        wait_for("the records to be stored", || {
+            postgres.try_sql(sql).is_ok_and(|rows| rows == [numbers.join(",")]).then_some(())
+        });
+    };
+    send(&a, &source, 0..20);
+    becomes(&(0..20).collect::<Vec<_>>());
+    let kept = server.keep_store();
+    comes_back(&a);
+    comes_back(&b);
+    send(&b, &source, 20..50);
+    becomes(&(0..50).collect::<Vec<_>>());
+
+    server.put_back_store(kept.path());
+    refusal(&a);
+    refusal(&b);
+    decide(&set(second.path(), &server), &["cluster", "adopt", "--yes"]);
+    comes_back(&a);
+    comes_back(&b);
+    send(&a, &source, 50..55);
+    send(&b, &source, 55..60);
+    becomes(&(0..20).chain(50..60).collect::<Vec<_>>());
+    let aside = postgres
+        .sql("SELECT table_name FROM information_schema.tables WHERE table_name LIKE 'set_aside_%_records'");
+    assert_eq!(aside.len(), 1, "{aside:?}");
+    assert_eq!(postgres.sql(&format!("SELECT count(*) FROM {}", aside[0])), ["30"]);
 }

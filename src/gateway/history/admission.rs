@@ -103,7 +103,8 @@ impl AdmittedHistory {
         replicas: usize,
     ) -> Result<FollowedHistory, AdmissionError> {
         let found = HistoryFindings::ask(nats, streams).await?;
-        let Some(mut cluster) = found.history.clone().filter(|history| history.epoch == self.cluster.epoch) else {
+        let Some(mut cluster) = found.history.clone().filter(|history| history.epoch == self.cluster.epoch)
+        else {
             return Err(AdmissionError::Away("the cluster's history is being changed".to_owned()));
         };
         let before = cluster.clone();
@@ -129,7 +130,11 @@ impl AdmittedHistory {
 }
 
 /// Gives a cluster its identity, over what is there.
-async fn begin(nats: &Nats, found: &HistoryFindings, replicas: usize) -> Result<ClusterHistory, AdmissionError> {
+async fn begin(
+    nats: &Nats,
+    found: &HistoryFindings,
+    replicas: usize,
+) -> Result<ClusterHistory, AdmissionError> {
     let streams = found.extents().map(|(name, extent)| (name.to_owned(), extent.created)).collect();
     let cluster = ClusterHistory { id: new_identity()?, epoch: 1, streams, set_backs: Vec::new() };
     put_history(nats, &cluster, found.revision, replicas).await?;
@@ -140,9 +145,9 @@ async fn begin(nats: &Nats, found: &HistoryFindings, replicas: usize) -> Result<
 /// 128 random bits.
 pub(super) fn new_identity() -> Result<String, AdmissionError> {
     let mut random = [0; 16];
-    SysRng
-        .try_fill_bytes(&mut random)
-        .map_err(|error| AdmissionError::Failed(format!("the operating system's random generator: {error}")))?;
+    SysRng.try_fill_bytes(&mut random).map_err(|error| {
+        AdmissionError::Failed(format!("the operating system's random generator: {error}"))
+    })?;
     Ok(format!("{:032x}", u128::from_be_bytes(random)))
 }
 

@@ -126,7 +126,9 @@ async fn try_adopt(nats: &Nats, config: &Config, order: AdoptionOrder) -> Result
     let nothing = match verdict {
         HistoryVerdict::Broken(_) => None,
         HistoryVerdict::Unmarked => Some("the cluster has no history yet: start a gateway, which makes one"),
-        _ if known.is_some() => Some("there is nothing to decide: the cluster is as the gateway of this data directory knows it"),
+        _ if known.is_some() => {
+            Some("there is nothing to decide: the cluster is as the gateway of this data directory knows it")
+        }
         _ => {
             let _ = writeln!(
                 said,
@@ -220,7 +222,8 @@ fn tell(
     for (stream, report) in &found.streams {
         let followed = known.and_then(|known| known.streams.get(stream.name())).map(|known| known.last);
         let is = report.as_ref().map(|report| report.extent().last);
-        let followed = followed.map_or_else(String::new, |last| format!(", this gateway has followed it up to {last}"));
+        let followed =
+            followed.map_or_else(String::new, |last| format!(", this gateway has followed it up to {last}"));
         let _ = match is {
             Some(last) => writeln!(said, "{stream}: ends at {last}{followed}"),
             None => writeln!(said, "{stream}: is gone, and is made anew{followed}"),

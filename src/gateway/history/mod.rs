@@ -69,7 +69,8 @@ impl ClusterHistory {
     }
 
     pub(super) fn of_log(&self) -> LogHistory {
-        let set_back = |row: &SetBackRow| HistorySetBack { epoch: row.epoch, end: row.end, sessions: row.sessions };
+        let set_back =
+            |row: &SetBackRow| HistorySetBack { epoch: row.epoch, end: row.end, sessions: row.sessions };
         LogHistory { epoch: self.epoch, set_backs: self.set_backs.iter().map(set_back).collect() }
     }
 }
@@ -140,11 +141,12 @@ impl HistoryFindings {
     /// # Errors
     /// [`StreamError::Away`]; [`StreamError::Refused`] if this user may not ask.
     pub(super) async fn ask(nats: &Nats, streams: &[ManagedStream]) -> Result<Self, StreamError> {
-        let asked = streams.iter().map(|stream| async move {
-            Ok::<_, StreamError>((stream.clone(), stream.report(nats).await?))
-        });
+        let asked = streams
+            .iter()
+            .map(|stream| async move { Ok::<_, StreamError>((stream.clone(), stream.report(nats).await?)) });
         let found = futures_util::future::try_join_all(asked).await?;
-        let registry = found.iter().find(|(stream, report)| stream.name() == registry_stream() && report.is_some());
+        let registry =
+            found.iter().find(|(stream, report)| stream.name() == registry_stream() && report.is_some());
         let row = match registry {
             Some((registry, _)) => registry.newest_on(nats, &history_subject()).await?,
             None => None,

@@ -17,7 +17,8 @@ use crate::message::Offset;
 /// the log as it is now.
 pub(in crate::gateway) fn set_back_stores(dir: &Path, log: &dyn Log, end: Offset) -> anyhow::Result<()> {
     let records = set_back_records(dir, end).context("records.db cannot be set back")?;
-    let retained = set_back_retained(dir, end, log.first_offset()).context("retained.db cannot be set back")?;
+    let retained =
+        set_back_retained(dir, end, log.first_offset()).context("retained.db cannot be set back")?;
     for said in records.into_iter().chain(retained) {
         warn!(end, "{said}");
     }

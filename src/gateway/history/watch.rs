@@ -83,6 +83,8 @@ impl HistoryWatch {
                     continue;
                 }
                 Ok(HistoryVerdict::Broken(text)) => {
+                    // Whoever decides has to know what this gateway knows.
+                    self.save_followed().await;
                     self.gate.close(text);
                     continue;
                 }
@@ -94,7 +96,8 @@ impl HistoryWatch {
             }
             self.save().await;
         }
-        self.gate.close("the cluster goes on from another state of its log: this gateway starts again".to_owned());
+        self.gate
+            .close("the cluster goes on from another state of its log: this gateway starts again".to_owned());
         info!("the cluster goes on from another state of its log: this gateway starts again");
         self.left.cancel();
     }
@@ -114,16 +117,24 @@ impl HistoryWatch {
         Ok(HistoryVerdict::Same)
     }
 
+    /// Writes what was followed, if that is not what was written last.
+    async fn save_followed(&mut self) {
+        if self.known == self.saved {
+            return;
+        }
+        self.saved_at = Instant::now();
+        let (known, dir) = (self.known.clone(), self.dir.clone());
+        let saved = spawn_blocking(move || known.save(&dir).map_err(|error| error.to_string())).await;
+        match saved.unwrap_or_else(|error| Err(error.to_string())) {
+            Ok(()) => self.saved = self.known.clone(),
+            Err(error) => warn!(error, "what this gateway has followed cannot be noted"),
+        }
+    }
+
     /// Writes what was followed, and the copy of the registry, if it is time.
     async fn save(&mut self) {
-        if self.known != self.saved && self.saved_at.elapsed() >= FOLLOWED_SAVE_INTERVAL_MIN {
-            self.saved_at = Instant::now();
-            let (known, dir) = (self.known.clone(), self.dir.clone());
-            match spawn_blocking(move || known.save(&dir)).await {
-                Ok(Ok(())) => self.saved = self.known.clone(),
-                Ok(Err(error)) => warn!(%error, "what this gateway has followed cannot be noted"),
-                Err(error) => warn!(%error, "what this gateway has followed cannot be noted"),
-            }
+        if self.saved_at.elapsed() >= FOLLOWED_SAVE_INTERVAL_MIN {
+            self.save_followed().await;
         }
         let (copied, due) = self.copied;
         if due > Instant::now() {

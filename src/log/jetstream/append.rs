@@ -30,8 +30,8 @@ use tokio::time::sleep_until;
 use super::JetstreamLogShared;
 use super::message::{SharedIdContent, encode_message, encode_question, message_id_of};
 use super::once::Generation;
-use super::open_exchanges::KeptExchange;
 use super::open::{PendingAppend, PendingAppends, PendingMessage, SectionProgress};
+use super::open_exchanges::KeptExchange;
 use super::own::OwnRunCollector;
 use super::read::shared_id_content_at;
 use crate::log::nats_message::origin_headers;
@@ -241,7 +241,8 @@ impl JetstreamAppender {
             left += kept as usize + usize::from(asks);
             // The first of several records with one id tells whether all are known. Questions come before it.
             let at_once = if once.is_some() { kept.min(1) } else { kept };
-            let place = |record| PendingMessage { append, section: nth, record, again: false, asks, after: 0 };
+            let place =
+                |record| PendingMessage { append, section: nth, record, again: false, asks, after: 0 };
             self.queue.extend((0..if asks { 1 } else { at_once }).map(place));
             let content = SharedIdContent { records, digest: section.content_digest() };
             let asked = section.asked().iter().map(|id| (*id, self.generation_of(*id).map(|g| g.number)));

@@ -30,9 +30,9 @@ use super::message::SharedIdContent;
 use super::once::ExchangeGenerations;
 use super::open_exchanges::{KeptExchange, OpenExchanges};
 use crate::limits::{EXCHANGE_AGE_MAX, EXCHANGES_FOUND_AT_START_MAX};
+use crate::log::OnceId;
 use crate::log::nats_message::{NATS_MESSAGE_ID_HEADER, header_text};
 use crate::log::once::ContentDigest;
-use crate::log::OnceId;
 use crate::message::{DatasourceId, Offset, TimeMicros};
 use crate::time::{Rfc3339, cluster_micros};
 
@@ -167,12 +167,7 @@ async fn remove_stale(bucket: KvBucket, mut stale: mpsc::UnboundedReceiver<(Once
     }
 }
 
-fn apply_update(
-    exchanges: &OpenExchanges,
-    once: &ExchangeGenerations,
-    stale: &StaleRows,
-    update: KvUpdate,
-) {
+fn apply_update(exchanges: &OpenExchanges, once: &ExchangeGenerations, stale: &StaleRows, update: KvUpdate) {
     if update.all {
         exchanges.forget_rows();
     }

@@ -54,10 +54,11 @@ use tokio::sync::{Notify, mpsc, oneshot};
 use tokio::task::JoinHandle;
 use tracing::warn;
 
-use self::exchange_rows::{
-    ExchangeRows, StaleRows, exchanges_bucket_settings, find_open_exchanges, write_exchange_rows, write_last_rows,
-};
 use self::append::{AppenderCommand, JetstreamAppender, JetstreamSubmission};
+use self::exchange_rows::{
+    ExchangeRows, StaleRows, exchanges_bucket_settings, find_open_exchanges, write_exchange_rows,
+    write_last_rows,
+};
 use self::fences::{KeyFences, fence_keys, load_fences, remove_shut_out};
 use self::follow::JetstreamLogFollower;
 use self::once::{ExchangeGenerations, RELEASE_MEMORY, once_bucket_settings};

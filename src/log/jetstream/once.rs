@@ -134,7 +134,8 @@ impl ExchangeGenerations {
         let watching = tokio::spawn(async move {
             loop {
                 for row in &update.rows {
-                    let number = row.value.as_deref().and_then(|value| Generation::decode(value, row.revision));
+                    let number =
+                        row.value.as_deref().and_then(|value| Generation::decode(value, row.revision));
                     if let (Some(id), Some(generation)) = (OnceId::from_hex(&row.key), number) {
                         released(id, generation.number);
                     }

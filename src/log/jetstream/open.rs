@@ -5,8 +5,8 @@ use std::time::Instant;
 
 use headgate_bridge_nats::HeaderMap;
 
-use super::append::AppendReply;
 use super::JetstreamLogShared;
+use super::append::AppendReply;
 use super::message::SharedIdContent;
 use super::open_exchanges::KeptExchange;
 use crate::log::{AppendError, CommitOutcome, Offsets, OnceId, Section, SectionOutcome};

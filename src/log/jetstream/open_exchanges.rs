@@ -119,8 +119,7 @@ impl OpenExchanges {
                 }
             },
             None => {
-                let exchange =
-                    OpenExchange { kept: Some(kept), ..OpenExchange::new(datasource, now, delay) };
+                let exchange = OpenExchange { kept: Some(kept), ..OpenExchange::new(datasource, now, delay) };
                 state.insert(id, exchange, false);
             }
         }
@@ -169,7 +168,8 @@ impl OpenExchanges {
     /// The exchanges that are to have a row by now and have none; with `all`, whether it is time or not.
     pub(super) fn due(&self, all: bool) -> Vec<(OnceId, DatasourceId, KeptExchange)> {
         let (state, now) = (self.state.lock(), Instant::now());
-        let due = state.open.iter().filter(|(_, exchange)| exchange.row.is_none() && (all || exchange.due <= now));
+        let due =
+            state.open.iter().filter(|(_, exchange)| exchange.row.is_none() && (all || exchange.due <= now));
         due.filter_map(|(id, exchange)| Some((*id, exchange.datasource.clone(), exchange.kept?))).collect()
     }
 

@@ -241,7 +241,8 @@ impl ManagedStream {
         let away = |detail: &dyn fmt::Display| {
             StreamError::Away(nats.trouble().unwrap_or_else(|| format!("{}: {detail}", self.what)))
         };
-        let handle = context(nats).get_stream_no_info(&self.wanted.name).await.map_err(|error| away(&error))?;
+        let handle =
+            context(nats).get_stream_no_info(&self.wanted.name).await.map_err(|error| away(&error))?;
         let asked = timeout(STREAM_ANSWER_WAIT_MAX, handle.get_raw_message(sequence)).await;
         match asked.map_err(|_| away(&"JetStream does not answer"))? {
             Ok(message) => Ok(Some(nanos(message.time.unix_timestamp_nanos()))),
@@ -262,7 +263,8 @@ impl ManagedStream {
         let away = |detail: &dyn fmt::Display| {
             StreamError::Away(nats.trouble().unwrap_or_else(|| format!("{}: {detail}", self.what)))
         };
-        let handle = context(nats).get_stream_no_info(&self.wanted.name).await.map_err(|error| away(&error))?;
+        let handle =
+            context(nats).get_stream_no_info(&self.wanted.name).await.map_err(|error| away(&error))?;
         let asked = timeout(STREAM_ANSWER_WAIT_MAX, handle.get_last_raw_message_by_subject(subject)).await;
         match asked.map_err(|_| away(&"JetStream does not answer"))? {
             Ok(message) => Ok(Some((message.payload, message.sequence))),

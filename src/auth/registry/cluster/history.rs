@@ -154,9 +154,12 @@ impl RegistryMending {
         let mut mending = Self::default();
         for (name, value) in copy.iter().flat_map(|copy| &copy.rows) {
             let is = present.get(name);
-            let (of_copy, of_bucket) = (parse(name, value.as_bytes())?, is.map(|is| parse(name, is)).transpose()?);
-            let is_end = is_dead(of_copy.as_ref()) && of_bucket.as_ref().is_some_and(|row| !is_dead(row.as_ref()));
-            let is_revival = !is_dead(of_copy.as_ref()) && of_bucket.as_ref().is_some_and(|row| is_dead(row.as_ref()));
+            let (of_copy, of_bucket) =
+                (parse(name, value.as_bytes())?, is.map(|is| parse(name, is)).transpose()?);
+            let is_end =
+                is_dead(of_copy.as_ref()) && of_bucket.as_ref().is_some_and(|row| !is_dead(row.as_ref()));
+            let is_revival =
+                !is_dead(of_copy.as_ref()) && of_bucket.as_ref().is_some_and(|row| is_dead(row.as_ref()));
             let is_other = is.is_none_or(|is| is[..] != *value.as_bytes());
             if is_end || (is_restored && is_other && !is_revival) {
                 mending.ended_keys += usize::from(is_end);
