@@ -189,6 +189,43 @@ fn a_stream_that_is_gone_is_refused_and_made_anew_when_that_is_adopted() {
     ends_keys(&gateway, &admin);
 }
 
+/// Starts a gateway that does not join and makes no admin key, because of what these words are of.
+fn waits_at_its_start(dir: &Path, server: &NatsServer, words: &str) {
+    let free = TcpListener::bind("127.0.0.1:0").expect("a free port");
+    let addr = free.local_addr().expect("bound");
+    drop(free);
+    let mut child = setup(dir, server).set("http.listen", addr).spawn();
+    wait_for("the start to say why it waits", || {
+        let answer = http(&http_agent(), addr, "GET", "/readyz", "", &[], b"").ok()?;
+        answer.text().contains(words).then_some(())
+    });
+    child.kill().expect("our child");
+    child.wait().expect("our child");
+    assert!(!dir.join("admin.key").exists());
+}
+
+#[test]
+fn where_all_is_gone_a_new_gateway_begins_no_second_cluster_beside_one_that_knows_it() {
+    let (server, dir, other) = (NatsServer::start(), scratch(), scratch());
+    let gateway = setup(dir.path(), &server).start();
+    let (source, admin) = (gateway.create("press-4"), gateway.admin_key());
+    send(&gateway, &source, 0..3);
+    wait_for("the copy of the registry", || {
+        let copy = std::fs::read_to_string(dir.path().join("registry-copy.json")).unwrap_or_default();
+        copy.contains("press-4").then_some(())
+    });
+    let all = "for stream in await js.streams_info():\n    await js.delete_stream(stream.config.name)\n";
+    let deleted = nats_py(&server.url(), all, &[]);
+    assert!(deleted.status.success(), "{}", String::from_utf8_lossy(&deleted.stderr));
+    refusal(&gateway);
+    waits_at_its_start(other.path(), &server, "a gateway that runs");
+    decide(&setup(dir.path(), &server), &["cluster", "restore", "--yes"]);
+    comes_back(&gateway);
+    send(&gateway, &source, 3..5);
+    stored_becomes(dir.path(), &[3, 4]);
+    ends_keys(&gateway, &admin);
+}
+
 /// What makes a registry one without keys, in the words of nats-py.
 fn a_lost_registry_is_refused_and_restored(loss: &str, words: &str) {
     let (server, dir, other) = (NatsServer::start(), scratch(), scratch());
@@ -208,17 +245,7 @@ fn a_lost_registry_is_refused_and_restored(loss: &str, words: &str) {
     gateway.kill();
     std::fs::remove_file(dir.path().join("admin.key")).expect("it is there");
     for dir in [&dir, &other] {
-        let free = TcpListener::bind("127.0.0.1:0").expect("a free port");
-        let addr = free.local_addr().expect("bound");
-        drop(free);
-        let mut child = setup(dir.path(), &server).set("http.listen", addr).spawn();
-        wait_for("the start to say why it waits", || {
-            let answer = http(&http_agent(), addr, "GET", "/readyz", "", &[], b"").ok()?;
-            answer.text().contains("headgate cluster restore").then_some(())
-        });
-        child.kill().expect("our child");
-        child.wait().expect("our child");
-        assert!(!dir.path().join("admin.key").exists());
+        waits_at_its_start(dir.path(), &server, "headgate cluster restore");
     }
     let refused = setup(dir.path(), &server).run(&["cluster", "adopt", "--yes"]);
     assert!(!refused.status.success());

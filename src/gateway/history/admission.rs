@@ -1,7 +1,9 @@
 //! The start of a gateway: whether it may join what the servers have.
 
 use std::path::Path;
+use std::time::Duration;
 
+use futures_util::StreamExt;
 use headgate_bridge_nats::kv::KvPut;
 use headgate_bridge_nats::{KvBucket, KvError, ManagedStream, Nats, StreamError};
 use rand::TryRng;
@@ -11,6 +13,11 @@ use tracing::{info, warn};
 use super::{ClusterHistory, FollowedHistory, HistoryFindings, HistoryVerdict, judge, judge_anchor};
 use crate::auth::cluster::{HISTORY_ROW_NAME, registry_bucket_settings};
 use crate::message::{Offset, TimeMicros};
+
+/// Where gateways are asked which log they have followed: beside the subjects of those that are asked by name.
+const FOLLOWED_SUBJECT: &str = "headgate.settle.followed";
+/// How long they may take to answer. Without any the servers say so at once.
+const FOLLOWED_ANSWER_WAIT_MAX: Duration = Duration::from_secs(2);
 
 /// The history that a gateway has joined.
 pub(in crate::gateway) struct AdmittedHistory {
@@ -129,17 +136,40 @@ impl AdmittedHistory {
     }
 }
 
-/// Gives a cluster its identity, over what is there.
+/// Gives a cluster its identity, over what is there. A gateway that runs, and has followed another one, objects.
 async fn begin(
     nats: &Nats,
     found: &HistoryFindings,
     replicas: usize,
 ) -> Result<ClusterHistory, AdmissionError> {
+    if let Some(id) = followed_elsewhere(nats).await {
+        return Err(AdmissionError::Undecided(format!(
+            "there is no cluster on these servers, and a gateway that runs has followed one, whose log has the identity {id}: \
+             look there what is to be decided (/readyz)"
+        )));
+    }
     let streams = found.extents().map(|(name, extent)| (name.to_owned(), extent.created)).collect();
     let cluster = ClusterHistory { id: new_identity()?, epoch: 1, streams, set_backs: Vec::new() };
     put_history(nats, &cluster, found.revision, replicas).await?;
     info!(id = cluster.id, "the cluster's log has its identity");
     Ok(cluster)
+}
+
+/// The identity of the log that a gateway on these servers has followed; `None` if there is none.
+async fn followed_elsewhere(nats: &Nats) -> Option<String> {
+    let asked = nats.client().request(FOLLOWED_SUBJECT, Vec::new().into());
+    let answer = tokio::time::timeout(FOLLOWED_ANSWER_WAIT_MAX, asked).await.ok()?.ok()?;
+    Some(String::from_utf8_lossy(&answer.payload).into_owned()).filter(|id| !id.is_empty())
+}
+
+/// Tells whoever asks the identity of the log that this gateway has followed, until the connection is closed for good.
+pub(super) async fn answer_followed(nats: Nats, id: String) {
+    let Ok(mut asked) = nats.client().subscribe(FOLLOWED_SUBJECT).await else { return };
+    while let Some(question) = asked.next().await {
+        if let Some(reply) = question.reply {
+            let _ = nats.client().publish(reply, id.clone().into()).await;
+        }
+    }
 }
 
 /// 128 random bits.

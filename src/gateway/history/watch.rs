@@ -7,10 +7,11 @@ use std::time::{Duration, Instant};
 use futures_util::future::select_all;
 use headgate_bridge_nats::{ManagedStream, Nats, StreamError};
 use tokio::sync::watch;
-use tokio::task::spawn_blocking;
+use tokio::task::{JoinSet, spawn_blocking};
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
+use super::admission::answer_followed;
 use super::{FollowedExtent, FollowedHistory, HistoryFindings, HistoryVerdict, judge, judge_anchor};
 use crate::auth::Registry;
 use crate::log::HistoryGate;
@@ -59,6 +60,8 @@ impl HistoryWatch {
     /// Checks until the cluster goes on from another state. `connections` are those over which the log is appended to and
     /// followed.
     pub(in crate::gateway) async fn run(mut self, connections: Vec<Nats>) {
+        let mut answering = JoinSet::new();
+        answering.spawn(answer_followed(self.nats.clone(), self.known.id.clone()));
         let mut connections: Vec<watch::Receiver<u64>> =
             connections.iter().chain([&self.nats]).map(Nats::connections).collect();
         let mut requests = self.gate.requests();

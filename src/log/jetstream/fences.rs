@@ -182,6 +182,10 @@ pub(super) async fn remove_shut_out(
 ) {
     while let Some((offset, seen)) = removed.recv().await {
         sleep_until(seen + window + FORGOTTEN_ID_MARGIN).await;
+        if shared.gate.is_in_doubt() {
+            // What is there now may be another message.
+            continue;
+        }
         // Another gateway may have done it; readers pass it over also if it stays.
         let _ = shared.stream.delete(offset).await;
     }
