@@ -215,6 +215,8 @@ pub const EXCHANGES_PER_DATASOURCE_MAX: usize = 2 << 16;
 pub const EXCHANGES_OPEN_MAX: usize = 1_000_000;
 /// How long a QoS 2 exchange stays open if its client does not come back.
 pub const EXCHANGE_AGE_MAX: std::time::Duration = std::time::Duration::from_secs(7 * 24 * 3_600);
+/// Messages of a cluster's log that a start looks through for exchanges that a kill has left open.
+pub const EXCHANGES_FOUND_AT_START_MAX: u64 = 500_000;
 
 /// Subscriptions of one NATS client that was let in with its key.
 pub const NATS_SUBSCRIPTIONS_MAX: u32 = 1024;

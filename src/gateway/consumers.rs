@@ -49,7 +49,7 @@ impl Consumers {
     /// A database that is ahead of the log, NATS settings that can never work; worded for an operator.
     pub(super) async fn start(
         config: &Config,
-        opened: &OpenedLog,
+        opened: &mut OpenedLog,
     ) -> anyhow::Result<(Self, StartingClients)> {
         let (dir, log) = (&config.data_dir, &opened.log);
         let (at, settings, followed) = (dir.clone(), config.storage.clone(), log.clone());
@@ -70,9 +70,9 @@ impl Consumers {
         });
         let hold = log.hold();
         let retained = RetainedStore::start(dir, log.clone(), move |offset| hold.set(offset))?;
-        let (store, groups, clients) = match &opened.cluster {
+        let (store, groups, clients) = match &mut opened.cluster {
             Some((member, places)) => {
-                let (store, claims, groups) = member.open_sessions(config, places.clone()).await?;
+                let (store, claims, groups) = member.open_sessions(config, places.clone(), log).await?;
                 let stored = StoredSessions::default();
                 (store, Some(groups), StartingClients { stored, claims: Some(claims) })
             }

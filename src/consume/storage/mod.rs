@@ -39,7 +39,7 @@ use crate::log::{Hold, Log};
 use crate::message::{Offset, TimeMicros, now_micros};
 
 pub use sinks::{SinkState, StorageSinks};
-pub use sqlite_place::repair;
+pub use sqlite_place::{repair, set_back_records};
 
 /// What the log says about each sink's consumer.
 const fn profile_of(kind: SinkKind) -> &'static FollowerProfile {

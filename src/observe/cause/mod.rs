@@ -149,6 +149,8 @@ causes! {
         "the log is away: see /readyz, and whether NATS and the stream's leader are there";
     LogUnknown "log_unknown" Unavailable:
         "the log is away: see /readyz, and whether NATS and the stream's leader are there";
+    LogHistory "log_history" Unavailable:
+        "the cluster's log or registry is not the one that this gateway has followed: /readyz says what happened, and which command decides";
     ShuttingDown "shutting_down" Unavailable:
         "the gateway was shutting down; it comes again by itself";
 
