@@ -9,9 +9,9 @@ mod chunk_numbers;
 mod ids;
 pub(in crate::consume) mod incarnations;
 mod insert;
-pub(in crate::consume) mod latest_board;
 #[cfg(feature = "delta")]
 pub(in crate::consume) mod lake;
+pub(in crate::consume) mod latest_board;
 mod newest;
 mod payloads;
 pub(in crate::consume) mod postgres;

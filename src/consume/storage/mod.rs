@@ -67,6 +67,7 @@ const fn profile_of(kind: SinkKind) -> &'static FollowerProfile {
             up: "storage in the Delta lake has recovered",
             late: "storage in the Delta lake did not finish by its deadline; the log has the rest",
             patient: false,
+            nice: 0,
         },
     }
 }

@@ -189,7 +189,8 @@ impl PostgresSink {
         let of_object = is_object.then_some(&*members);
         self.add_samples(&mut rows.samples, record, ids.topic, text, of_object)?;
         let text = text.filter(|text| !text.contains('\0'));
-        facts.newest.observe(i64::from(ids.topic), record, text, is_object.then_some(&mut members));
+        let row = RowIds { datasource: i64::from(ids.datasource), topic: i64::from(ids.topic), origin: 0 };
+        facts.newest.observe(row, record, text, is_object.then_some(&mut members));
         Ok(())
     }
 
