@@ -309,12 +309,12 @@ impl Draft {
     /// What the payloads of a datasource are checked against. Looked up once per draft while the datasource stays the
     /// same.
     fn checks(&mut self, datasource: &DatasourceId) -> &PayloadChecks {
-        let known = self.checks.take().filter(|(of, _)| of == datasource);
-        let (_, checks) = self.checks.insert(known.unwrap_or_else(|| {
+        if self.checks.as_ref().is_none_or(|(of, _)| of != datasource) {
             let registry = self.intake.0.authorizer.registry();
             let found = registry.with_datasource(datasource.as_str(), PayloadChecks::of);
-            (datasource.clone(), found.unwrap_or_default())
-        }));
+            self.checks = Some((datasource.clone(), found.unwrap_or_default()));
+        }
+        let (_, checks) = self.checks.as_ref().expect("it was just looked up");
         checks
     }
 

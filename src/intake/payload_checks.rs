@@ -9,7 +9,7 @@ use crate::auth::Datasource;
 use crate::log::QuarantineReason;
 use crate::message::TimeMicros;
 use crate::validate::Validation;
-use crate::values::{EVENT_TIME_PROPERTY, EventTimeRule, ShapedPayload};
+use crate::values::{EVENT_TIME_PROPERTY, EventTimeRule, ShapedPayload, may_be_shaped};
 
 /// The present settings of a datasource for its payloads.
 #[derive(Clone, Default)]
@@ -44,6 +44,9 @@ impl PayloadChecks {
         self.validation.check(topic, payload)?;
         let stated = stated_event_time(properties);
         let shaped = || {
+            if !may_be_shaped(content_type, payload) {
+                return None;
+            }
             let text = std::str::from_utf8(payload).ok()?;
             ShapedPayload { topic, content_type, text, received_at }.event_time()
         };

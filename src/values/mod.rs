@@ -12,4 +12,4 @@ pub mod shape;
 
 pub use event_time::{EVENT_TIME_PROPERTY, EventTimeRule, EventTimeSetting};
 pub use samples::SampleReader;
-pub use shape::ShapedPayload;
+pub use shape::{ShapedPayload, may_be_shaped};

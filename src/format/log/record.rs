@@ -2,6 +2,8 @@
 //! themselves, as [postcard](https://postcard.jamesmunns.com/wire-format): varints, and lengths before
 //! text and bytes. The module docs of [`crate::log`] have the layout.
 
+use std::cell::Cell;
+
 use serde::{Deserialize, Serialize};
 
 use super::frame::LogFormatVersion;
@@ -27,6 +29,9 @@ pub(super) struct SectionHead<'a> {
     /// Before version 3 each record has its topic and media type itself.
     #[serde(skip)]
     pub labels_inline: bool,
+    /// The label that was read last, which is mostly that of the next record too.
+    #[serde(skip)]
+    pub last_label: Cell<Option<(u32, &'a str, &'a str)>>,
 }
 
 /// The head in version 2 of the format.
@@ -58,6 +63,7 @@ impl<'a> From<SectionHeadV2<'a>> for SectionHead<'a> {
             records,
             bytes,
             labels_inline: true,
+            last_label: Cell::default(),
         }
     }
 }
@@ -82,6 +88,19 @@ impl<'a> From<SectionHeadV1<'a>> for SectionHead<'a> {
 }
 
 impl<'a> SectionHead<'a> {
+    /// The topic and the media type at a place of its labels.
+    #[inline]
+    fn label(&self, at: u32) -> Option<(&'a str, &'a str)> {
+        if let Some((last, topic, content_type)) = self.last_label.get()
+            && last == at
+        {
+            return Some((topic, content_type));
+        }
+        let (topic, content_type) = label_at(self.labels, at)?;
+        self.last_label.set(Some((at, topic, content_type)));
+        Some((topic, content_type))
+    }
+
     /// The head at the beginning of `bytes`, and the bytes behind it.
     pub(super) fn take(version: LogFormatVersion, bytes: &'a [u8]) -> Option<(Self, &'a [u8])> {
         let taken = match version {
@@ -150,7 +169,7 @@ impl<'a> RecordBody<'a> {
         } else {
             let (stored, rest) = postcard::take_from_bytes::<StoredRecord>(bytes).ok()?;
             let StoredRecord { flags, label, properties, payload } = stored;
-            let (topic, content_type) = label_at(head.labels, label)?;
+            let (topic, content_type) = head.label(label)?;
             (Self { flags, topic, content_type, properties, payload, event_at: None, note: &[] }, rest)
         };
         let mut rest = rest;

@@ -1,6 +1,8 @@
 //! Messages on their way into the log. A [`Section`] holds those of one origin (datasource, key, transport,
 //! time). A front fills one per read of its socket, so that what the messages share is stored once.
 
+use std::cell::Cell;
+
 use super::frame::FrameFlags;
 use super::label::LabelTable;
 use super::once::{ContentDigest, OnceId};
@@ -329,6 +331,7 @@ impl Section {
             records: self.records,
             bytes: u32::try_from(self.bytes.len()).expect("in-flight bytes are bounded far below 4 GiB"),
             labels_inline: false,
+            last_label: Cell::default(),
         }
     }
 }

@@ -65,6 +65,15 @@ impl ShapedValue<'_> {
 /// What is called with each value of a payload in turn: its key, itself, and its time, if the payload says it.
 pub type ShapedValueVisitor<'v> = dyn FnMut(&str, ShapedValue<'_>, Option<TimeMicros>) + 'v;
 
+/// Whether a payload may be of a shape. It looks at the first bytes of a JSON object alone, because most messages are one
+/// of no shape.
+#[inline]
+pub fn may_be_shaped(content_type: &str, payload: &[u8]) -> bool {
+    let is_object = payload.trim_ascii_start().first() == Some(&b'{');
+    let is_plain = content_type.is_empty() || content_type == "application/json";
+    !(is_object && is_plain) || thingsboard::may_be_telemetry(payload)
+}
+
 impl ShapedPayload<'_> {
     /// Calls `visit` with each value. Returns whether the payload is of a shape; if not, there was no call.
     pub fn read(&self, visit: &mut ShapedValueVisitor<'_>) -> bool {
@@ -83,6 +92,9 @@ impl ShapedPayload<'_> {
 
     /// The media type without parameters.
     fn essence(&self) -> &str {
+        if self.content_type.is_empty() {
+            return "";
+        }
         self.content_type.split(';').next().unwrap_or_default().trim_ascii()
     }
 

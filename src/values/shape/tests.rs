@@ -87,6 +87,11 @@ fn telemetry_of_thingsboard_has_a_time_for_its_values() {
     let list = r#"[{"ts": 1, "values": {"t": 1}}, {"values": {"t": 2, "u": 3}, "ts": -2}]"#;
     let expected = values(&[("t", "1", Some(1_000)), ("t", "2", Some(-2_000)), ("u", "3", Some(-2_000))]);
     assert_eq!(read("application/json", list), expected);
+    let spaced =
+        "[\n\t{\r\n\"ts\" : 1\t, \"values\" : {\"t\":1}} , { \"values\":{\"t\":2,\"u\":3},\"ts\":-2}\n]";
+    assert_eq!(read("", spaced), expected);
+    let reversed = " { \"values\" : {\"t\" : 2, \"u\": 3} , \"ts\" : -2 }";
+    assert_eq!(read("", reversed).as_deref(), expected.as_ref().map(|all| &all[1..]));
     for other in [
         r#"{"ts": 1, "values": {"t": 1}, "more": 2}"#,
         r#"{"ts": 1, "values": [1]}"#,

@@ -13,12 +13,25 @@ use crate::values::event_time::EVENT_TIMES;
 use crate::values::samples::MemberName;
 
 pub(super) fn read(payload: &ShapedPayload<'_>, visit: &mut ShapedValueVisitor<'_>) -> bool {
-    // Most JSON has no such members, and is not parsed for them.
-    if !(payload.text.contains("\"ts\"") && payload.text.contains("\"values\"")) {
+    if !may_be_telemetry(payload.text.as_bytes()) {
         return false;
     }
     // The whole payload is of the shape before any of it is told.
     walk(payload.text, &mut |_, _, _| {}) && walk(payload.text, visit)
+}
+
+/// Whether a payload begins as telemetry does: most JSON does not, and is told from it by its first members alone.
+pub(super) fn may_be_telemetry(payload: &[u8]) -> bool {
+    let payload = payload.trim_ascii_start();
+    let payload = payload.strip_prefix(b"[").unwrap_or(payload).trim_ascii_start();
+    let Some(members) = payload.strip_prefix(b"{") else { return false };
+    let members = members.trim_ascii_start();
+    let Some(time) = members.strip_prefix(b"\"ts\"") else { return members.starts_with(b"\"values\"") };
+    let Some(time) = time.trim_ascii_start().strip_prefix(b":") else { return false };
+    let time = time.trim_ascii_start();
+    let digits = time.iter().take_while(|byte| matches!(byte, b'-' | b'0'..=b'9')).count();
+    let Some(behind) = time[digits..].trim_ascii_start().strip_prefix(b",") else { return false };
+    behind.trim_ascii_start().starts_with(b"\"values\"")
 }
 
 fn walk(text: &str, visit: &mut ShapedValueVisitor<'_>) -> bool {
