@@ -8,10 +8,11 @@ use crate::common::{Gateway, Setup, Source, python, scratch, wait_for};
 
 /// Prints how many rows there are, how many offsets and how many different numbers, and the least of these.
 const COUNT: &str = r#"
-import sys, json, deltalake
+import os, sys, json, deltalake
 rows = deltalake.DeltaTable(sys.argv[1]).to_pyarrow_table().to_pylist()
 numbers = [json.loads(r["payload"])["n"] for r in rows]
-print(len(rows), len({r["offset"] for r in rows}), len(set(numbers)), min(numbers, default=-1))
+print(len(rows), len({r["offset"] for r in rows}), len(set(numbers)), min(numbers, default=-1), flush=True)
+os._exit(0)
 "#;
 
 fn signal(gateway: &Gateway, signal: i32) {

@@ -15,11 +15,12 @@ const ID: &str = "lake-id";
 const SECRET: &str = "s3cret-of-the-lake";
 /// Makes the bucket, where there is none.
 const MAKE_BUCKET: &str = r#"
-import sys, pyarrow.fs
+import os, sys, pyarrow.fs
 port, id, secret = sys.argv[1:]
 store = pyarrow.fs.S3FileSystem(endpoint_override=f"127.0.0.1:{port}", scheme="http", access_key=id, secret_key=secret,
     region="us-east-1", allow_bucket_creation=True, connect_timeout=5, request_timeout=5)
 store.create_dir("lake")
+os._exit(0)
 "#;
 
 /// A server. Killed when it is dropped.

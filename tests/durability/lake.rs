@@ -16,11 +16,13 @@ use crate::faults::{SmallDisk, is_root};
 const ROUNDS: usize = 20;
 const OCTETS: (&str, &str) = ("content-type", "application/octet-stream");
 
-/// Prints offset, datasource, payload of each row, and its value columns.
+/// Prints offset, datasource, payload of each row, and its value columns. It ends itself: threads of these libraries that are
+/// still at work when Python ends would abort it.
 const READ: &str = r#"
-import sys, json, deltalake
+import os, sys, json, deltalake
 table = deltalake.DeltaTable(sys.argv[1], storage_options=json.loads(sys.argv[2])).to_pyarrow_table().to_pylist()
-print(json.dumps([[r["offset"], r["datasource"], r["payload"], {k: v for k, v in r.items() if k.startswith("v_")}] for r in table]))
+print(json.dumps([[r["offset"], r["datasource"], r["payload"], {k: v for k, v in r.items() if k.startswith("v_")}] for r in table]), flush=True)
+os._exit(0)
 "#;
 
 /// Publishes lines of `TOPIC PAYLOAD` over MQTT, at QoS 1.
@@ -38,7 +40,7 @@ client.disconnect()
 
 /// Reads a lake with each of the libraries that are said to read it.
 const READERS: &str = r#"
-import sys, json, datetime, deltalake, duckdb, polars as pl
+import os, sys, json, datetime, deltalake, duckdb, polars as pl
 place = sys.argv[1]
 table = deltalake.DeltaTable(place)
 assert table.metadata().partition_columns == ["datasource", "day"], table.metadata()
@@ -52,7 +54,8 @@ today = datetime.datetime.now(datetime.timezone.utc).date()
 days = {(today - d).days for d in pl.read_delta(place)["day"].to_list()}
 print(json.dumps({"types": types, "rows": rows, "hot": hot["v_temp"].to_list(), "pandas": len(frame),
     "nulls": int(frame["v_temp"].isna().sum()), "duckdb": grouped, "days": sorted(days),
-    "topics": sorted(set(frame["topic"])), "received": str(hot["received_at"].dtype)}))
+    "topics": sorted(set(frame["topic"])), "received": str(hot["received_at"].dtype)}), flush=True)
+os._exit(0)
 "#;
 
 /// A gateway with both sinks, the lake's commits a second apart.
@@ -62,14 +65,21 @@ fn lake_setup(dir: &Path) -> Setup {
 
 /// The rows of a lake by offset. None is there twice.
 fn rows_in(place: &str, options: &str) -> BTreeMap<u64, Vec<Value>> {
+    try_rows_in(place, options).unwrap_or_else(|why| panic!("{why}"))
+}
+
+/// The same; what the reader says if it cannot read, as when a purge takes the files of the version that it reads.
+fn try_rows_in(place: &str, options: &str) -> Result<BTreeMap<u64, Vec<Value>>, String> {
     let output = python(READ, &[place, options]);
-    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    if !output.status.success() {
+        return Err(String::from_utf8_lossy(&output.stderr).into_owned());
+    }
     let rows: Vec<Vec<Value>> = serde_json::from_slice(&output.stdout).expect("JSON");
     let count = rows.len();
     let by_offset: BTreeMap<_, _> =
         rows.into_iter().map(|row| (row[0].as_u64().expect("an offset"), row)).collect();
     assert_eq!(by_offset.len(), count, "no record is in the lake twice");
-    by_offset
+    Ok(by_offset)
 }
 
 /// Those of the lake in a data directory.
@@ -276,7 +286,8 @@ fn rows_of_leaked_keys_and_purged_datasources_leave_the_lake() {
     }
     let in_lake_when = |holds: &dyn Fn(&BTreeMap<u64, Vec<Value>>) -> bool| {
         wait_for("the lake to follow", || {
-            let rows = rows(dir.path());
+            let place = dir.path().join("lake");
+            let rows = try_rows_in(place.to_str().expect("a path in UTF-8"), "{}").ok()?;
             holds(&rows).then_some(rows)
         })
     };
@@ -352,6 +363,7 @@ fn small_files_are_merged_and_what_is_over_a_limit_leaves_the_lake() {
 }
 
 const FILES: &str = r#"
-import sys, deltalake
-print(len(deltalake.DeltaTable(sys.argv[1]).file_uris()))
+import os, sys, deltalake
+print(len(deltalake.DeltaTable(sys.argv[1]).file_uris()), flush=True)
+os._exit(0)
 "#;

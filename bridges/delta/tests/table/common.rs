@@ -160,7 +160,9 @@ pub(crate) async fn open(store: &Arc<dyn ObjectStore>) -> LakeTable {
 pub(crate) fn python(program: &str, arguments: &[&str], environment: &[(&str, &str)]) -> String {
     let python = Path::new(env!("CARGO_TARGET_TMPDIR")).join("../venv/bin/python3");
     let mut command = Command::new(python);
-    command.args(["-c", program]).args(arguments).envs(environment.iter().copied());
+    // Threads of these libraries that are still at work when Python ends would abort it.
+    let program = format!("{program}\nimport os, sys\nsys.stdout.flush()\nos._exit(0)\n");
+    command.args(["-c", &program]).args(arguments).envs(environment.iter().copied());
     let output = command.output().expect("python3 with deltalake and polars: tests/run installs them");
     let text = String::from_utf8_lossy(&output.stdout).trim().to_owned();
     assert!(output.status.success(), "{text}\n{}", String::from_utf8_lossy(&output.stderr));
