@@ -19,7 +19,9 @@ use rusqlite::Connection;
 
 use super::incarnations::row_id_of_scope;
 use super::newest::{KeptValue, NewestTopic, NewestValues};
-use crate::consume::latest::{LatestPage, LatestTopic, LatestValue, VALUE_BYTES, read_latest_page};
+use crate::consume::latest::{
+    LatestPage, LatestTopic, LatestValue, VALUE_BYTES, read_latest_page, read_latest_values,
+};
 use crate::consume::query::PageBudget;
 use crate::consume::render::{PayloadJson, content_type_if_given, rfc3339_text};
 use crate::limits::{
@@ -66,7 +68,6 @@ struct BoardTopics {
 }
 
 /// The newest values of a topic.
-#[derive(Default)]
 struct BoardTopic {
     offset: Offset,
     received_at: TimeMicros,
@@ -164,19 +165,20 @@ impl LatestBoard {
             return;
         }
         let shown = self.shown();
-        for (_, topics) in &shown {
-            let mut topics = topics.lock();
-            let row = topics.row;
-            newest.written().filter(|topic| topic.datasource == row).for_each(|topic| topics.set(topic));
-        }
-        let mut places = self.places.lock();
         for (scope, topics) in shown {
-            if topics.lock().is_too_large()
-                && let Some(place) = places.get_mut(&scope)
-            {
-                place.state = BoardState::TooLarge;
+            let mut topics = topics.lock();
+            let state = match topics.follow(connection, newest) {
+                Ok(()) if !topics.is_too_large() => continue,
+                Ok(()) => BoardState::TooLarge,
+                // What the database says is not known: whoever asks reads it there.
+                Err(_) => BoardState::Wanted,
+            };
+            drop(topics);
+            if let Some(place) = self.places.lock().get_mut(&scope) {
+                place.state = state;
             }
         }
+        let places = self.places.lock();
         let is_wanted = |(scope, place): (&DatasourceId, &BoardPlace)| {
             matches!(place.state, BoardState::Wanted).then(|| scope.clone())
         };
@@ -232,17 +234,32 @@ impl BoardTopics {
         self.bytes > LATEST_BOARD_BYTES_MAX || self.topics.len() > LATEST_TOPICS_MAX
     }
 
-    /// Puts what was written of a topic there.
-    fn set(&mut self, newest: &NewestTopic<'_>) {
-        let name = newest.record.topic;
-        if !self.topics.contains_key(name) {
-            self.topics.insert(name.into(), BoardTopic::default());
+    /// Puts what a transaction has written there.
+    fn follow(&mut self, connection: &Connection, newest: &NewestValues<'_>) -> rusqlite::Result<()> {
+        let row = self.row;
+        for (topic_id, newest) in newest.written().filter(|(_, topic)| topic.datasource == row) {
+            let name = newest.record.topic;
+            if let Some(topic) = self.topics.get_mut(name) {
+                let before = topic.memory_bytes(name);
+                topic.set(newest);
+                self.bytes = (self.bytes + topic.memory_bytes(name)).saturating_sub(before);
+                continue;
+            }
+            // A topic whose records are all withheld is not shown, and may have values of records that were removed.
+            let record = &newest.record;
+            let (name, topic) = BoardTopic::of_database(LatestTopic {
+                topic: name.to_owned(),
+                offset: record.offset,
+                received_at: record.received_at,
+                event_at: record.event_at,
+                payload: record.payload.to_vec(),
+                content_type: record.content_type.to_owned(),
+                values: read_latest_values(connection, topic_id)?,
+            });
+            self.bytes += topic.memory_bytes(&name);
+            self.topics.insert(name, topic);
         }
-        let Some(topic) = self.topics.get_mut(name) else { return };
-        let before =
-            if topic.payload.is_empty() && topic.values.is_empty() { 0 } else { topic.memory_bytes(name) };
-        topic.set(newest);
-        self.bytes = (self.bytes + topic.memory_bytes(name)).saturating_sub(before);
+        Ok(())
     }
 }
 

@@ -138,9 +138,9 @@ impl<'a> NewestValues<'a> {
         })
     }
 
-    /// The topics, as they were written.
-    pub(super) fn written(&self) -> impl Iterator<Item = &NewestTopic<'a>> {
-        self.topics.values()
+    /// The row ids of the topics, and the topics as they were written.
+    pub(super) fn written(&self) -> impl Iterator<Item = (i64, &NewestTopic<'a>)> {
+        self.topics.iter().map(|(topic_id, topic)| (*topic_id, topic))
     }
 
     /// Writes the gathered values, in the transaction that `connection` is in.
