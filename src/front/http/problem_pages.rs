@@ -9,7 +9,7 @@ use crate::front::problem::Problem;
 use crate::observe::cause::{Cause, ProblemKind};
 
 /// It shows text, in the style of the dashboard, and nothing else.
-const POLICY: &str = "default-src 'none'; style-src 'self'; img-src 'self'; base-uri 'none'; form-action 'none'; \
+const PROBLEM_PAGE_POLICY: &str = "default-src 'none'; style-src 'self'; img-src 'self'; base-uri 'none'; form-action 'none'; \
      frame-ancestors 'none'";
 
 /// `GET /problems/{kind}`
@@ -19,7 +19,8 @@ pub(super) async fn show(PathParameters(slug): PathParameters<String>) -> Result
         let words = format!("There is no such kind of problem; those that there are: {}.", known.join(", "));
         return Err(Problem::new(Cause::NotFound, words));
     };
-    let headers = [(CONTENT_TYPE, "text/html; charset=utf-8"), (CONTENT_SECURITY_POLICY, POLICY)];
+    let headers =
+        [(CONTENT_TYPE, "text/html; charset=utf-8"), (CONTENT_SECURITY_POLICY, PROBLEM_PAGE_POLICY)];
     Ok((headers, page_of(*kind)).into_response())
 }
 

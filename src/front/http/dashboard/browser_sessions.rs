@@ -73,7 +73,7 @@ impl BrowserSession {
 }
 
 /// A session that there is.
-pub(in super::super) struct FoundSession {
+pub(in super::super) struct FoundBrowserSession {
     pub(in super::super) digest: SessionDigest,
     /// Its key's datasource, or `*`.
     pub(in super::super) datasource: DatasourceId,
@@ -112,13 +112,13 @@ impl BrowserSessions {
     }
 
     /// The session of a token, which counts as used now.
-    pub(in super::super) fn find(&self, token: &SessionToken, now: Instant) -> Option<FoundSession> {
+    pub(in super::super) fn find(&self, token: &SessionToken, now: Instant) -> Option<FoundBrowserSession> {
         let digest = token.digest();
         let mut sessions = self.0.lock();
         let session = sessions.get_mut(&digest).filter(|session| session.holds(now))?;
         session.used = now;
         let BrowserSession { datasource, key_id, begun, .. } = session;
-        Some(FoundSession { digest, datasource: datasource.clone(), key_id: *key_id, begun: *begun })
+        Some(FoundBrowserSession { digest, datasource: datasource.clone(), key_id: *key_id, begun: *begun })
     }
 
     /// Whether a session is not over. It counts as used now.

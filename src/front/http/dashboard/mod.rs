@@ -90,14 +90,14 @@ pub(super) fn version() -> &'static str {
 
 /// A page may load and connect to what this gateway serves, and nothing else; no text of it is ever run, and none
 /// becomes markup.
-const POLICY: &str = "default-src 'self'; object-src 'none'; base-uri 'none'; form-action 'none'; \
+const DASHBOARD_POLICY: &str = "default-src 'self'; object-src 'none'; base-uri 'none'; form-action 'none'; \
      frame-ancestors 'none'; require-trusted-types-for 'script'; trusted-types 'none'";
 
 /// `GET /`
 pub(super) async fn page(headers: HeaderMap) -> Response {
     let tag = format!("\"{}\"", *VERSION);
     let policies = [
-        (CONTENT_SECURITY_POLICY, HeaderValue::from_static(POLICY)),
+        (CONTENT_SECURITY_POLICY, HeaderValue::from_static(DASHBOARD_POLICY)),
         (REFERRER_POLICY, HeaderValue::from_static("no-referrer")),
         (HeaderName::from_static("cross-origin-opener-policy"), HeaderValue::from_static("same-origin")),
         (HeaderName::from_static("x-frame-options"), HeaderValue::from_static("DENY")),

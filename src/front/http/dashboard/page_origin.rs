@@ -10,7 +10,7 @@ use axum::http::{HeaderMap, Method};
 
 use super::super::HttpFrontState;
 use super::super::server::HttpPeer;
-use super::browser_sessions::{FoundSession, SessionToken};
+use super::browser_sessions::{FoundBrowserSession, SessionToken};
 use crate::auth::Grant;
 
 /// The header in which a page proves that it has the session.
@@ -47,7 +47,10 @@ pub(super) fn page_session(parts: &Parts, shared: &HttpFrontState) -> Option<Ses
 }
 
 /// What the key of the session allows that a request's cookie names, and the session: nothing, if the key is dead.
-pub(in super::super) fn page_grant(parts: &Parts, shared: &HttpFrontState) -> Option<(Grant, FoundSession)> {
+pub(in super::super) fn page_grant(
+    parts: &Parts,
+    shared: &HttpFrontState,
+) -> Option<(Grant, FoundBrowserSession)> {
     let token = page_session(parts, shared)?;
     let found = shared.browser_sessions.find(&token, Instant::now())?;
     let grant = shared.parts.intake.authorizer().grant_of_key(&found.datasource, found.key_id);

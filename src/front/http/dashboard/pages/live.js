@@ -5,7 +5,7 @@ import { setNow } from "./format.js";
 
 const HISTORY_S = 60;
 // A page that nobody sees gives its connection back: a browser has few of them for one gateway.
-const HIDDEN_MS = 10_000;
+const HIDDEN_MS = 5_000;
 
 let stream = null;
 let wanted = null;
@@ -49,7 +49,7 @@ function close() {
 
 function open() {
   close();
-  if (!wanted) return;
+  if (!wanted || document.hidden) return;
   const opened = new EventSource(wanted);
   stream = opened;
   for (const name of ["hello", "datasources", "tick", "health", "keys", "refusals", "end"]) {
