@@ -8,6 +8,7 @@ use headgate_bridge_postgres::{CopyRows, PendingCopy, PostgresConnection, Postgr
 use super::ids::{RecordNameIds, text_of};
 use super::json_fit::{JsonFit, fit_of};
 use super::{PostgresError, PostgresSink};
+use crate::consume::sink::ids::RowIds;
 use crate::consume::sink::incarnations::shown_name;
 use crate::consume::sink::newest::{NewestValues, read_members};
 use crate::consume::sink::quarantined::{CAUSE_KEY, CAUSE_LIMIT, CAUSE_SCHEMA};
