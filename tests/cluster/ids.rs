@@ -60,9 +60,10 @@ fn who_brings_more_ids_than_are_remembered_is_told_so_and_a_repetition_and_the_o
     assert_eq!(wire.packet(PUBACK).reason(), 0);
     let mut other = Wire::login(gateway.mqtt, V5, &oven.key);
     assert_eq!(reason(&mut other, "9", "id-6"), 0);
-    let payloads: Vec<Value> =
-        gateway.stored("press-4", 6).iter().map(|record| record["payload"].clone()).collect();
-    assert_eq!(payloads, [0, 1, 2, 3, 4, 8].map(Value::from));
+    let stored = gateway.stored("press-4", 6);
+    let mut payloads: Vec<_> = stored.iter().map(|record| record["payload"].as_u64()).collect();
+    payloads.sort_unstable();
+    assert_eq!(payloads, [0, 1, 2, 3, 4, 8].map(Some));
 }
 
 #[test]
