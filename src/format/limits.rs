@@ -293,6 +293,9 @@ pub const EARLY_KEY_BYTES_MAX: usize = 1_024;
 pub const EARLY_KEYS_MAX: usize = 4;
 /// How long those bytes are waited for.
 pub const EARLY_KEY_WAIT_MAX: std::time::Duration = std::time::Duration::from_millis(250);
+/// Connections that are accepted before others have their turn, while somebody is in the slow lane: a crowd must not fill
+/// the kernel's queue.
+pub const ACCEPTS_PER_TURN_MAX: u32 = 8;
 /// What is read of a new HTTP connection in one of its turns while others wait to be let in.
 pub const NEWCOMER_READ_BYTES: usize = 256;
 /// Packets of an MQTT connection that are decoded before others have their turn.

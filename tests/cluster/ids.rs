@@ -72,6 +72,8 @@ fn what_two_gateways_redrive_at_once_comes_in_once() {
     let (server, dirs) = (NatsServer::start(), [scratch(), scratch()]);
     let gateways = dirs.each_ref().map(|dir| setup(dir.path(), &server).start());
     let admin = gateways[0].admin_key();
+    // The first gateway of a cluster has it; the second one is asked for its metrics with it too.
+    std::fs::write(dirs[1].path().join("admin.key"), &admin).expect("written");
     let source = gateways[0].create("press-4");
     let set = |schemas: &Value| {
         let json = [("content-type", "application/json")];

@@ -48,6 +48,7 @@ const fn profile_of(kind: SinkKind) -> &'static FollowerProfile {
             up: "storage has recovered",
             late: "storage did not finish by its deadline; the log has the rest",
             patient: true,
+            nice: 0,
         },
         SinkKind::Postgres => &FollowerProfile {
             name: "postgres",
@@ -56,6 +57,7 @@ const fn profile_of(kind: SinkKind) -> &'static FollowerProfile {
             late: "storage in PostgreSQL did not finish by its deadline; the log has the rest",
             // The server may be away for long, and the next start stores the rest.
             patient: false,
+            nice: 0,
         },
     }
 }

@@ -47,7 +47,7 @@ use crate::front::early_key;
 use crate::front::listen_sockets::ListenSockets;
 use crate::front::peer_stream::PeerStream;
 use crate::front::proxied::{ProxyHeaderError, ProxyTrust, forwarded_address, is_forwarded_https};
-use crate::limits::{EARLY_REQUESTS_MAX, HTTP_HEADER_BYTES_MAX, HTTP2_STREAMS_MAX};
+use crate::limits::{ACCEPTS_PER_TURN_MAX, EARLY_REQUESTS_MAX, HTTP_HEADER_BYTES_MAX, HTTP2_STREAMS_MAX};
 use crate::message::Transport;
 use crate::observe::cause::Cause;
 use crate::observe::refusals::{RefusalNote, Refusals};
@@ -265,8 +265,12 @@ pub(super) async fn accept_on(
         drain: drain.clone(),
     });
     let mut crowded_until = Instant::now();
+    let mut accepts = 0_u32;
     loop {
-        crowd.processor.give_way().await;
+        accepts = accepts.wrapping_add(1);
+        if accepts.is_multiple_of(ACCEPTS_PER_TURN_MAX) {
+            crowd.processor.give_way().await;
+        }
         let (stream, peer) = accept(listener).await;
         let entry = (!port.is_proxied(peer)).then(|| Arc::new(crowd.enter(peer.ip())));
         let permit = match crowd.permits.clone().try_acquire_owned() {

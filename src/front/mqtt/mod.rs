@@ -60,7 +60,7 @@ use crate::front::peer_stream::PeerStream;
 use crate::front::proxied::{ProxyHeaderError, ProxyTrust, peek_proxy_header, read_proxy_header};
 use crate::front::tls::Tls;
 use crate::intake::Intake;
-use crate::limits::TLS_HANDSHAKE_BYTES;
+use crate::limits::{ACCEPTS_PER_TURN_MAX, TLS_HANDSHAKE_BYTES};
 use crate::message::{DatasourceId, Transport};
 use crate::observe::cause::Cause;
 use crate::observe::refusals::RefusalNote;
@@ -419,9 +419,12 @@ async fn accept_connections(
     acceptor: &Acceptor,
     serve: impl Fn(Admission, TcpStream) + Clone + Send + 'static,
 ) {
-    let mut warned = false;
+    let (mut warned, mut accepts) = (false, 0_u32);
     loop {
-        acceptor.front.intake.processor().give_way().await;
+        accepts = accepts.wrapping_add(1);
+        if accepts.is_multiple_of(ACCEPTS_PER_TURN_MAX) {
+            acceptor.front.intake.processor().give_way().await;
+        }
         let (tcp, peer) = match listener.accept().await {
             Ok(accepted) => accepted,
             Err(error) => {
