@@ -8,15 +8,21 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
+mod admin_key_file;
 mod audit;
 mod backup;
 mod bench;
 mod check_config;
 mod client;
 mod cluster;
+mod confirm;
 mod datasource;
+mod datasource_page;
 mod demo;
+mod exit_code;
 mod key;
+mod key_table;
+mod limit;
 mod mqtt_place;
 mod nats;
 mod out;
@@ -32,6 +38,7 @@ mod session;
 mod signals;
 mod sinks;
 mod tail;
+mod time_argument;
 mod transfer;
 mod trust;
 
@@ -43,7 +50,7 @@ const READER_GONE_EXIT_CODE: u8 = 141;
 /// A gateway between devices and backends: a message is let in by its datasource's API key, and
 /// acknowledged when it is on disk.
 #[derive(Debug, Parser)]
-#[command(version, propagate_version = true, after_help = ENVIRONMENT_HELP)]
+#[command(version, propagate_version = true, after_help = after_help())]
 pub struct Cli {
     #[command(subcommand)]
     command: CliCommand,
@@ -51,6 +58,9 @@ pub struct Cli {
     /// [env: HEADGATE_CACERT]
     #[arg(long, global = true, value_name = "FILE", help_heading = "TLS")]
     cacert: Option<PathBuf>,
+    /// Tables show everything, however wide that is; without it they fit the terminal
+    #[arg(long, global = true)]
+    wide: bool,
 }
 
 const ENVIRONMENT_HELP: &str = "\
@@ -63,6 +73,11 @@ Environment of the commands that talk to a running gateway:
 
 Every setting of `serve` can be set by environment too: HEADGATE_MQTT__LISTEN=127.0.0.1:1883. An empty variable
 counts as absent.";
+
+/// What `--help` says behind the commands.
+fn after_help() -> String {
+    format!("{ENVIRONMENT_HELP}\n\n{}", exit_code::EXIT_CODES_HELP)
+}
 
 #[derive(Debug, Subcommand)]
 enum CliCommand {
@@ -116,12 +131,15 @@ enum CliCommand {
     CheckConfig(check_config::CheckConfigArgs),
 }
 
-/// Runs a command: 0 when it did what was asked, 1 when it could not (one line on standard error
-/// says why).
+/// Runs a command: 0 when it did what was asked; otherwise one line on standard error says why, and the code which kind of
+/// failure it was.
 pub fn run(cli: Cli) -> ExitCode {
     let mut out = CommandOutput::new();
     if let Some(file) = cli.cacert {
         trust::set_ca_file(file);
+    }
+    if cli.wide {
+        out::set_wide();
     }
     let done = match cli.command {
         CliCommand::Serve(args) => serve::run(args, &mut out),
@@ -131,7 +149,7 @@ pub fn run(cli: Cli) -> ExitCode {
         CliCommand::Schema(command) => schema::run(command, &mut out),
         CliCommand::Quarantine(command) => quarantine::run(command, &mut out),
         CliCommand::Audit(args) => audit::run(args, &mut out),
-        CliCommand::Records(args) => records::run(&args, &mut out),
+        CliCommand::Records(args) => records::run(args, &mut out),
         CliCommand::Tail(args) => tail::run(args, &mut out),
         CliCommand::Refusals(args) => refusals::run(args, &mut out),
         CliCommand::Sinks(args) => sinks::run(args, &mut out),
@@ -152,7 +170,7 @@ pub fn run(cli: Cli) -> ExitCode {
         Err(error) => {
             // Not eprintln!, which panics when standard error is closed.
             let _ = writeln!(std::io::stderr(), "headgate: {}", error_text(&error));
-            ExitCode::FAILURE
+            ExitCode::from(exit_code::exit_code(&error))
         }
     }
 }

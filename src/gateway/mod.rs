@@ -35,6 +35,7 @@ use crate::observe::metrics::Metrics;
 pub use cluster_settings::change_cluster;
 use consumers::Consumers;
 use directory::ADMIN_KEY_FILE;
+pub(crate) use directory::write_secret;
 use fronts::RunningFronts;
 pub use keep::{back_up_stopped, restore_backup};
 use listeners::Listeners;

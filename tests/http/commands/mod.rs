@@ -1,0 +1,6 @@
+//! What the commands say: exit codes, times, tables, questions on a terminal, answers in JSON.
+
+mod answers;
+mod exit_codes;
+mod terminal;
+mod times;
