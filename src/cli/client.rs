@@ -80,10 +80,12 @@ impl KeySecret {
 
 /// No gateway has answered.
 #[derive(Debug, thiserror::Error)]
-#[error("no gateway answers at {url}")]
+#[error("no gateway answers at {place}")]
 pub(super) struct GatewayAway {
-    url: String,
-    source: ureq::Error,
+    /// The URL or the address.
+    pub(super) place: String,
+    /// Why not.
+    pub(super) source: Box<dyn std::error::Error + Send + Sync>,
 }
 
 /// The gateway's answer when it refuses a request: a problem document (RFC 9457).
@@ -266,7 +268,7 @@ impl ApiClient {
     fn success(&self, answered: Result<Response<Body>, ureq::Error>) -> anyhow::Result<Response<Body>> {
         let response = answered.map_err(|error| match trust::explain(&error) {
             Some(words) => anyhow::anyhow!("{} is not trusted: {words}", self.url),
-            None => GatewayAway { url: self.url.clone(), source: error }.into(),
+            None => GatewayAway { place: self.url.clone(), source: Box::new(error) }.into(),
         })?;
         if response.status().is_success() {
             return Ok(response);

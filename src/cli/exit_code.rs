@@ -38,6 +38,11 @@ pub(super) struct UsageError(pub(super) String);
 #[error("refused: {0}")]
 pub(super) struct RefusedHere(pub(super) String);
 
+/// `headgate doctor` has found so many bad things.
+#[derive(Debug, thiserror::Error)]
+#[error("{0} of this is bad")]
+pub(super) struct FindingsAreBad(pub(super) usize);
+
 /// What the command itself has not found.
 #[derive(Debug, thiserror::Error)]
 #[error("not found: {0}")]

@@ -8,7 +8,7 @@ use serde_json::Value;
 use super::client::ApiClient;
 use super::datasource::DatasourceAnswer;
 use super::key;
-use super::out::{CommandOutput, grouped, is_wide, table};
+use super::out::{CommandOutput, grouped, is_wide, keep_whole, table};
 use super::time_argument::{ago, distance};
 use crate::message::now_micros;
 use crate::time::parse_time;
@@ -111,6 +111,7 @@ pub(super) fn print_keys(answer: Value, out: &mut CommandOutput) -> anyhow::Resu
     for key in serde_json::from_value::<KeyListAnswer>(answer)?.keys {
         rows.add_row(key.cells());
     }
+    keep_whole(&mut rows, 0);
     Ok(writeln!(out, "{rows}")?)
 }
 
@@ -142,6 +143,7 @@ pub(super) fn print_all_keys(
             rows.add_row(std::iter::once(id.clone()).chain(key.cells()));
         }
     }
+    keep_whole(&mut rows, 1);
     if as_json { Ok(()) } else { Ok(writeln!(out, "{rows}")?) }
 }
 

@@ -1,6 +1,7 @@
 //! `headgate datasource limit` and `headgate key limit`: shows, sets and unsets limits, over the HTTP API.
 
 use std::collections::HashSet;
+use std::io::Write;
 
 use serde_json::{Map, Value, json};
 
@@ -85,7 +86,6 @@ impl LimitArgs {
 
 /// A row for each limit that is set, and how it counts.
 pub(super) fn print_limits(limits: &Value, out: &mut CommandOutput) -> anyhow::Result<()> {
-    use std::io::Write;
     let set = limits.as_object().into_iter().flatten();
     let mut rows = table(&["limit", "max", "burst", "policy"], &[1, 2]);
     for (name, setting) in set {

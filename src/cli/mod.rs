@@ -19,7 +19,9 @@ mod confirm;
 mod datasource;
 mod datasource_page;
 mod demo;
+mod doctor;
 mod exit_code;
+mod explain;
 mod key;
 mod key_table;
 mod limit;
@@ -35,6 +37,7 @@ mod replay;
 mod schema;
 mod serve;
 mod session;
+mod shell;
 mod signals;
 mod sinks;
 mod tail;
@@ -105,6 +108,8 @@ enum CliCommand {
     Tail(tail::TailArgs),
     /// Print what was refused lately, why, and what to do about it
     Refusals(refusals::RefusalsArgs),
+    /// Print what is known of a client: its keys and sessions, what was refused to it and what to do about it
+    Explain(explain::ExplainArgs),
     /// Print where records are stored, how far each sink is, and what is wrong with it
     Sinks(sinks::SinksArgs),
     /// Publish a payload, or a line of standard input or of a file each, over MQTT
@@ -129,6 +134,12 @@ enum CliCommand {
     Cluster(cluster::ClusterCommand),
     /// Read a configuration file, say what it sets or what is wrong with it
     CheckConfig(check_config::CheckConfigArgs),
+    /// Look at configuration, disk, ports, clock, NATS and storage as a gateway would, and say what to do
+    Doctor(doctor::DoctorArgs),
+    /// Print what a shell needs to complete these commands
+    Completions(shell::CompletionsArgs),
+    /// Write the manual, a page for each command
+    Man(shell::ManArgs),
 }
 
 /// Runs a command: 0 when it did what was asked; otherwise one line on standard error says why, and the code which kind of
@@ -152,6 +163,7 @@ pub fn run(cli: Cli) -> ExitCode {
         CliCommand::Records(args) => records::run(args, &mut out),
         CliCommand::Tail(args) => tail::run(args, &mut out),
         CliCommand::Refusals(args) => refusals::run(args, &mut out),
+        CliCommand::Explain(args) => explain::run(args, &mut out),
         CliCommand::Sinks(args) => sinks::run(args, &mut out),
         CliCommand::Publish(args) => publish::run(args, &mut out),
         CliCommand::Bench(args) => bench::run(args, &mut out),
@@ -163,6 +175,9 @@ pub fn run(cli: Cli) -> ExitCode {
         CliCommand::Nats(command) => nats::run(command, &mut out),
         CliCommand::Cluster(command) => cluster::run(command, &mut out),
         CliCommand::CheckConfig(args) => check_config::run(args, &mut out),
+        CliCommand::Doctor(args) => doctor::run(args, &mut out),
+        CliCommand::Completions(args) => shell::run_completions(args, &mut out),
+        CliCommand::Man(args) => shell::run_man(args, &mut out),
     };
     match done.and_then(|()| Ok(out.flush()?)) {
         Ok(()) => ExitCode::SUCCESS,

@@ -9,7 +9,7 @@ use std::fmt;
 use std::io::{self, BufWriter, IsTerminal, StdoutLock, Write};
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use comfy_table::{CellAlignment, ContentArrangement, Table, presets};
+use comfy_table::{CellAlignment, ColumnConstraint, ContentArrangement, Table, presets};
 use console::Term;
 use indicatif::ProgressState;
 use indicatif::style::{ProgressStyle, TemplateError};
@@ -102,6 +102,13 @@ pub(super) fn table(columns: &[&str], right: &[usize]) -> Table {
         }
     }
     table
+}
+
+/// Keeps the cells of a column in one line, however narrow the terminal is: ids, which are copied.
+pub(super) fn keep_whole(table: &mut Table, column: usize) {
+    if let Some(column) = table.column_mut(column) {
+        column.set_constraint(ColumnConstraint::ContentWidth);
+    }
 }
 
 /// The style of a progress bar; adds `{rate}`, messages per second, to indicatif's placeholders.

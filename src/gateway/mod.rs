@@ -34,6 +34,7 @@ use crate::observe::metrics::Metrics;
 
 pub use cluster_settings::change_cluster;
 use consumers::Consumers;
+pub(crate) use descriptors::fit_connections;
 use directory::ADMIN_KEY_FILE;
 pub(crate) use directory::write_secret;
 use fronts::RunningFronts;

@@ -22,7 +22,6 @@ macro_rules! causes {
 
         impl Cause {
             /// Every cause, in the order of `openapi.json`.
-            #[cfg(test)]
             pub const ALL: &[Cause] = &[$(Cause::$cause,)*];
 
             /// Its name in metrics, `/v1/refusals` and logs; it never changes.

@@ -2,5 +2,6 @@
 
 mod answers;
 mod exit_codes;
+mod looks;
 mod terminal;
 mod times;
