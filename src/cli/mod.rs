@@ -53,7 +53,7 @@ const READER_GONE_EXIT_CODE: u8 = 141;
 /// A gateway between devices and backends: a message is let in by its datasource's API key, and
 /// acknowledged when it is on disk.
 #[derive(Debug, Parser)]
-#[command(version, propagate_version = true, after_help = after_help())]
+#[command(version, long_version = LONG_VERSION, propagate_version = true, after_help = after_help())]
 pub struct Cli {
     #[command(subcommand)]
     command: CliCommand,
@@ -65,6 +65,12 @@ pub struct Cli {
     #[arg(long, global = true)]
     wide: bool,
 }
+
+/// The version, and which of the parts are in it that a build may leave out.
+const LONG_VERSION: &str = match cfg!(feature = "delta") {
+    true => concat!(env!("CARGO_PKG_VERSION"), " (with the feature delta)"),
+    false => concat!(env!("CARGO_PKG_VERSION"), " (without the feature delta)"),
+};
 
 const ENVIRONMENT_HELP: &str = "\
 Environment of the commands that talk to a running gateway:

@@ -72,7 +72,7 @@ fn tell_examined(answer: &Value) {
     let mut words = format!("{} records examined", count(&answer["records"]));
     words.push_str(match answer["complete"].as_bool() {
         Some(true) => ", all that are stored",
-        _ => ", the newest and some of every earlier time: numbers and strings are left open",
+        _ => ", not all that are stored: numbers and strings are left open",
     });
     words.push_str(&format!(", received from {} to {}", time("from"), time("to")));
     if answer["not_json"].as_u64().is_some_and(|some| some > 0) {

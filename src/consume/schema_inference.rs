@@ -61,7 +61,11 @@ impl RecordsReader {
     /// # Errors
     /// [`QueryError::Database`].
     pub fn inference(&self, scope: &DatasourceId) -> Result<Inference, QueryError> {
-        self.read(|connection| {
+        let stored = match self {
+            Self::Sqlite(stored) => stored,
+            Self::Postgres(stored) => return stored.inference(scope),
+        };
+        stored.read(|connection| {
             let mut observed = DatasourceObservation::default();
             let Some(id) = row_id_of_scope(connection, scope)? else {
                 observed.is_complete = true;
@@ -143,7 +147,7 @@ impl DatasourceObservation {
 
 /// What the payloads of a datasource have shown so far.
 #[derive(Default)]
-struct DatasourceObservation {
+pub(super) struct DatasourceObservation {
     all: PayloadObservation,
     topics: BTreeMap<String, PayloadObservation>,
     records: usize,
@@ -152,7 +156,7 @@ struct DatasourceObservation {
     /// When the oldest and the newest were received.
     times: Option<(TimeMicros, TimeMicros)>,
     /// All that are stored are among them.
-    is_complete: bool,
+    pub(super) is_complete: bool,
 }
 
 /// What a set of payloads has in common, with an example.
@@ -166,7 +170,7 @@ struct PayloadObservation {
 
 impl DatasourceObservation {
     /// Adds the next payload; the newest comes first.
-    fn observe(&mut self, topic: &str, payload: &[u8]) {
+    pub(super) fn observe(&mut self, topic: &str, payload: &[u8]) {
         self.records += 1;
         let Ok(value) = parse_unique_json(payload) else {
             self.not_json += 1;
@@ -181,7 +185,7 @@ impl DatasourceObservation {
         }
     }
 
-    fn infer(mut self) -> Inference {
+    pub(super) fn infer(mut self) -> Inference {
         if !self.is_complete {
             self.all.shape.leave_open();
             self.topics.values_mut().for_each(|topic| topic.shape.leave_open());

@@ -8,6 +8,7 @@ mod api;
 mod cli;
 mod commands;
 mod cors;
+mod dashboard;
 mod environment;
 mod floods;
 mod grafana;

@@ -245,6 +245,10 @@ pub(super) fn look_at_sinks(config: &Config) -> Vec<DoctorFinding> {
     let of = |sink: &SinkKind| match sink {
         SinkKind::Sqlite => look_at_sqlite(&config.data_dir.join("records.db")),
         SinkKind::Postgres => look_at_postgres(config),
+        SinkKind::Delta => DoctorFinding::ok(
+            "storage in a Delta lake",
+            "only a running gateway looks at it: headgate sinks says how it is",
+        ),
     };
     match config.storage.sinks.is_empty() {
         true => {
