@@ -108,7 +108,7 @@ impl ClientCase {
                 "*" => "/v1/datasources/*/sessions".to_owned(),
                 owner => format!("{}/sessions", datasource::path(owner)?),
             };
-            let query = [("limit", "1000"), ("after", after.as_str())];
+            let query = [("limit", "1000"), ("after", after.as_str()), ("publishers", "true")];
             let page: Value = client.get(&path, &query)?;
             for session in page["sessions"].as_array().into_iter().flatten() {
                 if session["client_id"] == id {
@@ -139,7 +139,7 @@ impl ClientCase {
         }
         keys.iter().try_for_each(|key| print_key(key, out))?;
         if sessions.is_empty() {
-            writeln!(out, "session  none that subscribes or is kept, on this gateway")?;
+            writeln!(out, "session  none, connected or kept, on this gateway")?;
         }
         sessions.iter().try_for_each(|session| print_session(session, out))?;
         if refusals.is_empty() {
