@@ -236,7 +236,7 @@ impl Intake {
     ///
     /// # Errors
     /// [`Refusal::Busy`] if there is no room for `intake.hold_back_ms_max`; [`AppendError::Away`] if this
-    /// gateway has been without its cluster for too long to know which keys are good.
+    /// gateway has been without its cluster for too long to know which keys are good; [`AppendError::OtherHistory`].
     pub async fn admit(&self, draft: Draft) -> Result<AdmittedDraft, Refusal> {
         let draft = match self.try_admit(draft) {
             Ok(admitted) => return Ok(admitted),
@@ -249,6 +249,12 @@ impl Intake {
         let until = tokio::time::Instant::now() + patience;
         while self.may_be_behind() {
             if tokio::time::Instant::now() >= until {
+                if self.0.log.is_in_doubt() {
+                    let unchecked =
+                        || "whether it is still the one that was followed is being checked".to_owned();
+                    let doubt = self.0.log.doubt().unwrap_or_else(unchecked);
+                    return Err(AppendError::OtherHistory(doubt.into()).into());
+                }
                 let text = "this gateway has lost NATS and may not know yet which keys are dead";
                 return Err(AppendError::Away(text.into()).into());
             }
@@ -261,9 +267,9 @@ impl Intake {
         }
     }
 
-    /// Whether a key may have died without this gateway knowing it yet.
+    /// Whether a key may have died without this gateway knowing it yet, or the log may be another one.
     fn may_be_behind(&self) -> bool {
-        self.0.authorizer.registry().may_be_behind()
+        self.0.authorizer.registry().may_be_behind() || self.0.log.is_in_doubt()
     }
 
     /// Hands a draft to the log if there is room for it now, and gives it back if there is not.

@@ -179,6 +179,7 @@ impl Refusal {
             Refusal::Log(AppendError::Failed(_)) => Cause::LogFailed,
             Refusal::Log(AppendError::Away(_)) => Cause::LogAway,
             Refusal::Log(AppendError::Unknown(_)) => Cause::LogUnknown,
+            Refusal::Log(AppendError::OtherHistory(_)) => Cause::LogHistory,
             Refusal::Log(AppendError::Closed) => Cause::ShuttingDown,
         }
     }

@@ -17,7 +17,7 @@ use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use axum::Router;
-use axum::body::Body;
+use axum::body::{Body, HttpBody};
 use axum::extract::Request;
 use axum::http::Version;
 use axum::response::Response;
@@ -36,6 +36,8 @@ use super::HttpFrontState;
 use super::arrival::{ArrivedConnection, HttpPort, report_proxy_header};
 use super::frame_meter::FrameFault;
 use super::ingest::IngestRoute;
+use super::lent_socket::LentSocket;
+use super::long_answer::{IsLong, LongAnswerOffer, ServedConnection};
 use super::presented::PresentedKeys;
 use super::request_clock::{AwaitedPart, RequestClock, RequestDeadline};
 use super::socket::HttpSocket;
@@ -388,6 +390,7 @@ impl ConnectionServer {
         let clock = RequestClock::start();
         let mut deadline = RequestDeadline::new(clock.clone(), &self.config);
         let (builder, paying) = (connection_builder(payer.clone()), payer.clone());
+        let offer = LongAnswerOffer::default();
         let service = {
             let from = HttpPeer {
                 addr: peer,
@@ -406,8 +409,12 @@ impl ConnectionServer {
             // While the gateway starts, nobody can present a key.
             let is_paced = crowd.refusals.is_some() && !proxies.is_trusted(peer.ip());
             let pace = Arc::new(StrangerPace::new());
+            let offer = offer.clone();
             hyper::service::service_fn(move |mut request: Request<hyper::body::Incoming>| {
                 let version = request.version();
+                // Behind a body the next request may have been read already.
+                let takes_long = version < Version::HTTP_2 && request.body().is_end_stream();
+                let offer = takes_long.then(|| offer.clone());
                 let is_stranger = is_paced && from.keys.are_none();
                 let begun =
                     if is_stranger { pace.begin(version, &crowd.early, Instant::now()) } else { Some(None) };
@@ -431,14 +438,20 @@ impl ConnectionServer {
                         {
                             Ok(pace.turn_away(&crowd, &from, version))
                         }
-                        _ => Ok(answer),
+                        _ => match offer.filter(|_| answer.extensions().get::<IsLong>().is_some()) {
+                            Some(offer) => offer.leave(answer, version).await,
+                            None => Ok(answer),
+                        },
                     }
                 }))
             })
         };
         let stall_max = Duration::from_millis(self.config.body_ms_max);
         let socket = HttpSocket::new(stream, stall_max, unread, clock.clone(), paying, fault.clone());
-        let mut served = pin!(builder.serve_connection_with_upgrades(TokioIo::new(socket), service));
+        let socket = LentSocket::new(socket);
+        let connection =
+            builder.serve_connection_with_upgrades(TokioIo::new(socket.clone()), service).into_owned();
+        let mut served = ServedConnection::Hyper { connection: Box::pin(connection), socket, offer };
         let mut asked_to_close = pin!(async {
             tokio::select! {
                 () = self.drain.cancelled() => {}
@@ -452,7 +465,7 @@ impl ConnectionServer {
             let is_closing = closing.load(Ordering::Relaxed);
             tokio::select! {
                 biased;
-                ended = served.as_mut() => {
+                ended = poll_fn(|cx| served.poll_served(cx)) => {
                     if let Err(error) = ended {
                         debug!(%peer, error, "an HTTP connection ended");
                     }
@@ -471,7 +484,9 @@ impl ConnectionServer {
                     clock.streams().close(false);
                     clock.await_stream_ends();
                     if !closing.swap(true, Ordering::Relaxed) {
-                        served.as_mut().graceful_shutdown();
+                        if let Some(connection) = served.of_hyper() {
+                            connection.graceful_shutdown();
+                        }
                     }
                 }
                 // An idle connection ends at once, a busy one when its requests are answered. A stream is told to end.
@@ -482,7 +497,9 @@ impl ConnectionServer {
                     if closing.swap(true, Ordering::Relaxed) {
                         continue;
                     }
-                    served.as_mut().graceful_shutdown();
+                    if let Some(connection) = served.of_hyper() {
+                            connection.graceful_shutdown();
+                        }
                 }
                 part = passed.as_mut() => {
                     if part != AwaitedPart::NextRequest || is_closing {
@@ -490,7 +507,9 @@ impl ConnectionServer {
                         return;
                     }
                     closing.store(true, Ordering::Relaxed);
-                    served.as_mut().graceful_shutdown();
+                    if let Some(connection) = served.of_hyper() {
+                            connection.graceful_shutdown();
+                        }
                     clock.await_end();
                 }
             }

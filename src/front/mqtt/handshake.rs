@@ -402,6 +402,7 @@ fn close_reason(why: CloseReason) -> (ReasonCode, &'static str) {
         CloseReason::KeyDead => (ReasonCode::NotAuthorized, "the API key is no longer valid"),
         CloseReason::TakenOver => (ReasonCode::ServerBusy, "the client connected again"),
         CloseReason::Drain => (ReasonCode::ServerUnavailable, "the gateway is shutting down"),
+        CloseReason::Kicked => (ReasonCode::ServerBusy, "an administrator has closed the connection"),
     }
 }
 

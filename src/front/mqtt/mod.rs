@@ -75,7 +75,7 @@ use websocket::WebSocket;
 const DEADLINE_GRACE: Duration = Duration::from_millis(100);
 
 pub use sessions::claims::ClientClaims;
-pub use sessions::standing::SessionStanding;
+pub use sessions::standing::{SessionStanding, StandingWish};
 
 /// The state that all connections share.
 pub(super) struct MqttFront {
@@ -124,15 +124,20 @@ impl Acceptor {
     }
 
     /// Where the sessions under keys of this scope stand: those of clients that come after one, at most `count`, and
-    /// whether there are more. With `still`, only subscribers that stand still.
+    /// whether there are more.
     pub fn standings(
         &self,
         scope: &DatasourceId,
         after: Option<&str>,
         count: usize,
-        still: bool,
+        wish: StandingWish,
     ) -> (Vec<SessionStanding>, bool) {
-        self.front.sessions.standings(scope, after, count, still)
+        self.front.sessions.standings(scope, after, count, wish)
+    }
+
+    /// Closes the connection of a client under keys of this scope, if this gateway has one. Its session stays.
+    pub fn kick(&self, scope: &DatasourceId, client_id: &str) -> bool {
+        self.front.sessions.kick(scope, client_id)
     }
 
     /// Enters a connection among the strangers. If there are too many, the oldest makes room, and is reported.

@@ -5,10 +5,11 @@ use std::time::Instant;
 
 use headgate_bridge_nats::HeaderMap;
 
+use super::JetstreamLogShared;
 use super::append::AppendReply;
-use super::fences::KeyFences;
 use super::id_allowance::IdAllowance;
 use super::message::SharedIdContent;
+use super::open_exchanges::KeptExchange;
 use crate::log::{AppendError, CommitOutcome, Offsets, OnceId, Section, SectionOutcome};
 use crate::message::Offset;
 
@@ -30,6 +31,8 @@ pub(super) struct PendingMessage {
     pub(super) again: bool,
     /// Whether it is no record, but the question whether the section's first asked id is known.
     pub(super) asks: bool,
+    /// The offset that was the next one when it was published: the stream cannot put it before that.
+    pub(super) after: Offset,
 }
 
 /// An append that is not settled.
@@ -130,12 +133,12 @@ impl PendingAppend {
     }
 
     /// Answers its caller. What is behind the fence of its key is not kept.
-    pub(super) fn answer(self, fences: &KeyFences) {
+    pub(super) fn answer(self, shared: &JetstreamLogShared) {
         let Self { sections, error, reply, .. } = self;
         let _ = reply.send(match error {
             Some(error) => Err(error),
             None => {
-                let outcomes = sections.into_iter().map(|progress| progress.outcome(fences)).collect();
+                let outcomes = sections.into_iter().map(|progress| progress.outcome(shared)).collect();
                 Ok(CommitOutcome { outcomes })
             }
         });
@@ -158,18 +161,36 @@ impl SectionProgress {
     }
 
     /// The outcome of the section.
-    fn outcome(self, fences: &KeyFences) -> SectionOutcome {
-        let is_behind = |offset: &Offset| fences.shuts_out(&self.section, *offset);
+    fn outcome(self, shared: &JetstreamLogShared) -> SectionOutcome {
+        let is_behind = |offset: &Offset| shared.fences.shuts_out(&self.section, *offset);
         let is_dead = self.dead || self.offsets.iter().any(is_behind);
         match self.found {
             Some(SectionOutcome::ExchangesFull) => SectionOutcome::ExchangesFull,
             _ if is_dead => SectionOutcome::KeyDead,
             Some(found) => found,
             None if self.section.is_question() => SectionOutcome::Unknown,
-            None if self.duplicates == self.offsets.len() => {
-                SectionOutcome::Duplicate(Offsets::from_each(&self.offsets))
+            None => {
+                self.note_exchanges(shared);
+                let offsets = Offsets::from_each(&self.offsets);
+                match self.duplicates == self.offsets.len() {
+                    true => SectionOutcome::Duplicate(offsets),
+                    false => SectionOutcome::Kept(offsets),
+                }
             }
-            None => SectionOutcome::Kept(Offsets::from_each(&self.offsets)),
+        }
+    }
+
+    /// Notes the exchanges that it has opened: they may stay open.
+    fn note_exchanges(&self, shared: &JetstreamLogShared) {
+        let Some(first) = self.offsets.first().copied() else { return };
+        for id in self.section.once().filter(|id| id.is_exchange()) {
+            let generation = match self.once {
+                Some((once, generation)) if once == id => generation,
+                _ => shared.once.generation(id).map(|generation| generation.number),
+            };
+            let (content, epoch) = (self.content, shared.epoch());
+            let kept = KeptExchange { generation, first, content, epoch };
+            shared.exchanges.note_own(&self.section.datasource, id, kept);
         }
     }
 }

@@ -4,8 +4,7 @@
 //! The samples of a topic go to its newest chunk until that is as large as is useful; then a new one begins. A sample's time is
 //! the one that its payload states for it, or the record's event time, or the time of receipt.
 
-use std::collections::HashMap;
-
+use hashbrown::HashMap;
 use rusqlite::{Connection, OptionalExtension, params};
 
 use super::sample_chunk::{ChunkBase, ChunkSample, NewChunk, without_offsets};
