@@ -61,7 +61,13 @@ impl Consumers {
             storage.begin_retention(&stored_limits(opened.registry.clone()));
         }
         let storage = storage.map(Arc::new);
-        let query = (config.storage.read_from() == Some(SinkKind::Sqlite)).then(|| RecordsReader::new(dir));
+        let board = storage.as_ref().map(|storage| storage.latest_board().clone()).unwrap_or_default();
+        let query = config.storage.read_from().and_then(|kind| match kind {
+            SinkKind::Sqlite => Some(RecordsReader::new(dir).with_board(board)),
+            SinkKind::Postgres => Some(RecordsReader::of_postgres(&config.storage.postgres)),
+            // It is read with what reads Delta lakes: `read_from` never names it.
+            SinkKind::Delta => None,
+        });
         let hold = log.hold();
         let retained = RetainedStore::start(dir, log.clone(), move |offset| hold.set(offset))?;
         let (store, groups, clients) = match &mut opened.cluster {

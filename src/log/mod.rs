@@ -230,6 +230,11 @@ pub trait Log: Send + Sync {
         None
     }
 
+    /// How long ids tell a repetition that another gateway appends. `None`: no other one appends to this log.
+    fn shared_id_window(&self) -> Option<Duration> {
+        None
+    }
+
     /// How many ids were evicted before their time because there were too many.
     fn evicted_ids(&self) -> u64 {
         0
@@ -325,6 +330,8 @@ pub enum SectionOutcome {
     },
     /// Not kept: its datasource may open no further QoS 2 exchange now.
     ExchangesFull,
+    /// Not kept: its datasource may bring no new id now. Where ids cannot be pushed out.
+    IdsFull,
     /// Not kept: it only asked for its ids ([`Section::only_ask`]), and none is known.
     Unknown,
 }

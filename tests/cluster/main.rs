@@ -9,6 +9,8 @@ mod exchanges;
 mod faults;
 mod fences;
 mod history;
+mod ids;
+mod lake;
 mod log;
 mod postgres;
 mod registry;

@@ -3,7 +3,8 @@
 
 use rusqlite::{Connection, OptionalExtension, params};
 
-use super::{QueryError, RecordsReader, row_id_of_scope};
+use super::postgres::series::{FoundSeries, SeriesPlace};
+use super::{QueryError, RecordsReader, SqliteRecords, row_id_of_scope};
 use crate::consume::sink::sample_chunk::{ChunkBase, ChunkSample, chunk_lists, key_json, list_samples};
 use crate::limits::{SERIES_CHUNKS_MAX, SERIES_PIECE_BYTES};
 use crate::message::{DatasourceId, TimeMicros};
@@ -125,8 +126,20 @@ pub struct SeriesReading {
     to: TimeMicros,
     step_us: i64,
     steps: Vec<SeriesStep>,
+    /// Of the sample that was added last.
+    present: StepBounds,
     /// The chunks that are still to be read, the next one last.
     chunks: Vec<i64>,
+    /// Where it goes on in PostgreSQL, if it is read from there and there is more.
+    place: Option<SeriesPlace>,
+}
+
+/// Where a step is among all, and the times that it covers.
+#[derive(Debug, Clone, Copy, Default)]
+struct StepBounds {
+    place: usize,
+    from: TimeMicros,
+    to: TimeMicros,
 }
 
 /// What is known of the samples in a step.
@@ -182,15 +195,13 @@ impl SeriesReading {
     /// # Errors
     /// [`SeriesError`].
     pub fn begin(stored: &RecordsReader, query: SeriesQuery) -> Result<Self, SeriesError> {
-        let found = stored.read(|connection| {
-            let Some(topic) = topic_id(connection, &query)? else { return Ok(None) };
-            let bounds = topic_bounds(connection, topic)?;
-            let range = bounds.map(|(oldest, newest)| {
-                (query.from.unwrap_or(oldest), query.to.unwrap_or(newest.saturating_add(1)))
-            });
-            let Some((from, to)) = range else { return Ok(None) };
-            Ok(Some((from, to, chunk_ids(connection, topic, from, to)?)))
-        })?;
+        let (found, place) = match stored {
+            RecordsReader::Sqlite(stored) => (find_chunks(stored, &query)?, None),
+            RecordsReader::Postgres(stored) => match stored.find_series(&query)? {
+                Some(FoundSeries { from, to, place }) => (Some((from, to, Vec::new())), place),
+                None => (None, None),
+            },
+        };
         let (from, to, mut chunks) = match (found, query.from, query.to) {
             (Some(found), ..) => found,
             (None, Some(from), Some(to)) => (from, to, Vec::new()),
@@ -209,7 +220,8 @@ impl SeriesReading {
             return Err(SeriesError::TooManySteps { steps, points_max, least_step_us });
         }
         let steps = vec![SeriesStep::default(); usize::try_from(steps).unwrap_or(points_max)];
-        Ok(Self { query, key, from, to, step_us, steps, chunks })
+        let present = StepBounds::default();
+        Ok(Self { query, key, from, to, step_us, steps, present, chunks, place })
     }
 
     /// Reads some of its samples: about [`SERIES_PIECE_BYTES`]. Returns whether there are more. A chunk that was removed
@@ -218,6 +230,15 @@ impl SeriesReading {
     /// # Errors
     /// [`QueryError::Database`].
     pub fn read_some(&mut self, stored: &RecordsReader) -> Result<bool, QueryError> {
+        let stored = match stored {
+            RecordsReader::Sqlite(stored) => stored,
+            RecordsReader::Postgres(stored) => {
+                let Some(mut place) = self.place.take() else { return Ok(false) };
+                let has_more = stored.read_samples(&mut place, |sample| self.add_sample(sample))?;
+                self.place = has_more.then_some(place);
+                return Ok(has_more);
+            }
+        };
         stored.read(|connection| {
             let mut select = connection
                 .prepare_cached("SELECT first_offset, base_us, samples FROM sample_chunks WHERE id = ?1")?;
@@ -237,16 +258,25 @@ impl SeriesReading {
     }
 
     fn add_chunk(&mut self, base: ChunkBase, text: &str) {
-        let first_at = self.first_at();
-        let lists = chunk_lists(text).filter(|(key, _)| *key == self.key);
-        for sample in lists.flat_map(|(_, list)| list_samples(list, base)) {
-            if sample.at < self.from || sample.at >= self.to {
-                continue;
-            }
-            let step = usize::try_from((sample.at - first_at) / self.step_us).ok();
-            if let Some(step) = step.and_then(|step| self.steps.get_mut(step)) {
-                step.add(sample);
-            }
+        if let Some((_, list)) = chunk_lists(text).find(|(key, _)| *key == self.key) {
+            list_samples(list, base).for_each(|sample| self.add_sample(sample));
+        }
+    }
+
+    fn add_sample(&mut self, sample: ChunkSample) {
+        if sample.at < self.from || sample.at >= self.to {
+            return;
+        }
+        // Most samples are in the same step as the one before: no division then.
+        if sample.at < self.present.from || sample.at >= self.present.to {
+            let first_at = self.first_at();
+            let number = (sample.at - first_at) / self.step_us;
+            let from = first_at.saturating_add(number.saturating_mul(self.step_us));
+            let to = from.saturating_add(self.step_us);
+            self.present = StepBounds { place: usize::try_from(number).unwrap_or(usize::MAX), from, to };
+        }
+        if let Some(step) = self.steps.get_mut(self.present.place) {
+            step.add(sample);
         }
     }
 
@@ -289,6 +319,22 @@ impl SeriesReading {
             point
         })
     }
+}
+
+/// The range of a series and the chunks that may have samples in it. `None` if its topic has no samples.
+fn find_chunks(
+    stored: &SqliteRecords,
+    query: &SeriesQuery,
+) -> Result<Option<(TimeMicros, TimeMicros, Vec<i64>)>, QueryError> {
+    stored.read(|connection| {
+        let Some(topic) = topic_id(connection, query)? else { return Ok(None) };
+        let bounds = topic_bounds(connection, topic)?;
+        let range = bounds.map(|(oldest, newest)| {
+            (query.from.unwrap_or(oldest), query.to.unwrap_or(newest.saturating_add(1)))
+        });
+        let Some((from, to)) = range else { return Ok(None) };
+        Ok(Some((from, to, chunk_ids(connection, topic, from, to)?)))
+    })
 }
 
 fn topic_id(connection: &Connection, query: &SeriesQuery) -> rusqlite::Result<Option<i64>> {

@@ -43,6 +43,63 @@ pub enum PruneStep {
     Done,
 }
 
+/// A store whose oldest records can be removed. Each call is at most one short transaction.
+pub(in crate::consume) trait PrunableStore {
+    /// Why that was not possible.
+    type Fault;
+
+    /// Removes some of what is stored of an incarnation and is over its limits at `now`, or counts some of what it takes.
+    fn prune_some(
+        &mut self,
+        scope: &DatasourceId,
+        limits: StoredLimits,
+        now: TimeMicros,
+    ) -> Result<PruneStep, Self::Fault>;
+
+    /// Forgets for which times the log's offsets stand that nothing is stored of any more.
+    fn prune_time_index(&mut self) -> Result<(), Self::Fault>;
+
+    /// Takes out samples that were left behind by what was removed of an incarnation, of the next topics after
+    /// `after_topic`. Returns the last of these topics, if there are more.
+    fn trim_samples_some(
+        &mut self,
+        scope: &DatasourceId,
+        after_topic: &str,
+    ) -> Result<Option<String>, Self::Fault>;
+
+    /// Gives some room back to the file system. Returns whether there is more to give.
+    fn give_back_some(&mut self) -> Result<bool, Self::Fault>;
+}
+
+impl PrunableStore for SqliteSink {
+    type Fault = SinkError;
+
+    fn prune_some(
+        &mut self,
+        scope: &DatasourceId,
+        limits: StoredLimits,
+        now: TimeMicros,
+    ) -> Result<PruneStep, SinkError> {
+        SqliteSink::prune_some(self, scope, limits, now)
+    }
+
+    fn prune_time_index(&mut self) -> Result<(), SinkError> {
+        SqliteSink::prune_time_index(self)
+    }
+
+    fn trim_samples_some(
+        &mut self,
+        scope: &DatasourceId,
+        after_topic: &str,
+    ) -> Result<Option<String>, SinkError> {
+        SqliteSink::trim_samples_some(self, scope, after_topic)
+    }
+
+    fn give_back_some(&mut self) -> Result<bool, SinkError> {
+        SqliteSink::give_back_some(self)
+    }
+}
+
 /// A stored record that may be removed.
 struct OldRecord {
     offset: i64,
@@ -106,7 +163,7 @@ impl SqliteSink {
         for topic in &topics {
             samples::remove_up_to(&transaction, *topic, last)?;
         }
-        let forgot_topics = forget_empty_topics(&transaction, row, &topics)?;
+        let forgotten = forget_empty_topics(&transaction, row, &topics)?;
         if limits.bytes.is_none() {
             // What is removed now is not subtracted.
             transaction.execute("DELETE FROM stored_sizes WHERE datasource_id = ?1", [row])?;
@@ -114,8 +171,10 @@ impl SqliteSink {
         sizes.subtract(row, bytes);
         sizes.write(&transaction)?;
         transaction.commit()?;
-        if forgot_topics {
-            self.clear_remembered();
+        match forgotten {
+            ForgottenTopics::None => {}
+            ForgottenTopics::Hidden => self.clear_board(),
+            ForgottenTopics::Gone => self.clear_remembered(),
         }
         Ok(PruneStep::More)
     }
@@ -239,13 +298,24 @@ fn remove_up_to(connection: &Connection, datasource: i64, last: i64) -> rusqlite
     Ok(())
 }
 
+/// What has become of the topics of removed records.
+#[derive(PartialEq, Eq)]
+enum ForgottenTopics {
+    /// All have records.
+    None,
+    /// Some have none, and so no newest values.
+    Hidden,
+    /// Some are gone, with their row ids.
+    Gone,
+}
+
 /// Forgets the newest values of those of the topics that have no record any more, and the topics too unless quarantine may
-/// name them. Returns whether one is gone.
+/// name them.
 fn forget_empty_topics(
     connection: &Connection,
     datasource: i64,
     topics: &BTreeSet<i64>,
-) -> rusqlite::Result<bool> {
+) -> rusqlite::Result<ForgottenTopics> {
     let has_quarantine: bool = connection
         .prepare_cached("SELECT EXISTS (SELECT 1 FROM quarantined WHERE datasource_id = ?1)")?
         .query_row([datasource], |row| row.get(0))?;
@@ -255,7 +325,7 @@ fn forget_empty_topics(
     let mut forget_samples = connection.prepare_cached("DELETE FROM sample_chunks WHERE topic_id = ?1")?;
     let mut hide = connection.prepare_cached("UPDATE topics SET latest_offset = -1 WHERE id = ?1")?;
     let mut forget = connection.prepare_cached("DELETE FROM topics WHERE id = ?1")?;
-    let mut is_gone = false;
+    let mut forgotten = ForgottenTopics::None;
     for topic in topics {
         if is_used.query_row([topic], |row| row.get(0))? {
             continue;
@@ -264,12 +334,13 @@ fn forget_empty_topics(
         forget_samples.execute([topic])?;
         if has_quarantine {
             hide.execute([topic])?;
+            forgotten = ForgottenTopics::Hidden;
         } else {
             forget.execute([topic])?;
-            is_gone = true;
+            forgotten = ForgottenTopics::Gone;
         }
     }
-    Ok(is_gone)
+    Ok(forgotten)
 }
 
 /// The offset below which everything of a datasource was removed, if something was.

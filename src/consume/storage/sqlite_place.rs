@@ -1,6 +1,7 @@
 //! `records.db` as a sink: where it is, and what is done about one that is damaged or ahead of the log.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use tracing::error;
@@ -9,6 +10,7 @@ use super::record_sink::{OpenedSink, RecordSink, SinkFault, SinkPlace};
 use super::retention::RetentionTurns;
 use super::{StorageError, StoredLimitsSource, ahead, unopened_words};
 use crate::config::SinkKind;
+use crate::consume::sink::latest_board::LatestBoard;
 use crate::consume::sink::sqlite::{RECORDS_FILE_NAME, SinkError, SqliteSink};
 use crate::log::{Log, WithheldRules};
 use crate::message::{Offset, RecordRef};
@@ -22,16 +24,19 @@ pub(in crate::consume) struct SqlitePlace {
     path: PathBuf,
     /// Whether the numbers in payloads are stored as samples too.
     keeps_samples: bool,
+    /// Where the newest values are shown from.
+    board: Arc<LatestBoard>,
 }
 
 impl SqlitePlace {
     /// That of the data directory `dir`.
-    pub(in crate::consume) fn new(dir: &Path, keeps_samples: bool) -> Self {
-        Self { path: dir.join(RECORDS_FILE_NAME), keeps_samples }
+    pub(in crate::consume) fn new(dir: &Path, keeps_samples: bool, board: Arc<LatestBoard>) -> Self {
+        Self { path: dir.join(RECORDS_FILE_NAME), keeps_samples, board }
     }
 
     fn in_use(&self, mut sink: SqliteSink) -> Box<dyn RecordSink> {
         sink.keep_samples(self.keeps_samples);
+        sink.show_on(self.board.clone());
         Box::new(SqliteStore { sink, retention: RetentionTurns::default() })
     }
 }

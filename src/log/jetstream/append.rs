@@ -238,6 +238,9 @@ impl JetstreamAppender {
             let asks = !dead && !is_known && !section.asked().is_empty();
             let records = if dead { 0 } else { section.records() };
             let kept = if section.is_question() || is_known { 0 } else { records };
+            let with_ids = if once.is_some() { kept as usize } else { 0 };
+            let is_over = with_ids > 0 && !self.shared.ids.try_take(&section.datasource, with_ids);
+            let asks = asks || is_over;
             left += kept as usize + usize::from(asks);
             // The first of several records with one id tells whether all are known. Questions come before it.
             let at_once = if once.is_some() { kept.min(1) } else { kept };
@@ -246,7 +249,8 @@ impl JetstreamAppender {
             self.queue.extend((0..if asks { 1 } else { at_once }).map(place));
             let content = SharedIdContent { records, digest: section.content_digest() };
             let asked = section.asked().iter().map(|id| (*id, self.generation_of(*id).map(|g| g.number)));
-            let asked = asked.collect();
+            // Who may bring no new id asks for its own last: a repetition brings none.
+            let asked = asked.chain(once.filter(|_| is_over)).collect();
             let places = if dead { Vec::new() } else { section.places() };
             let offsets = vec![0; records as usize];
             let headers = match dead {
@@ -266,6 +270,8 @@ impl JetstreamAppender {
                 asked,
                 found: known.or(is_full.then_some(SectionOutcome::ExchangesFull)),
                 dead,
+                new_ids: if is_over { 0 } else { with_ids },
+                is_over,
             });
         }
         self.open.push(PendingAppend { sections: progress, left, error: None, give_up_at, reply });
@@ -457,6 +463,11 @@ impl JetstreamAppender {
             self.refused.insert(first);
             return;
         }
+        if progress.is_over {
+            progress.found = Some(SectionOutcome::IdsFull);
+            let stands_for = progress.stands_for(place);
+            return self.count_settled(place.append, stands_for);
+        }
         if !progress.section.is_question() {
             let records = progress.section.records();
             let at_once = if progress.once.is_some() { 1 } else { records };
@@ -505,6 +516,11 @@ impl JetstreamAppender {
                 return self.count_settled(place.append, stands_for);
             }
         };
+        if place.asks && progress.asks_own_id() {
+            // It is there, and the section is published as if there was room: what is missing of it comes in.
+            progress.is_over = false;
+            return self.ask_next(place);
+        }
         let is_same = found.is_none_or(|found| found.is_same(progress.content));
         let earlier =
             Offsets::consecutive(first, found.map_or(progress.content.records, |found| found.records));
@@ -559,6 +575,7 @@ impl JetstreamAppender {
     /// Answers an append if it is settled.
     fn answer_if_settled(&mut self, append: u64) {
         let Some(open) = self.open.take_settled(append) else { return };
+        open.settle_ids(&self.shared.ids);
         let last = open.last_offset();
         if open.error.is_some() || last < self.shared.tail.next_offset() {
             open.answer(&self.shared);

@@ -32,6 +32,7 @@ mod exchange_rows;
 mod fences;
 mod follow;
 mod history;
+mod id_allowance;
 mod message;
 mod once;
 mod open;
@@ -61,6 +62,7 @@ use self::exchange_rows::{
 };
 use self::fences::{KeyFences, fence_keys, load_fences, remove_shut_out};
 use self::follow::JetstreamLogFollower;
+use self::id_allowance::IdAllowance;
 use self::once::{ExchangeGenerations, RELEASE_MEMORY, once_bucket_settings};
 use self::open_exchanges::OpenExchanges;
 use self::own::{OwnAppends, own};
@@ -104,10 +106,13 @@ struct JetstreamLogShared {
     stream: JetstreamStream,
     /// The connection for following the stream.
     following: Nats,
+    /// For how long JetStream knows ids.
+    id_window: Duration,
     /// Whether the stream has several replicas.
     is_replicated: bool,
     once: Arc<ExchangeGenerations>,
     exchanges: Arc<OpenExchanges>,
+    ids: IdAllowance,
     rows: ExchangeRows,
     stale_rows: StaleRows,
     tail: Tail,
@@ -203,9 +208,15 @@ impl JetstreamLog {
         let state = stream.state().await?;
         let (fences, removed) = KeyFences::new();
         let shared = Arc::new(JetstreamLogShared {
+            id_window: window,
             is_replicated: replicas > 1,
             once,
             exchanges,
+            ids: IdAllowance::new(
+                config.intake.dedup_ids_per_datasource_max,
+                config.intake.dedup_ids_max,
+                window,
+            ),
             rows,
             stale_rows,
             tail: Tail::new(state.last + 1),
@@ -405,6 +416,10 @@ impl Log for JetstreamLog {
         // It goes on if the caller does not wait.
         let fenced = tokio::spawn(fence_keys(self.shared.clone(), keys));
         Box::pin(async move { drop(fenced.await) })
+    }
+
+    fn shared_id_window(&self) -> Option<Duration> {
+        Some(self.shared.id_window)
     }
 
     fn fenced_records(&self) -> u64 {

@@ -21,9 +21,9 @@
 //! asks whether its id is known, with a message that JetStream never stores.
 //!
 //! Unlike in the log of one gateway, a message that has an id and is part of an exchange is known by its id alone, an
-//! exchange that stays open has a row ([`exchange_rows`](super::exchange_rows)), and there is no bound of message ids for a datasource: JetStream
-//! keeps the ids of all of them for their time, and nobody's are pushed out. Open exchanges are bounded
-//! (`open_exchanges.rs`).
+//! exchange that stays open has a row ([`exchange_rows`](super::exchange_rows)). JetStream keeps the ids of all datasources
+//! for their time, and nobody's are pushed out: who brings new ones faster than they leave is refused
+//! (`id_allowance.rs`). Open exchanges are bounded too (`open_exchanges.rs`).
 //!
 //! Several messages may share one id: all but the first add their number in the section to it. The first is
 //! published alone. The others follow only if the first was new, or if an earlier attempt may have ended

@@ -7,6 +7,7 @@ use headgate_bridge_nats::HeaderMap;
 
 use super::JetstreamLogShared;
 use super::append::AppendReply;
+use super::id_allowance::IdAllowance;
 use super::message::SharedIdContent;
 use super::open_exchanges::KeptExchange;
 use crate::log::{AppendError, CommitOutcome, Offsets, OnceId, Section, SectionOutcome};
@@ -63,6 +64,10 @@ pub(super) struct SectionProgress {
     /// What was found instead of keeping it.
     pub(super) found: Option<SectionOutcome>,
     pub(super) dead: bool,
+    /// How many new ids its datasource was charged for.
+    pub(super) new_ids: usize,
+    /// Its datasource may bring no new id: it is kept only if its own is known.
+    pub(super) is_over: bool,
 }
 
 impl PendingAppends {
@@ -118,6 +123,15 @@ impl PendingAppend {
         self.sections.iter().flat_map(|progress| &progress.offsets).max().copied().unwrap_or_default()
     }
 
+    /// Gives back the ids of what did not come into the stream now.
+    pub(super) fn settle_ids(&self, ids: &IdAllowance) {
+        for progress in self.sections.iter().filter(|progress| progress.new_ids > 0) {
+            let stored = progress.offsets.iter().filter(|offset| **offset > 0).count();
+            let is_new = stored.saturating_sub(progress.duplicates);
+            ids.give_back(&progress.section.datasource, progress.new_ids.saturating_sub(is_new));
+        }
+    }
+
     /// Answers its caller. What is behind the fence of its key is not kept.
     pub(super) fn answer(self, shared: &JetstreamLogShared) {
         let Self { sections, error, reply, .. } = self;
@@ -139,6 +153,11 @@ impl SectionProgress {
             return 1 + if self.section.is_question() { 0 } else { self.offsets.len() };
         }
         if self.once.is_some() && place.record == 0 { self.offsets.len() } else { 1 }
+    }
+
+    /// Whether the next id that it asks for is its own.
+    pub(super) fn asks_own_id(&self) -> bool {
+        self.is_over && self.asked.len() == 1
     }
 
     /// The outcome of the section.

@@ -99,13 +99,16 @@ fn set_aside(sink: &mut PostgresSink, end: Offset) -> Result<String, PostgresErr
              INSERT INTO moved SELECT log_offset, topic_id FROM entries WHERE log_offset >= {from};
              DELETE FROM entries WHERE log_offset >= {from};
              DELETE FROM quarantined WHERE log_offset >= {from};
-             DELETE FROM sample_values WHERE log_offset >= {from};
+             DELETE FROM sample_rows WHERE log_offset >= {from};
              DELETE FROM withheld_samples WHERE log_offset >= {from};
+             DELETE FROM time_index WHERE first_offset >= {from};
+             UPDATE retention SET removed_below = {from} WHERE removed_below > {from};
              UPDATE quarantined SET redriven_offset = NULL WHERE redriven_offset >= {from};
              UPDATE sink SET next_offset = {from}, durable_offset = {from}"
         ))?;
         sink.forget_moved_values()
     })?;
+    sink.sizes.clear();
     (sink.cursor, sink.durable_cursor) = (end, end);
     let said = format!(
         "the schema {} was ahead of the log, which ends at offset {end}: its records from there on are set aside in the tables \
