@@ -117,9 +117,6 @@ pub(super) fn read_latest_page(
          FROM topics t JOIN entries e ON e.offset = t.latest_offset JOIN origins o ON o.id = e.origin_id
          WHERE t.datasource_id = ?1 AND t.topic > ?2 ORDER BY t.topic",
     )?;
-    let mut values = connection.prepare_cached(
-        "SELECT key, value, offset, received_us FROM latest_values WHERE topic_id = ?1 ORDER BY key",
-    )?;
     let mut rows = topics.query(params![datasource_id, after])?;
     while let Some(row) = rows.next()? {
         if budget.is_spent() {
@@ -136,22 +133,37 @@ pub(super) fn read_latest_page(
             event_at: row.get(6)?,
             values: BTreeMap::new(),
         };
-        let mut bytes = latest.topic.len() + latest.payload.len();
-        let mut rows = values.query([id])?;
-        while let Some(row) = rows.next()? {
-            let value = match row.get_ref(1)? {
-                ValueRef::Null => None,
-                value => Some(value.as_bytes()?.to_vec()),
-            };
-            let key: String = row.get(0)?;
-            bytes += key.len() + value.as_ref().map_or(0, Vec::len) + VALUE_BYTES;
-            let value = LatestValue { value, offset: offset_from_sql(row.get(2)?), received_at: row.get(3)? };
-            latest.values.insert(key, value);
-        }
+        latest.values = read_latest_values(connection, id)?;
+        let value_bytes = |(key, of): (&String, &LatestValue)| {
+            key.len() + of.value.as_ref().map_or(0, Vec::len) + VALUE_BYTES
+        };
+        let values = latest.values.iter().map(value_bytes);
+        let bytes = latest.topic.len() + latest.payload.len() + values.sum::<usize>();
         budget.take(bytes);
         page.topics.push(latest);
     }
     Ok(())
+}
+
+/// The newest values of the keys of a topic.
+pub(super) fn read_latest_values(
+    connection: &Connection,
+    topic_id: i64,
+) -> rusqlite::Result<BTreeMap<String, LatestValue>> {
+    let mut select = connection.prepare_cached(
+        "SELECT key, value, offset, received_us FROM latest_values WHERE topic_id = ?1 ORDER BY key",
+    )?;
+    let mut rows = select.query([topic_id])?;
+    let mut values = BTreeMap::new();
+    while let Some(row) = rows.next()? {
+        let value = match row.get_ref(1)? {
+            ValueRef::Null => None,
+            value => Some(value.as_bytes()?.to_vec()),
+        };
+        let value = LatestValue { value, offset: offset_from_sql(row.get(2)?), received_at: row.get(3)? };
+        values.insert(row.get(0)?, value);
+    }
+    Ok(values)
 }
 
 #[cfg(test)]

@@ -16,6 +16,7 @@ pub mod memory;
 pub mod nats;
 pub mod openapi;
 pub mod postgres;
+pub mod seaweed;
 pub mod servers;
 pub mod steady;
 pub mod stores;

@@ -10,6 +10,7 @@ mod crash;
 mod dead_ends;
 mod dead_keys;
 mod faults;
+mod lake;
 mod log;
 mod once;
 mod postgres;

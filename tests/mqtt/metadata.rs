@@ -201,3 +201,21 @@ fn a_session_has_as_many_subscriptions_as_are_configured() {
     assert!(words.contains("3000") && words.contains("mqtt.subscriptions_per_session_max"), "{words}");
     assert_eq!(subscribed(&mut wire, &[("a/7", 1), ("b", 1)], &[]), [1, 0x97], "one that it has is replaced");
 }
+
+#[test]
+fn when_a_message_was_measured_is_told_where_its_sender_has_said_so() {
+    let dir = scratch();
+    let gateway = Gateway::start(dir.path());
+    let source = gateway.create_open("press-4");
+    let mut wire = Wire::login(gateway.mqtt, V5, &source.key);
+    let mut quiet = Wire::login(gateway.mqtt, V5, &source.key);
+    subscribed(&mut wire, &[("a", 1)], &asking());
+    subscribed(&mut quiet, &[("a", 1)], &[]);
+    let mut publisher = Wire::login(gateway.mqtt, V5, &source.key);
+    let at = "2026-11-23T09:28:39.000120Z";
+    published(&mut publisher, Message::new("a", "1").with(&user_property("event-time", at)));
+    published(&mut publisher, Message::new("a", "2"));
+    assert_eq!(received(&mut wire).user("headgate-event-at").as_deref(), Some(at));
+    assert_eq!(received(&mut wire).user("headgate-event-at"), None);
+    assert_eq!(received(&mut quiet).user("headgate-event-at"), None);
+}

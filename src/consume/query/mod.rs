@@ -21,6 +21,7 @@ use rusqlite::Connection;
 use self::postgres::PostgresRecords;
 use self::scan::RecordsScan;
 use super::latest::{self, LatestPage};
+use super::sink::latest_board::LatestBoard;
 use super::sink::schema::RECORDS_DATABASE;
 use super::sink::sqlite::RECORDS_FILE_NAME;
 use crate::config::PostgresConfig;
@@ -51,6 +52,8 @@ pub enum RecordsReader {
 #[derive(Clone)]
 pub struct SqliteRecords {
     readers: Arc<SqliteReaders>,
+    /// What is shown from memory.
+    board: Arc<LatestBoard>,
 }
 
 /// Which records to read.
@@ -239,12 +242,21 @@ impl RecordsReader {
     /// A reader of `dir/records.db`, which storage makes. It is opened when it is read.
     pub fn new(dir: &Path) -> Self {
         let readers = SqliteReaders::new(dir.join(RECORDS_FILE_NAME), &RECORDS_DATABASE);
-        Self::Sqlite(SqliteRecords { readers: Arc::new(readers) })
+        Self::Sqlite(SqliteRecords { readers: Arc::new(readers), board: Arc::default() })
     }
 
     /// A reader of what PostgreSQL has. It connects when it is read.
     pub fn of_postgres(config: &PostgresConfig) -> Self {
         Self::Postgres(PostgresRecords::new(config))
+    }
+
+    /// Shows the newest values from `board` as far as they are there. PostgreSQL has its own.
+    #[must_use]
+    pub fn with_board(self, board: Arc<LatestBoard>) -> Self {
+        match self {
+            Self::Sqlite(records) => Self::Sqlite(SqliteRecords { board, ..records }),
+            Self::Postgres(records) => Self::Postgres(records),
+        }
     }
 
     /// One page of records.
@@ -305,6 +317,34 @@ impl RecordsReader {
             }
             Ok(page)
         })
+    }
+
+    /// As [`RecordsReader::latest_within`], each topic as the JSON that it is shown as. Returns the topic after which it goes
+    /// on, if there are more.
+    ///
+    /// # Errors
+    /// [`QueryError::Database`].
+    pub fn latest_json_within(
+        &self,
+        scope: &DatasourceId,
+        after_topic: Option<&str>,
+        budget: &mut PageBudget,
+        each: &mut dyn FnMut(&[u8]),
+    ) -> Result<Option<String>, QueryError> {
+        if let Self::Sqlite(stored) = self
+            && let Some(next) = stored.board.read(scope, after_topic, budget, each)
+        {
+            return Ok(next);
+        }
+        let page = self.latest_within(scope, after_topic, budget)?;
+        for topic in &page.topics {
+            match serde_json::to_vec(topic) {
+                Ok(json) => each(&json),
+                // Into memory, of values that have a JSON form.
+                Err(error) => tracing::error!(%error, "a topic has no JSON form"),
+            }
+        }
+        Ok(page.next)
     }
 
     /// How many records are stored of an incarnation, how many are in quarantine, and the sum of the payloads of both in

@@ -126,10 +126,20 @@ pub struct SeriesReading {
     to: TimeMicros,
     step_us: i64,
     steps: Vec<SeriesStep>,
+    /// Of the sample that was added last.
+    present: StepBounds,
     /// The chunks that are still to be read, the next one last.
     chunks: Vec<i64>,
     /// Where it goes on in PostgreSQL, if it is read from there and there is more.
     place: Option<SeriesPlace>,
+}
+
+/// Where a step is among all, and the times that it covers.
+#[derive(Debug, Clone, Copy, Default)]
+struct StepBounds {
+    place: usize,
+    from: TimeMicros,
+    to: TimeMicros,
 }
 
 /// What is known of the samples in a step.
@@ -210,7 +220,8 @@ impl SeriesReading {
             return Err(SeriesError::TooManySteps { steps, points_max, least_step_us });
         }
         let steps = vec![SeriesStep::default(); usize::try_from(steps).unwrap_or(points_max)];
-        Ok(Self { query, key, from, to, step_us, steps, chunks, place })
+        let present = StepBounds::default();
+        Ok(Self { query, key, from, to, step_us, steps, present, chunks, place })
     }
 
     /// Reads some of its samples: about [`SERIES_PIECE_BYTES`]. Returns whether there are more. A chunk that was removed
@@ -247,10 +258,8 @@ impl SeriesReading {
     }
 
     fn add_chunk(&mut self, base: ChunkBase, text: &str) {
-        for (key, list) in chunk_lists(text) {
-            if *key == self.key {
-                list_samples(list, base).for_each(|sample| self.add_sample(sample));
-            }
+        if let Some((_, list)) = chunk_lists(text).find(|(key, _)| *key == self.key) {
+            list_samples(list, base).for_each(|sample| self.add_sample(sample));
         }
     }
 
@@ -258,8 +267,15 @@ impl SeriesReading {
         if sample.at < self.from || sample.at >= self.to {
             return;
         }
-        let step = usize::try_from((sample.at - self.first_at()) / self.step_us).ok();
-        if let Some(step) = step.and_then(|step| self.steps.get_mut(step)) {
+        // Most samples are in the same step as the one before: no division then.
+        if sample.at < self.present.from || sample.at >= self.present.to {
+            let first_at = self.first_at();
+            let number = (sample.at - first_at) / self.step_us;
+            let from = first_at.saturating_add(number.saturating_mul(self.step_us));
+            let to = from.saturating_add(self.step_us);
+            self.present = StepBounds { place: usize::try_from(number).unwrap_or(usize::MAX), from, to };
+        }
+        if let Some(step) = self.steps.get_mut(self.present.place) {
             step.add(sample);
         }
     }

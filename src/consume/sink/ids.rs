@@ -1,8 +1,7 @@
 //! A cache of the row ids of datasources, topics and origins in `records.db`, so that a record costs a
 //! few look-ups in memory and no statement.
 
-use std::collections::HashMap;
-
+use hashbrown::HashMap;
 use rusqlite::types::FromSqlError;
 use rusqlite::{Connection, params};
 
@@ -36,7 +35,7 @@ pub(super) struct RememberedIds {
     origins: HashMap<(KeyId, Transport), HashMap<Box<str>, i64>>,
     remembered: usize,
     /// Where the samples of remembered topics go.
-    pub(super) open_chunks: OpenChunks,
+    open_chunks: OpenChunks,
 }
 
 impl RememberedIds {
@@ -44,6 +43,18 @@ impl RememberedIds {
     /// their ids do not exist.
     pub(super) fn clear(&mut self) {
         *self = Self::default();
+    }
+
+    /// Where the samples of remembered topics go, for one transaction.
+    pub(super) fn take_open_chunks(&mut self) -> OpenChunks {
+        std::mem::take(&mut self.open_chunks)
+    }
+
+    /// Remembers that, unless it is more than is remembered of anything.
+    pub(super) fn keep_open_chunks(&mut self, open_chunks: OpenChunks) {
+        if open_chunks.len() <= REMEMBERED_IDS_MAX {
+            self.open_chunks = open_chunks;
+        }
     }
 
     /// The row ids of `record`, which is of this incarnation of its datasource; `name` is what `datasources` calls

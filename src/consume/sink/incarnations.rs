@@ -20,7 +20,11 @@ use crate::message::{DatasourceId, Incarnation, KeyId, Offset};
 const PURGE_RECORDS_PER_TRANSACTION: i64 = 10_000;
 
 /// What `datasources` calls an incarnation.
-pub(super) fn shown_name(datasource: &str, incarnation: Incarnation, history: &IncarnationHistory) -> String {
+pub(in crate::consume) fn shown_name(
+    datasource: &str,
+    incarnation: Incarnation,
+    history: &IncarnationHistory,
+) -> String {
     match history.has_ended(incarnation) {
         true => format!("{datasource}~{incarnation}"),
         false => datasource.to_owned(),
@@ -47,6 +51,7 @@ pub(super) fn follow_step(
     incarnation: Incarnation,
     step: &IncarnationStep,
     left_out: &WithheldSnapshot,
+    keeps_samples: bool,
 ) -> rusqlite::Result<()> {
     let Some(history) = left_out.history(datasource.as_str()) else { return Ok(()) };
     match step {
@@ -60,8 +65,8 @@ pub(super) fn follow_step(
         }
         IncarnationStep::Begun { first_offset, .. } => {
             let (earlier, scope) = (datasource.scope(incarnation - 1), datasource.scope(incarnation));
-            move_misplaced(connection, &earlier, *first_offset, history)?;
-            move_misplaced(connection, &scope, 0, history)
+            move_misplaced(connection, &earlier, *first_offset, history, keeps_samples)?;
+            move_misplaced(connection, &scope, 0, history, keeps_samples)
         }
         IncarnationStep::Purged => Ok(()),
     }
@@ -73,6 +78,7 @@ pub(super) fn move_misplaced(
     scope: &DatasourceId,
     from: Offset,
     history: &IncarnationHistory,
+    keeps_samples: bool,
 ) -> rusqlite::Result<()> {
     let Some(row) = row_id_of_scope(connection, scope)? else { return Ok(()) };
     let (datasource, incarnation) = scope.of_scope();
@@ -91,7 +97,7 @@ pub(super) fn move_misplaced(
                 false => Ok(()),
             })?;
             let name = shown_name(datasource.as_str(), target, history);
-            move_selected(connection, table, &datasource.scope(target), &name)?;
+            move_selected(connection, table, (&datasource.scope(target), &name), keeps_samples)?;
         }
     }
     Ok(())
@@ -124,8 +130,8 @@ fn for_each_stored(
 fn move_selected(
     connection: &Connection,
     table: &str,
-    scope: &DatasourceId,
-    name: &str,
+    (scope, name): (&DatasourceId, &str),
+    keeps_samples: bool,
 ) -> rusqlite::Result<()> {
     let to = ensure_row(connection, scope, name)?;
     connection.execute(
@@ -150,7 +156,7 @@ fn move_selected(
         "UPDATE temp.moved SET topic_id = (SELECT topic_id FROM entries e WHERE e.offset = moved.offset)",
         [],
     )?;
-    for_each_moved_topic(connection, |topic_id| restore_moved(connection, topic_id))
+    for_each_moved_topic(connection, |topic_id| restore_moved(connection, topic_id, keeps_samples))
 }
 
 /// The row of the incarnation with this scope, which has this name then; without one, makes it.

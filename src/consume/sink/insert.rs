@@ -1,32 +1,61 @@
 //! The rows of new records in `records.db`: each in `entries` or in quarantine, with the newest values and the
 //! times that they bring.
 
+use std::thread;
+
 use rusqlite::types::{ToSqlOutput, ValueRef};
 use rusqlite::{Connection, params};
 
 use super::ids::{RememberedIds, RowIds};
 use super::incarnations;
-use super::newest::{NewestValues, read_members};
+use super::newest::NewestValues;
+use super::payloads::{PayloadReading, PayloadValues, StoredPayload};
 use super::quarantined;
 use super::retention::StoredSizes;
-use super::samples::{NewSamples, SampledRecord};
 use super::schema::{TIME_INDEX_OFFSETS, sql_offset};
 use crate::log::WithheldSnapshot;
 use crate::message::{Offset, RecordFlags, RecordRef, TimeMicros};
 
 /// Stores `records`, in the transaction that `transaction` is in. Those whose key has leaked go into quarantine, and
-/// those of a purged incarnation are left out. With `keeps_samples`, also stores the numbers in their payloads.
+/// those of a purged incarnation are left out. With `keeps_samples`, also stores the numbers in their payloads. Returns
+/// the newest values that they bring, which are stored too; `None` if they bring more than are to be in memory at once.
 pub(super) fn insert_records<'a>(
     transaction: &Connection,
     (ids, sizes): (&mut RememberedIds, &mut StoredSizes),
     left_out: &WithheldSnapshot,
     keeps_samples: bool,
     records: impl Iterator<Item = RecordRef<'a>>,
+) -> rusqlite::Result<Option<NewestValues<'a>>> {
+    let mut records = records.peekable();
+    let mut parts = 0;
+    loop {
+        let values = PayloadValues::new(keeps_samples, ids.take_open_chunks());
+        let PayloadValues { mut newest, samples, mut open_chunks, .. } =
+            thread::scope(|scope| -> rusqlite::Result<_> {
+                let mut payloads = PayloadReading::new(scope, values);
+                let places = (&mut *ids, &mut *sizes);
+                insert_rows(transaction, places, left_out, &mut records, |payload| payloads.add(payload))?;
+                Ok(payloads.finish())
+            })?;
+        samples.write(transaction, &mut open_chunks)?;
+        ids.keep_open_chunks(open_chunks);
+        newest.write(transaction)?;
+        parts += 1;
+        if records.peek().is_none() {
+            return Ok((parts == 1).then_some(newest));
+        }
+    }
+}
+
+/// Stores the rows of `records`. Calls `each` with the payload of each that is not in quarantine, until that returns
+/// `false`.
+fn insert_rows<'a>(
+    transaction: &Connection,
+    (ids, sizes): (&mut RememberedIds, &mut StoredSizes),
+    left_out: &WithheldSnapshot,
+    records: impl Iterator<Item = RecordRef<'a>>,
+    mut each: impl FnMut(StoredPayload<'a>) -> bool,
 ) -> rusqlite::Result<()> {
-    let mut newest = NewestValues::default();
-    let mut samples = NewSamples::default();
-    // Of the present record; kept for its allocation.
-    let mut members = Vec::new();
     let mut times = TimeIndexRow::default();
     let mut entry = transaction.prepare_cached(
         "INSERT INTO entries (offset, datasource_id, topic_id, origin_id, received_us, payload, event_us)
@@ -59,25 +88,11 @@ pub(super) fn insert_records<'a>(
             ToSqlOutput::Borrowed(payload),
             record.event_at,
         ])?;
-        let is_object = text.is_some_and(|text| read_members(text, &mut members));
-        if keeps_samples {
-            let RecordRef { offset, received_at, event_at, topic, content_type, .. } = record;
-            let sampled = SampledRecord {
-                offset,
-                received_at,
-                event_at,
-                topic,
-                content_type,
-                text,
-                members: is_object.then_some(&*members),
-            };
-            samples.observe(row.topic, &sampled, &ids.open_chunks);
+        if !each(StoredPayload { record, row, text }) {
+            break;
         }
-        newest.observe(row.topic, &record, text, is_object.then_some(&mut members));
     }
-    samples.write(transaction, &mut ids.open_chunks)?;
-    times.write(transaction)?;
-    newest.write(transaction)
+    times.write(transaction)
 }
 
 /// The row ids of a record, under its incarnation. `None` if that is purged.

@@ -9,18 +9,21 @@
 
 use std::borrow::Cow;
 use std::cmp::Reverse;
-use std::collections::{HashMap, HashSet};
+use std::collections::HashSet;
 use std::fmt;
 
+use hashbrown::HashMap;
 use rusqlite::types::{self, ToSqlOutput, ValueRef};
 use rusqlite::{Connection, Row, params};
 use serde::de::{Deserializer, MapAccess, Visitor};
 use serde_json::value::RawValue;
 
+use super::ids::RowIds;
 use super::schema::sql_offset;
 use crate::consume::render;
 use crate::limits::{
-    LATEST_KEY_BYTES_MAX, LATEST_KEYS_PER_TOPIC_MAX, LATEST_LOOK_BACK_MAX, LATEST_VALUE_BYTES_MAX,
+    GATHERED_KEYS_MAX, LATEST_KEY_BYTES_MAX, LATEST_KEYS_PER_TOPIC_MAX, LATEST_LOOK_BACK_MAX,
+    LATEST_VALUE_BYTES_MAX,
 };
 use crate::message::{Offset, RecordRef, TimeMicros};
 use crate::values::ShapedPayload;
@@ -30,16 +33,19 @@ use crate::values::samples::{JsonMember, MemberName};
 #[derive(Default)]
 pub(super) struct NewestValues<'a> {
     topics: HashMap<i64, NewestTopic<'a>>,
+    /// How many topics and keys there are.
+    gathered: usize,
     /// The values of the present payload, if it is of another shape; kept for its allocation.
     shaped: Vec<ShapedEntry>,
 }
 
 /// The newest values of one topic.
-#[derive(Default)]
-struct NewestTopic<'a> {
-    /// The offset of its newest record.
-    offset: Offset,
-    values: Vec<NewestEntry<'a>>,
+pub(super) struct NewestTopic<'a> {
+    /// The row id of its datasource.
+    pub(super) datasource: i64,
+    /// Its newest record.
+    pub(super) record: RecordRef<'a>,
+    pub(super) values: Vec<NewestEntry<'a>>,
     /// The position of each key in `values`.
     places: HashMap<Cow<'a, str>, usize>,
 }
@@ -74,50 +80,74 @@ impl<'a> NewestValues<'a> {
     /// Adds the next record; `text` is its payload, if it is text, and `members` are its members, if it is a JSON object.
     pub(super) fn observe(
         &mut self,
-        topic_id: i64,
+        row: RowIds,
         record: &RecordRef<'a>,
         text: Option<&'a str>,
         members: Option<&mut Vec<JsonMember<'a>>>,
     ) {
-        let topic = self.topics.entry(topic_id).or_default();
-        topic.offset = record.offset;
+        let gathered = &mut self.gathered;
+        let topic = self.topics.entry(row.topic).or_insert_with(|| {
+            *gathered += 1;
+            NewestTopic {
+                datasource: row.datasource,
+                record: *record,
+                values: Vec::new(),
+                places: HashMap::new(),
+            }
+        });
+        let keys = topic.values.len();
+        topic.record = *record;
         if let Some(text) = text
             && read_shaped(&shaped_payload(record, text), &mut self.shaped)
         {
             for (place, ShapedEntry { key, json, .. }) in self.shaped.drain(..).enumerate() {
                 topic.set(place, Cow::Owned(key), PayloadValue::Text(Cow::Owned(json)), record);
             }
-            return;
-        }
-        if let Some(members) = members {
+        } else if let Some(members) = members {
             for (place, (key, value)) in members.drain(..).enumerate() {
                 topic.set(place, key, PayloadValue::Text(Cow::Borrowed(value)), record);
             }
-            return;
+        } else {
+            let value = match text {
+                Some(text) => PayloadValue::Text(Cow::Borrowed(text)),
+                None => PayloadValue::Bytes(record.payload),
+            };
+            topic.set(0, Cow::Borrowed(""), value, record);
         }
-        match text {
-            Some(text) => topic.set(0, Cow::Borrowed(""), PayloadValue::Text(Cow::Borrowed(text)), record),
-            None => topic.set(0, Cow::Borrowed(""), PayloadValue::Bytes(record.payload), record),
-        }
+        *gathered += topic.values.len() - keys;
     }
 
-    /// As [`NewestValues::observe`], where nobody has read the members yet.
+    /// Whether there is so much that it is to be written before more is added.
+    pub(super) fn is_full(&self) -> bool {
+        self.gathered >= GATHERED_KEYS_MAX
+    }
+
+    /// As [`NewestValues::observe`], where nobody has read the members yet, and only the topic has a row id.
     pub(super) fn observe_payload(&mut self, topic_id: i64, record: &RecordRef<'a>, text: Option<&'a str>) {
         let mut members = Vec::new();
         let is_object = text.is_some_and(|text| read_members(text, &mut members));
-        self.observe(topic_id, record, text, is_object.then_some(&mut members));
+        let row = RowIds { datasource: 0, topic: topic_id, origin: 0 };
+        self.observe(row, record, text, is_object.then_some(&mut members));
     }
 
     /// The topics, each with the offset of its newest record and its newest values.
     pub(super) fn into_topics(self) -> impl Iterator<Item = (i64, Offset, Vec<NewestEntry<'a>>)> {
-        self.topics.into_iter().map(|(topic_id, topic)| (topic_id, topic.offset, topic.into_newest()))
+        self.topics.into_iter().map(|(topic_id, mut topic)| {
+            topic.keep_newest();
+            (topic_id, topic.record.offset, topic.values)
+        })
+    }
+
+    /// The row ids of the topics, and the topics as they were written.
+    pub(super) fn written(&self) -> impl Iterator<Item = (i64, &NewestTopic<'a>)> {
+        self.topics.iter().map(|(topic_id, topic)| (*topic_id, topic))
     }
 
     /// Writes the gathered values, in the transaction that `connection` is in.
     ///
     /// # Errors
     /// The database's.
-    pub(super) fn write(self, connection: &Connection) -> rusqlite::Result<()> {
+    pub(super) fn write(&mut self, connection: &Connection) -> rusqlite::Result<()> {
         let mut topic_row =
             connection.prepare_cached("UPDATE topics SET latest_offset = ?2 WHERE id = ?1")?;
         let mut change = connection.prepare_cached(
@@ -128,10 +158,11 @@ impl<'a> NewestValues<'a> {
             "INSERT INTO latest_values (topic_id, key, value, offset, received_us)
              VALUES (?1, ?2, ?3, ?4, ?5)",
         )?;
-        for (topic_id, topic) in self.topics {
-            topic_row.execute(params![topic_id, sql_offset(topic.offset)])?;
+        for (&topic_id, topic) in &mut self.topics {
+            topic.keep_newest();
+            topic_row.execute(params![topic_id, sql_offset(topic.record.offset)])?;
             let mut added = false;
-            for newer in topic.into_newest() {
+            for newer in &topic.values {
                 let (offset, value) = (sql_offset(newer.offset), newer.value.to_sql());
                 let row = params![topic_id, newer.key, value, offset, newer.received_at];
                 if change.execute(row)? == 0 {
@@ -283,14 +314,13 @@ impl<'a> NewestTopic<'a> {
         }
     }
 
-    /// The newest values, no more than [`LATEST_KEYS_PER_TOPIC_MAX`].
-    fn into_newest(self) -> Vec<NewestEntry<'a>> {
-        let mut values = self.values;
-        if values.len() > LATEST_KEYS_PER_TOPIC_MAX {
-            values.sort_by_key(|newer| Reverse(newer.offset));
-            values.truncate(LATEST_KEYS_PER_TOPIC_MAX);
+    /// Leaves the newest values, no more than [`LATEST_KEYS_PER_TOPIC_MAX`].
+    fn keep_newest(&mut self) {
+        if self.values.len() > LATEST_KEYS_PER_TOPIC_MAX {
+            self.values.sort_by_key(|newer| Reverse(newer.offset));
+            self.values.truncate(LATEST_KEYS_PER_TOPIC_MAX);
+            self.places.clear();
         }
-        values
     }
 }
 

@@ -101,17 +101,19 @@ pub(super) fn stored_withheld_version(connection: &Connection) -> rusqlite::Resu
 }
 
 /// Makes the tables follow the rules but for purges, in the transaction that `connection` is in. `changes` are those
-/// since the version that the tables followed; `left_out` holds the present rules.
+/// since the version that the tables followed; `left_out` holds the present rules. With `keeps_samples`, records that come
+/// back have samples again.
 pub(super) fn reconcile(
     connection: &Connection,
     changes: &[WithheldChange],
     left_out: &WithheldSnapshot,
     version: u64,
+    keeps_samples: bool,
 ) -> rusqlite::Result<()> {
     connection.execute_batch(CREATE_MOVED)?;
     for change in changes {
         if let WithheldChange::Incarnation(datasource, incarnation, step) = change {
-            incarnations::follow_step(connection, datasource, *incarnation, step, left_out)?;
+            incarnations::follow_step(connection, datasource, *incarnation, step, left_out, keeps_samples)?;
         }
     }
     let mut keys: Vec<KeyId> = changes.iter().filter_map(WithheldChange::key_id).collect();
@@ -119,7 +121,7 @@ pub(super) fn reconcile(
     keys.dedup();
     for key_id in keys {
         withhold(connection, key_id, left_out)?;
-        give_back(connection, key_id, left_out)?;
+        give_back(connection, key_id, left_out, keeps_samples)?;
     }
     connection.execute("UPDATE withheld SET version = ?1", [sql_offset(version)])?;
     Ok(())
@@ -180,7 +182,12 @@ fn withhold(connection: &Connection, key_id: KeyId, left_out: &WithheldSnapshot)
 }
 
 /// Moves records that no rule about this key covers any more back to `entries`.
-fn give_back(connection: &Connection, key_id: KeyId, left_out: &WithheldSnapshot) -> rusqlite::Result<()> {
+fn give_back(
+    connection: &Connection,
+    key_id: KeyId,
+    left_out: &WithheldSnapshot,
+    keeps_samples: bool,
+) -> rusqlite::Result<()> {
     connection.execute("DELETE FROM temp.moved", [])?;
     {
         let mut here = connection.prepare(&format!(
@@ -207,7 +214,7 @@ fn give_back(connection: &Connection, key_id: KeyId, left_out: &WithheldSnapshot
         [],
     )?;
     connection.execute("DELETE FROM quarantined WHERE offset IN (SELECT offset FROM temp.moved)", [])?;
-    for_each_moved_topic(connection, |topic_id| restore_moved(connection, topic_id))
+    for_each_moved_topic(connection, |topic_id| restore_moved(connection, topic_id, keeps_samples))
 }
 
 /// Takes out what a topic has of its records that are in `temp.moved` and no longer in `entries`: newest values and samples.
@@ -216,10 +223,17 @@ pub(super) fn forget_moved(connection: &Connection, topic_id: i64) -> rusqlite::
     samples::forget_moved(connection, topic_id)
 }
 
-/// Puts back what [`forget_moved`] has taken out, of records that are in `entries`.
-pub(super) fn restore_moved(connection: &Connection, topic_id: i64) -> rusqlite::Result<()> {
+/// Puts back what [`forget_moved`] has taken out, of records that are in `entries`; samples only with `keeps_samples`.
+pub(super) fn restore_moved(
+    connection: &Connection,
+    topic_id: i64,
+    keeps_samples: bool,
+) -> rusqlite::Result<()> {
     newest::restore_moved(connection, topic_id)?;
-    samples::restore_moved(connection, topic_id)
+    if keeps_samples {
+        samples::restore_moved(connection, topic_id)?;
+    }
+    Ok(())
 }
 
 /// Calls `work` with each topic of the records in `temp.moved`.

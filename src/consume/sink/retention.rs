@@ -163,7 +163,7 @@ impl SqliteSink {
         for topic in &topics {
             samples::remove_up_to(&transaction, *topic, last)?;
         }
-        let forgot_topics = forget_empty_topics(&transaction, row, &topics)?;
+        let forgotten = forget_empty_topics(&transaction, row, &topics)?;
         if limits.bytes.is_none() {
             // What is removed now is not subtracted.
             transaction.execute("DELETE FROM stored_sizes WHERE datasource_id = ?1", [row])?;
@@ -171,8 +171,10 @@ impl SqliteSink {
         sizes.subtract(row, bytes);
         sizes.write(&transaction)?;
         transaction.commit()?;
-        if forgot_topics {
-            self.clear_remembered();
+        match forgotten {
+            ForgottenTopics::None => {}
+            ForgottenTopics::Hidden => self.clear_board(),
+            ForgottenTopics::Gone => self.clear_remembered(),
         }
         Ok(PruneStep::More)
     }
@@ -296,13 +298,24 @@ fn remove_up_to(connection: &Connection, datasource: i64, last: i64) -> rusqlite
     Ok(())
 }
 
+/// What has become of the topics of removed records.
+#[derive(PartialEq, Eq)]
+enum ForgottenTopics {
+    /// All have records.
+    None,
+    /// Some have none, and so no newest values.
+    Hidden,
+    /// Some are gone, with their row ids.
+    Gone,
+}
+
 /// Forgets the newest values of those of the topics that have no record any more, and the topics too unless quarantine may
-/// name them. Returns whether one is gone.
+/// name them.
 fn forget_empty_topics(
     connection: &Connection,
     datasource: i64,
     topics: &BTreeSet<i64>,
-) -> rusqlite::Result<bool> {
+) -> rusqlite::Result<ForgottenTopics> {
     let has_quarantine: bool = connection
         .prepare_cached("SELECT EXISTS (SELECT 1 FROM quarantined WHERE datasource_id = ?1)")?
         .query_row([datasource], |row| row.get(0))?;
@@ -312,7 +325,7 @@ fn forget_empty_topics(
     let mut forget_samples = connection.prepare_cached("DELETE FROM sample_chunks WHERE topic_id = ?1")?;
     let mut hide = connection.prepare_cached("UPDATE topics SET latest_offset = -1 WHERE id = ?1")?;
     let mut forget = connection.prepare_cached("DELETE FROM topics WHERE id = ?1")?;
-    let mut is_gone = false;
+    let mut forgotten = ForgottenTopics::None;
     for topic in topics {
         if is_used.query_row([topic], |row| row.get(0))? {
             continue;
@@ -321,12 +334,13 @@ fn forget_empty_topics(
         forget_samples.execute([topic])?;
         if has_quarantine {
             hide.execute([topic])?;
+            forgotten = ForgottenTopics::Hidden;
         } else {
             forget.execute([topic])?;
-            is_gone = true;
+            forgotten = ForgottenTopics::Gone;
         }
     }
-    Ok(is_gone)
+    Ok(forgotten)
 }
 
 /// The offset below which everything of a datasource was removed, if something was.

@@ -8,6 +8,10 @@
 use std::collections::HashMap;
 use std::fmt::Write as _;
 
+use memchr::memmem;
+
+use super::chunk_numbers::NumberScanner;
+
 /// One sample of a chunk.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(in crate::consume) struct ChunkSample {
@@ -31,7 +35,7 @@ pub(in crate::consume) fn chunk_lists(text: &str) -> impl Iterator<Item = (&str,
         let (key, list) = rest.split_at(key_bytes);
         let list = list.strip_prefix(":[")?;
         // Numbers have no brackets: this is the end of the last sample.
-        let end = list.find("]]")? + 1;
+        let end = memmem::find(list.as_bytes(), b"]]")? + 1;
         rest = list[end + 1..].strip_prefix(',').unwrap_or_default();
         Some((key, &list[..end]))
     })
@@ -53,17 +57,37 @@ fn json_text_bytes(json: &str) -> Option<usize> {
 
 /// The samples of a list in a chunk with this base. What is no sample is left out.
 pub(in crate::consume) fn list_samples(list: &str, base: ChunkBase) -> impl Iterator<Item = ChunkSample> {
-    list.split("],").filter_map(move |sample| {
-        let mut numbers = sample.trim_matches(['[', ']']).splitn(3, ',');
-        let offset: i64 = numbers.next()?.parse().ok()?;
-        let at: i64 = numbers.next()?.parse().ok()?;
-        let value = numbers.next()?.parse().ok()?;
-        Some(ChunkSample {
-            offset: base.first_offset.saturating_add(offset),
-            at: base.base_us.saturating_add(at),
-            value,
-        })
+    let mut scanner = NumberScanner::new(list);
+    std::iter::from_fn(move || {
+        while !scanner.is_at_end() {
+            match scan_sample(&mut scanner) {
+                Some((offset, at, value)) => {
+                    return Some(ChunkSample {
+                        offset: base.first_offset.saturating_add(offset),
+                        at: base.base_us.saturating_add(at),
+                        value,
+                    });
+                }
+                None => scanner.skip_behind(b"],"),
+            }
+        }
+        None
     })
+}
+
+/// Scans `[OFFSET,TIME,VALUE]` and the comma behind it.
+fn scan_sample(scanner: &mut NumberScanner<'_>) -> Option<(i64, i64, f64)> {
+    scanner.expect(b'[')?;
+    let offset = scanner.integer()?;
+    scanner.expect(b',')?;
+    let at = scanner.integer()?;
+    scanner.expect(b',')?;
+    let value = scanner.number()?;
+    scanner.expect(b']')?;
+    if !scanner.is_at_end() {
+        scanner.expect(b',')?;
+    }
+    Some((offset, at, value))
 }
 
 /// The JSON of a key, as chunks have it.
@@ -107,6 +131,11 @@ impl NewChunk {
     /// About how many bytes its text has.
     pub(super) fn bytes(&self) -> usize {
         self.bytes
+    }
+
+    /// How many keys it has.
+    pub(super) fn keys(&self) -> usize {
+        self.lists.len()
     }
 
     /// Adds a sample of a record that is not older than those before. Records of one topic mostly have the same keys in the same

@@ -10,12 +10,14 @@
 //! acknowledgements wait for one sync a second, not one per transaction.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use rusqlite::{Connection, TransactionBehavior};
 
 use super::ids::RememberedIds;
 use super::incarnations;
 use super::insert::insert_records;
+use super::latest_board::LatestBoard;
 use super::quarantined;
 use super::retention::{self, StoredSizes};
 use super::schema::{RECORDS_DATABASE, offset_from_sql, sql_offset};
@@ -68,8 +70,17 @@ pub struct SqliteSink {
     purging: Option<DatasourceId>,
     /// Whether the numbers in payloads are stored too.
     keeps_samples: bool,
+    /// Where the newest values are shown from, beside the database.
+    board: Arc<LatestBoard>,
     /// A transaction was begun and not committed: ids that it inserted do not exist.
     ids_uncertain: bool,
+}
+
+impl Drop for SqliteSink {
+    /// Whoever opens it next may find something else there.
+    fn drop(&mut self) {
+        self.board.clear();
+    }
 }
 
 impl SqliteSink {
@@ -99,6 +110,7 @@ impl SqliteSink {
             left_out: None,
             purging: None,
             keeps_samples: true,
+            board: Arc::default(),
             ids_uncertain: false,
         })
     }
@@ -107,6 +119,17 @@ impl SqliteSink {
     /// this says otherwise; what is there stays.
     pub fn keep_samples(&mut self, keeps_samples: bool) {
         self.keeps_samples = keeps_samples;
+    }
+
+    /// Shows the newest values on `board` from now on.
+    pub fn show_on(&mut self, board: Arc<LatestBoard>) {
+        board.clear();
+        self.board = board;
+    }
+
+    /// Takes down what is shown: newest values have changed otherwise than by records that were stored.
+    pub(super) fn clear_board(&self) {
+        self.board.clear();
     }
 
     /// Names the file in an error of SQLite's.
@@ -131,6 +154,7 @@ impl SqliteSink {
     pub(super) fn clear_remembered(&mut self) {
         self.ids.clear();
         self.sizes.clear();
+        self.board.clear();
     }
 
     /// As [`SqliteSink::clear_remembered`], if the last transaction of records was not committed.
@@ -215,7 +239,7 @@ impl SqliteSink {
             let version = self.withheld_version + part.len() as u64;
             let transaction = self.connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
             retention::forget_sizes(&transaction)?;
-            quarantined::reconcile(&transaction, part, left_out, version)?;
+            quarantined::reconcile(&transaction, part, left_out, version, self.keeps_samples)?;
             transaction.commit()?;
             self.withheld_version = version;
         }
@@ -232,7 +256,7 @@ impl SqliteSink {
         if let Some(history) = history.filter(|_| self.purging.as_ref() != Some(scope)) {
             // In a cluster some of it may be of an incarnation that was not known when it was stored.
             let transaction = self.connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
-            incarnations::move_misplaced(&transaction, scope, 0, history)?;
+            incarnations::move_misplaced(&transaction, scope, 0, history, self.keeps_samples)?;
             transaction.commit()?;
             self.purging = Some(scope.clone());
         }
@@ -269,7 +293,11 @@ impl SqliteSink {
     ) -> Result<(), SinkError> {
         self.forget_uncertain();
         self.ids_uncertain = true;
-        let moved = self.write(records, next, sync).map_err(|error| self.database_error(&error))?;
+        let moved = self.write(records, next, sync).map_err(|error| {
+            // The transaction may have been committed after all.
+            self.board.clear();
+            self.database_error(&error)
+        })?;
         if !moved {
             return Err(SinkError::CursorMoved { expected: self.cursor });
         }
@@ -299,7 +327,7 @@ impl SqliteSink {
         let records = records.skip_while(|record| record.offset < self.cursor);
         let nothing = WithheldSnapshot::default();
         let left_out = self.left_out.as_ref().unwrap_or(&nothing);
-        insert_records(
+        let newest = insert_records(
             &transaction,
             (&mut self.ids, &mut self.sizes),
             left_out,
@@ -308,6 +336,10 @@ impl SqliteSink {
         )?;
         self.sizes.write(&transaction)?;
         transaction.commit()?;
+        match newest {
+            Some(newest) => self.board.follow(&self.connection, &newest),
+            None => self.board.clear(),
+        }
         Ok(true)
     }
 
@@ -331,6 +363,7 @@ mod tests {
 
     use super::*;
     use crate::consume::testing::record;
+    use crate::limits::GATHERED_KEYS_MAX;
 
     const PAYLOAD: &[u8] = b"{\"t\": 21.5}";
 
@@ -381,6 +414,36 @@ mod tests {
             drop(sink);
             assert_eq!(content(dir.path()), ((0..100).collect(), 100));
         }
+    }
+
+    #[test]
+    fn more_topics_and_keys_than_are_gathered_at_once_are_stored_as_any_others() {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let mut sink = open(dir.path());
+        let topics: Vec<String> = (0..GATHERED_KEYS_MAX / 2).map(|n| format!("t/{n}")).collect();
+        // Each topic comes again when it was written already.
+        let records = (0_u64..).zip(topics.iter().chain(&topics).chain(&topics)).map(|(offset, topic)| {
+            record(
+                offset,
+                "press-4",
+                topic,
+                if offset % 2 == 0 { br#"{"a": 1, "b": 2}"# } else { br#"{"a": 3}"# },
+            )
+        });
+        let records: Vec<_> = records.collect();
+        let end = records.len() as u64;
+        sink.store(records.into_iter(), end, false).expect("stored");
+        let connection = Connection::open(dir.path().join(RECORDS_FILE_NAME)).expect("opens");
+        let count = |sql: &str| {
+            let count = connection.query_row(sql, [], |row| row.get::<_, i64>(0)).expect("a count");
+            usize::try_from(count).expect("not negative")
+        };
+        let half = topics.len() / 2;
+        assert_eq!(count("SELECT count(*) FROM records"), 3 * topics.len());
+        assert_eq!(count("SELECT count(*) FROM samples"), 3 * (2 * half + half));
+        assert_eq!(count("SELECT count(*) FROM latest"), 2 * half + half);
+        let newest = 2 * topics.len();
+        assert_eq!(count(&format!("SELECT count(*) FROM latest WHERE offset >= {newest}")), 2 * half + half);
     }
 
     #[test]

@@ -14,8 +14,12 @@ use crate::scheduler::lower_priority;
 
 /// About how much of the log one transaction takes.
 const STORAGE_TRANSACTION_BYTES: usize = 8 << 20;
-/// The least time between the starts of two small transactions.
+/// The least time between the starts of two small transactions, ...
 const SMALL_TRANSACTION_INTERVAL_MIN: Duration = Duration::from_millis(20);
+/// ... which is so many times as long as the first one takes: a transaction writes the newest values of each of its topics, so
+/// that fewer of them leave the processors to others. But a record is to be read back soon.
+const SMALL_TRANSACTION_INTERVAL_TIMES: u32 = 3;
+const SMALL_TRANSACTION_INTERVAL_MAX: Duration = Duration::from_millis(100);
 /// A transaction of fewer records than this is small.
 const SMALL_TRANSACTION_RECORDS: u64 = 4096;
 /// How often a transaction is synced, so that the log may remove what it holds.
@@ -79,7 +83,7 @@ impl Consumer for StorageFollower {
     }
 
     fn cursor(&self) -> Offset {
-        *self.shared.cursor.borrow()
+        self.sink.as_ref().map_or_else(|| *self.shared.cursor.borrow(), |sink| sink.cursor())
     }
 
     fn may_recover(&self) -> bool {
@@ -138,7 +142,10 @@ impl StorageFollower {
             StorageRound::AtTail => NextRound::AtTail,
             StorageRound::OtherWriter => NextRound::After(OTHER_WRITER_INTERVAL),
             StorageRound::Stored { records } if records < SMALL_TRANSACTION_RECORDS => {
-                NextRound::After(SMALL_TRANSACTION_INTERVAL_MIN.saturating_sub(begun.elapsed()))
+                let took = begun.elapsed();
+                let interval = (took * SMALL_TRANSACTION_INTERVAL_TIMES)
+                    .clamp(SMALL_TRANSACTION_INTERVAL_MIN, SMALL_TRANSACTION_INTERVAL_MAX);
+                NextRound::After(interval.saturating_sub(took))
             }
             StorageRound::Stored { .. } | StorageRound::Purged => NextRound::Again,
         })
@@ -163,7 +170,7 @@ impl StorageFollower {
     /// Goes on with another sink.
     fn take_over(&mut self, sink: Box<dyn RecordSink>) {
         self.shared.withheld.send_replace(sink.withheld_version());
-        self.shared.cursor.send_replace(sink.cursor());
+        self.shared.cursor.send_replace(sink.stored_cursor());
         self.sink = Some(sink);
     }
 
@@ -188,10 +195,10 @@ impl StorageFollower {
         if !is_writer {
             self.shared.withheld.send_replace(sink.withheld_version());
             self.shared.hold.set(sink.durable_cursor());
-            self.shared.cursor.send_replace(sink.cursor());
+            self.shared.cursor.send_replace(sink.stored_cursor());
             return Ok(StorageRound::OtherWriter);
         }
-        let cursor = sink.cursor();
+        let (cursor, was_stored) = (sink.cursor(), sink.stored_cursor());
         let sync = self.synced_at.is_none_or(|at| at.elapsed() >= STORAGE_SYNC_INTERVAL);
         let first = self.log.first_offset();
         let has_records = cursor >= first && cursor < self.log.next_offset();
@@ -227,9 +234,9 @@ impl StorageFollower {
             self.synced_at = Some(Instant::now());
             self.shared.hold.set(sink.durable_cursor());
         }
-        let stored = sink.cursor();
+        let stored = sink.stored_cursor();
         self.shared.cursor.send_replace(stored);
-        self.shared.pace.lock().note(Instant::now(), stored - cursor);
-        Ok(StorageRound::Stored { records: stored - cursor })
+        self.shared.pace.lock().note(Instant::now(), stored.saturating_sub(was_stored));
+        Ok(StorageRound::Stored { records: sink.cursor().saturating_sub(cursor) })
     }
 }

@@ -6,11 +6,14 @@ use std::time::{Duration, Instant};
 
 use futures_util::future::join_all;
 
+#[cfg(feature = "delta")]
+use super::lake_place::DeltaPlace;
 use super::postgres_place::PostgresPlace;
 use super::record_sink::SinkPlace;
 use super::sqlite_place::SqlitePlace;
 use super::{StorageConsumer, StorageError, StoredLimitsSource};
 use crate::config::{self, SinkKind};
+use crate::consume::sink::latest_board::LatestBoard;
 use crate::log::Log;
 use crate::message::{Offset, TimeMicros};
 
@@ -23,6 +26,8 @@ pub struct StorageSinks {
     consumers: Vec<StorageConsumer>,
     /// Which of them reads are answered from.
     read_from: usize,
+    /// Where the newest values in `records.db` are shown from.
+    board: Arc<LatestBoard>,
 }
 
 /// How a sink does.
@@ -58,13 +63,18 @@ impl StorageSinks {
         log: &Arc<dyn Log>,
         is_shared: bool,
     ) -> Result<Option<Self>, StorageError> {
-        let mut consumers = Vec::new();
+        let (mut consumers, board) = (Vec::new(), Arc::<LatestBoard>::default());
         for kind in &config.sinks {
             let place: Box<dyn SinkPlace> = match kind {
-                SinkKind::Sqlite => Box::new(SqlitePlace::new(dir, config.samples)),
+                SinkKind::Sqlite => Box::new(SqlitePlace::new(dir, config.samples, board.clone())),
                 SinkKind::Postgres => {
                     Box::new(PostgresPlace::new(&config.postgres, config.samples, is_shared))
                 }
+                #[cfg(feature = "delta")]
+                SinkKind::Delta => Box::new(DeltaPlace::new(dir, &config.delta, log.clone(), is_shared)),
+                // The settings have been checked.
+                #[cfg(not(feature = "delta"))]
+                SinkKind::Delta => continue,
             };
             consumers.push(StorageConsumer::start(place, config.nice, log.clone())?);
         }
@@ -73,12 +83,17 @@ impl StorageSinks {
         }
         let read_from = config.read_from();
         let read_from = consumers.iter().position(|consumer| Some(consumer.kind()) == read_from);
-        Ok(Some(Self { consumers, read_from: read_from.unwrap_or(0) }))
+        Ok(Some(Self { consumers, read_from: read_from.unwrap_or(0), board }))
     }
 
     /// Removes from now on what is over these limits. They are asked for again and again.
     pub fn begin_retention(&self, limits: &StoredLimitsSource) {
         self.consumers.iter().for_each(|consumer| consumer.begin_retention(limits.clone()));
+    }
+
+    /// Where the newest values in `records.db` are shown from.
+    pub fn latest_board(&self) -> &Arc<LatestBoard> {
+        &self.board
     }
 
     /// Each sink, in the order of the settings.

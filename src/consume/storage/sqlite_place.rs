@@ -1,6 +1,7 @@
 //! `records.db` as a sink: where it is, and what is done about one that is damaged or ahead of the log.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use tracing::error;
@@ -9,6 +10,7 @@ use super::record_sink::{OpenedSink, RecordSink, SinkFault, SinkPlace};
 use super::retention::RetentionTurns;
 use super::{StorageError, StoredLimitsSource, ahead, unopened_words};
 use crate::config::SinkKind;
+use crate::consume::sink::latest_board::LatestBoard;
 use crate::consume::sink::sqlite::{RECORDS_FILE_NAME, SinkError, SqliteSink};
 use crate::log::{Log, WithheldRules};
 use crate::message::{Offset, RecordRef};
@@ -22,16 +24,19 @@ pub(in crate::consume) struct SqlitePlace {
     path: PathBuf,
     /// Whether the numbers in payloads are stored as samples too.
     keeps_samples: bool,
+    /// Where the newest values are shown from.
+    board: Arc<LatestBoard>,
 }
 
 impl SqlitePlace {
     /// That of the data directory `dir`.
-    pub(in crate::consume) fn new(dir: &Path, keeps_samples: bool) -> Self {
-        Self { path: dir.join(RECORDS_FILE_NAME), keeps_samples }
+    pub(in crate::consume) fn new(dir: &Path, keeps_samples: bool, board: Arc<LatestBoard>) -> Self {
+        Self { path: dir.join(RECORDS_FILE_NAME), keeps_samples, board }
     }
 
     fn in_use(&self, mut sink: SqliteSink) -> Box<dyn RecordSink> {
         sink.keep_samples(self.keeps_samples);
+        sink.show_on(self.board.clone());
         Box::new(SqliteStore { sink, retention: RetentionTurns::default() })
     }
 }
@@ -138,6 +143,33 @@ pub fn repair(dir: &Path, log: &dyn Log, apply: bool) -> Result<Option<String>, 
     } else {
         ahead::tell(&sink, log)?
     }))
+}
+
+/// Sets aside what `records.db` in a data directory has from `end` on, because the log goes on there from an earlier state.
+/// Returns what to tell the operator, if there was anything.
+///
+/// # Errors
+/// [`StorageError::Sink`].
+pub fn set_back_records(dir: &Path, end: Offset) -> Result<Option<String>, StorageError> {
+    let path = dir.join(RECORDS_FILE_NAME);
+    if !path.exists() {
+        return Ok(None);
+    }
+    let mut sink = match SqliteSink::open(&path) {
+        // The start makes another one from the log.
+        Err(damage) if damage.is_damage() => return Ok(None),
+        opened => opened?,
+    };
+    if sink.cursor() <= end {
+        return Ok(None);
+    }
+    let records = sink.count_from(end)?;
+    let aside = sink.set_aside_from(end, &path)?;
+    Ok(Some(format!(
+        "{RECORDS_FILE_NAME} was ahead of the log, which goes on at offset {end} from an earlier state: its {records} \
+         records from there on are set aside in {} (tables records and quarantine)",
+        aside.display()
+    )))
 }
 
 /// Opens `records.db`. One that is damaged is set aside, and so is what it has behind `log_end`, the end of the log at

@@ -29,7 +29,7 @@ fn open_log(dir: &Path) -> Arc<dyn Log> {
 }
 
 fn start(dir: &Path, log: &Arc<dyn Log>) -> Result<StorageConsumer, StorageError> {
-    StorageConsumer::start(Box::new(SqlitePlace::new(dir, true)), 5, log.clone())
+    StorageConsumer::start(Box::new(SqlitePlace::new(dir, true, Arc::default())), 5, log.clone())
 }
 
 /// Appends `records` messages of 100 bytes in one commit.

@@ -17,6 +17,7 @@ use tracing::field::display;
 
 use super::answer::{self, AnswerHold, RequestHolder, RequestMemory, StrangerRequest};
 use super::lent::BodyLender;
+use super::long_answer::IsLong;
 use super::persistence::{announce_keep_alive, wants_to_persist};
 use super::request_form::{check_host, note_authority};
 use super::server::HttpPeer;
@@ -119,6 +120,7 @@ pub(super) async fn wrap_request<F: Future<Output = Response>>(
     headers.entry(CACHE_CONTROL).or_insert(HeaderValue::from_static("no-store"));
     if let Some(reader) = response.extensions_mut().remove::<Arc<StreamReader>>() {
         reader.hold(held);
+        response.extensions_mut().insert(IsLong);
         return response;
     }
     let stall_max = Duration::from_millis(shared.parts.config.body_ms_max);

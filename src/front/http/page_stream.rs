@@ -71,6 +71,14 @@ impl JsonItems {
         }
     }
 
+    /// Adds an item that is JSON already.
+    pub(super) fn push_json(&mut self, json: &[u8]) {
+        if std::mem::replace(&mut self.is_begun, true) {
+            self.put(b",");
+        }
+        self.put(json);
+    }
+
     /// How many chunks it takes.
     pub(super) fn chunk_count(&self) -> usize {
         self.full.len() + 1

@@ -76,9 +76,9 @@ impl PageSource for LatestSource {
         budget: &mut PageBudget,
         items: &mut JsonItems,
     ) -> Result<Option<String>, QueryError> {
-        let page = stored.latest_within(&self.scope, self.after_topic.as_deref(), budget)?;
-        page.topics.iter().for_each(|topic| items.push(topic));
-        self.after_topic = page.next;
+        let (scope, after) = (&self.scope, self.after_topic.as_deref());
+        self.after_topic =
+            stored.latest_json_within(scope, after, budget, &mut |json| items.push_json(json))?;
         Ok(self.after_topic.as_ref().map(|topic| serde_json::Value::from(topic.as_str()).to_string()))
     }
 }

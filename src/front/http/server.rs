@@ -17,7 +17,7 @@ use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use axum::Router;
-use axum::body::Body;
+use axum::body::{Body, HttpBody};
 use axum::extract::Request;
 use axum::http::Version;
 use axum::response::Response;
@@ -36,6 +36,8 @@ use super::HttpFrontState;
 use super::arrival::{ArrivedConnection, HttpPort, report_proxy_header};
 use super::frame_meter::FrameFault;
 use super::ingest::IngestRoute;
+use super::lent_socket::LentSocket;
+use super::long_answer::{IsLong, LongAnswerOffer, ServedConnection};
 use super::presented::PresentedKeys;
 use super::request_clock::{AwaitedPart, RequestClock, RequestDeadline};
 use super::socket::HttpSocket;
@@ -43,10 +45,11 @@ use super::stranger_pace::StrangerPace;
 use crate::auth::usage::KeyClient;
 use crate::config;
 use crate::front::connection_table::{ConnectionTable, EvictedStranger, TableEntry};
+use crate::front::early_key;
 use crate::front::listen_sockets::ListenSockets;
 use crate::front::peer_stream::PeerStream;
 use crate::front::proxied::{ProxyHeaderError, ProxyTrust, forwarded_address, is_forwarded_https};
-use crate::limits::{EARLY_REQUESTS_MAX, HTTP_HEADER_BYTES_MAX, HTTP2_STREAMS_MAX};
+use crate::limits::{ACCEPTS_PER_TURN_MAX, EARLY_REQUESTS_MAX, HTTP_HEADER_BYTES_MAX, HTTP2_STREAMS_MAX};
 use crate::message::Transport;
 use crate::observe::cause::Cause;
 use crate::observe::refusals::{RefusalNote, Refusals};
@@ -264,8 +267,12 @@ pub(super) async fn accept_on(
         drain: drain.clone(),
     });
     let mut crowded_until = Instant::now();
+    let mut accepts = 0_u32;
     loop {
-        crowd.processor.give_way().await;
+        accepts = accepts.wrapping_add(1);
+        if accepts.is_multiple_of(ACCEPTS_PER_TURN_MAX) {
+            crowd.processor.give_way().await;
+        }
         let (stream, peer) = accept(listener).await;
         let entry = (!port.is_proxied(peer)).then(|| Arc::new(crowd.enter(peer.ip())));
         let permit = match crowd.permits.clone().try_acquire_owned() {
@@ -274,15 +281,23 @@ pub(super) async fn accept_on(
         };
         while connections.try_join_next().is_some() {}
         let (server, payer) = (server.clone(), TaskPayer::stranger(&crowd.processor));
-        connections.spawn(FairTask::new(payer.clone(), async move {
-            let header_max = Duration::from_millis(server.config.header_ms_max);
-            let until = (header_max, &server.drain);
-            let arriving = Box::pin(server.port.arrive(stream, peer, entry, &server.crowd, until));
-            if let Some(arrived) = arriving.await {
-                server.serve_connection(arrived, payer).await;
+        connections.spawn(async move {
+            if let Some(entry) = &entry
+                && !server.greet((&stream, peer), entry, &payer).await
+            {
+                return;
             }
-            drop(permit);
-        }));
+            FairTask::new(payer.clone(), async move {
+                let header_max = Duration::from_millis(server.config.header_ms_max);
+                let until = (header_max, &server.drain);
+                let arriving = Box::pin(server.port.arrive(stream, peer, entry, &server.crowd, until));
+                if let Some(arrived) = arriving.await {
+                    server.serve_connection(arrived, payer).await;
+                }
+                drop(permit);
+            })
+            .await;
+        });
     }
 }
 
@@ -358,6 +373,13 @@ struct ConnectionServer {
 }
 
 impl ConnectionServer {
+    /// Lets a client with a key past the strangers that stand in line. `false` if the connection has to make room.
+    async fn greet(&self, from: (&TcpStream, SocketAddr), entry: &TableEntry, payer: &TaskPayer) -> bool {
+        let Some(front) = self.routes.front.as_ref().filter(|_| self.port.tls.is_none()) else { return true };
+        let (intake, processor) = (&front.parts.intake, &self.crowd.processor);
+        early_key::greet(from, entry, intake.authorizer(), (processor, payer)).await
+    }
+
     /// Serves one connection to its end.
     async fn serve_connection(&self, arrived: ArrivedConnection, payer: Arc<TaskPayer>) {
         let ArrivedConnection { stream, peer, entry } = arrived;
@@ -368,6 +390,7 @@ impl ConnectionServer {
         let clock = RequestClock::start();
         let mut deadline = RequestDeadline::new(clock.clone(), &self.config);
         let (builder, paying) = (connection_builder(payer.clone()), payer.clone());
+        let offer = LongAnswerOffer::default();
         let service = {
             let from = HttpPeer {
                 addr: peer,
@@ -386,8 +409,12 @@ impl ConnectionServer {
             // While the gateway starts, nobody can present a key.
             let is_paced = crowd.refusals.is_some() && !proxies.is_trusted(peer.ip());
             let pace = Arc::new(StrangerPace::new());
+            let offer = offer.clone();
             hyper::service::service_fn(move |mut request: Request<hyper::body::Incoming>| {
                 let version = request.version();
+                // Behind a body the next request may have been read already.
+                let takes_long = version < Version::HTTP_2 && request.body().is_end_stream();
+                let offer = takes_long.then(|| offer.clone());
                 let is_stranger = is_paced && from.keys.are_none();
                 let begun =
                     if is_stranger { pace.begin(version, &crowd.early, Instant::now()) } else { Some(None) };
@@ -411,14 +438,20 @@ impl ConnectionServer {
                         {
                             Ok(pace.turn_away(&crowd, &from, version))
                         }
-                        _ => Ok(answer),
+                        _ => match offer.filter(|_| answer.extensions().get::<IsLong>().is_some()) {
+                            Some(offer) => offer.leave(answer, version).await,
+                            None => Ok(answer),
+                        },
                     }
                 }))
             })
         };
         let stall_max = Duration::from_millis(self.config.body_ms_max);
         let socket = HttpSocket::new(stream, stall_max, unread, clock.clone(), paying, fault.clone());
-        let mut served = pin!(builder.serve_connection_with_upgrades(TokioIo::new(socket), service));
+        let socket = LentSocket::new(socket);
+        let connection =
+            builder.serve_connection_with_upgrades(TokioIo::new(socket.clone()), service).into_owned();
+        let mut served = ServedConnection::Hyper { connection: Box::pin(connection), socket, offer };
         let mut asked_to_close = pin!(async {
             tokio::select! {
                 () = self.drain.cancelled() => {}
@@ -432,7 +465,7 @@ impl ConnectionServer {
             let is_closing = closing.load(Ordering::Relaxed);
             tokio::select! {
                 biased;
-                ended = served.as_mut() => {
+                ended = poll_fn(|cx| served.poll_served(cx)) => {
                     if let Err(error) = ended {
                         debug!(%peer, error, "an HTTP connection ended");
                     }
@@ -451,7 +484,9 @@ impl ConnectionServer {
                     clock.streams().close(false);
                     clock.await_stream_ends();
                     if !closing.swap(true, Ordering::Relaxed) {
-                        served.as_mut().graceful_shutdown();
+                        if let Some(connection) = served.of_hyper() {
+                            connection.graceful_shutdown();
+                        }
                     }
                 }
                 // An idle connection ends at once, a busy one when its requests are answered. A stream is told to end.
@@ -462,7 +497,9 @@ impl ConnectionServer {
                     if closing.swap(true, Ordering::Relaxed) {
                         continue;
                     }
-                    served.as_mut().graceful_shutdown();
+                    if let Some(connection) = served.of_hyper() {
+                            connection.graceful_shutdown();
+                        }
                 }
                 part = passed.as_mut() => {
                     if part != AwaitedPart::NextRequest || is_closing {
@@ -470,7 +507,9 @@ impl ConnectionServer {
                         return;
                     }
                     closing.store(true, Ordering::Relaxed);
-                    served.as_mut().graceful_shutdown();
+                    if let Some(connection) = served.of_hyper() {
+                            connection.graceful_shutdown();
+                        }
                     clock.await_end();
                 }
             }

@@ -24,8 +24,8 @@ use hyper_util::server::conn::auto::upgrade::downcast;
 use ring::digest::{SHA1_FOR_LEGACY_USE_ONLY, digest};
 
 use super::HttpFrontState;
+use super::lent_socket::LentSocket;
 use super::server::HttpPeer;
-use super::socket::HttpSocket;
 use crate::front::peer_stream::PeerStream;
 use crate::front::problem::Problem;
 use crate::observe::cause::{Cause, ProblemKind};
@@ -68,8 +68,8 @@ pub(super) async fn open(
 /// The connection, once the answer is sent, and the bytes that the client sent after its request.
 async fn upgraded_stream(upgrade: OnUpgrade) -> Option<(PeerStream, Bytes)> {
     let upgraded = upgrade.await.ok()?;
-    let parts = downcast::<TokioIo<HttpSocket>>(upgraded).ok()?;
-    Some((parts.io.into_inner().into_stream(), parts.read_buf))
+    let parts = downcast::<TokioIo<LentSocket>>(upgraded).ok()?;
+    Some((parts.io.into_inner().take()?.into_stream(), parts.read_buf))
 }
 
 /// What a client's handshake offers, checked.

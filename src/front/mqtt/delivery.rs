@@ -1,8 +1,8 @@
 //! A delivery: one record on its way to one client, as a PUBLISH packet.
 //!
 //! An MQTT 5 client whose subscription asks for it also gets the record's metadata: the publisher's own properties
-//! are followed by the user properties `headgate-offset`, `headgate-datasource`, `headgate-received-at` and
-//! `headgate-key-id`. How many records were skipped is always told, as `headgate-skipped`.
+//! are followed by the user properties `headgate-offset`, `headgate-datasource`, `headgate-received-at`, `headgate-key-id`
+//! and, if its sender has said when it was measured, `headgate-event-at`. How many records were skipped is always told, as `headgate-skipped`.
 
 use std::collections::HashMap;
 
@@ -233,6 +233,9 @@ impl PublishWriter {
         if delivery.metadata || self.always_metadata {
             write::user_property(to, "headgate-offset", &record.offset.to_string());
             self.origin.put(record, to);
+            if let Some(event_at) = record.event_at {
+                write::user_property(to, "headgate-event-at", &render::rfc3339_text(event_at));
+            }
         }
         Some(OwnPropertyMarks { without_own, without_metadata })
     }

@@ -132,3 +132,38 @@ fn a_thousand_readers_get_what_comes_in_and_cost_little_while_nothing_does() {
     drop(readers);
     wait_for("them to have left", || (gateway.metric("headgate_stream_readers") <= 1.0).then_some(()));
 }
+
+#[test]
+fn a_stream_comes_behind_another_answer_and_is_the_last_one_of_its_connection() {
+    let (_dir, gateway, source) = scene(|setup| setup);
+    post_numbers(&gateway, &source.key, 0..3);
+    let read_to = |requests: &str, end: &str| {
+        let mut tcp = TcpStream::connect(gateway.http).expect("connects");
+        tcp.set_read_timeout(Some(PATIENCE)).expect("set");
+        tcp.write_all(requests.as_bytes()).expect("written");
+        let (mut text, mut piece) = (String::new(), [0; 4096]);
+        while !text.contains(end) {
+            let bytes = tcp.read(&mut piece).expect("more comes");
+            assert!(bytes > 0, "{text}");
+            text.push_str(std::str::from_utf8(&piece[..bytes]).expect("text"));
+        }
+        text
+    };
+    let head = format!("host: g\r\nauthorization: Bearer {}\r\n\r\n", source.key);
+    let stream = |version: &str| format!("GET {STREAM}?from_offset=0 HTTP/{version}\r\n{head}");
+    let last = "\"payload\":2,";
+    let both = read_to(&format!("GET /livez HTTP/1.1\r\nhost: g\r\n\r\n{}", stream("1.1")), last);
+    let (first, second) = both.rsplit_once("HTTP/1.1 200 OK\r\n").expect("two answers");
+    assert!(first.starts_with("HTTP/1.1 200 OK\r\n") && !first.contains("connection: close"), "{both}");
+    assert!(
+        second.contains("\r\nconnection: close\r\n") && second.contains("\r\ntransfer-encoding: chunked\r\n")
+    );
+    assert!(
+        second.contains("\r\ndate: ") && second.contains("x-content-type-options: nosniff\r\n"),
+        "{second}"
+    );
+    // A client of HTTP/1.0 knows no chunks.
+    let old = read_to(&stream("1.0"), last);
+    assert!(old.starts_with("HTTP/1.0 200 OK\r\n") && !old.contains("transfer-encoding"), "{old}");
+    assert!(old.contains("\r\n\r\nretry: "), "{old}");
+}

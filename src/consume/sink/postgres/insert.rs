@@ -8,6 +8,7 @@ use headgate_bridge_postgres::{CopyRows, PendingCopy, PostgresConnection, Postgr
 use super::ids::{RecordNameIds, text_of};
 use super::json_fit::{JsonFit, fit_of};
 use super::{PostgresError, PostgresSink};
+use crate::consume::sink::ids::RowIds;
 use crate::consume::sink::incarnations::shown_name;
 use crate::consume::sink::newest::{NewestValues, read_members};
 use crate::consume::sink::quarantined::{CAUSE_KEY, CAUSE_LIMIT, CAUSE_SCHEMA};
@@ -189,7 +190,8 @@ impl PostgresSink {
         let of_object = is_object.then_some(&*members);
         self.add_samples(&mut rows.samples, record, ids.topic, text, of_object)?;
         let text = text.filter(|text| !text.contains('\0'));
-        facts.newest.observe(i64::from(ids.topic), record, text, is_object.then_some(&mut members));
+        let row = RowIds { datasource: i64::from(ids.datasource), topic: i64::from(ids.topic), origin: 0 };
+        facts.newest.observe(row, record, text, is_object.then_some(&mut members));
         Ok(())
     }
 

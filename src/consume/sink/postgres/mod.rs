@@ -402,6 +402,8 @@ impl PostgresSink {
         log: &dyn Log,
         log_end: Offset,
     ) -> Result<Option<String>, PostgresError> {
-        ahead::put_right(self, log, log_end)
+        let set_back = log.history().map(|history| ahead::follow_epochs(self, history)).transpose()?;
+        let put_right = ahead::put_right(self, log, log_end)?;
+        Ok(put_right.or(set_back.flatten()))
     }
 }

@@ -165,3 +165,67 @@ fn the_samples_are_those_of_the_stored_payloads_whatever_happens() {
         }
     }
 }
+
+/// What a store holds of samples and newest values.
+fn all_values(path: &std::path::Path) -> (Vec<Row>, Vec<(String, String, String, i64)>) {
+    let connection = Connection::open(path).expect("opens");
+    let mut select = connection
+        .prepare("SELECT topic, key, CAST(value AS TEXT), offset FROM latest ORDER BY topic, key")
+        .expect("SQL");
+    let latest = select.query_map([], |row| Ok((row.get(0)?, row.get(1)?, row.get(2)?, row.get(3)?)));
+    let latest = latest.expect("reads").map(|row| row.expect("a row")).collect();
+    (stored_samples(&connection), latest)
+}
+
+#[test]
+fn a_large_transaction_whose_payloads_another_thread_reads_stores_what_small_ones_do() {
+    let payloads: Vec<String> =
+        (0..12_345).map(|n| format!(r#"{{"t": {n}.5, "k{}": {}}}"#, n % 7, n % 11)).collect();
+    let topics = ["a", "b", "c"];
+    let records = || {
+        (0..).zip(&payloads).map(|(offset, payload)| {
+            let topic = topics[usize::try_from(offset % 3).expect("small")];
+            record(offset, "press-4", topic, payload.as_bytes())
+        })
+    };
+    let end = payloads.len() as Offset;
+    let stored = |most: usize| {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let path = dir.path().join(RECORDS_FILE_NAME);
+        let mut sink = SqliteSink::open(&path).expect("opens");
+        let all: Vec<RecordRef<'_>> = records().collect();
+        for part in all.chunks(most) {
+            let next = part.last().expect("some").offset + 1;
+            sink.store(part.iter().copied(), next, false).expect("stored");
+        }
+        assert_eq!(sink.cursor(), end);
+        all_values(&path)
+    };
+    let small = stored(1_000);
+    assert_eq!(small.0.len(), 2 * payloads.len());
+    assert!(stored(payloads.len()) == small);
+    assert!(stored(7_777) == small);
+}
+
+#[test]
+fn records_that_come_back_from_quarantine_have_samples_only_where_they_are_kept() {
+    for keeps_samples in [true, false] {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let path = dir.path().join(RECORDS_FILE_NAME);
+        let (mut sink, rules) = (SqliteSink::open(&path).expect("opens"), WithheldRules::default());
+        sink.keep_samples(keeps_samples);
+        let one = RecordRef { key_id: KEYS[0], ..record(0, "press-4", "a", b"{\"t\": 1}") };
+        sink.store([one].into_iter(), 1, false).expect("stored");
+        let reader = Connection::open(&path).expect("opens");
+        let expected = usize::from(keeps_samples);
+        assert_eq!(stored_samples(&reader).len(), expected);
+        let rule = WithheldRule { datasource: ModelRun::press(), key_id: KEYS[0], since: 0, below: 1 };
+        rules.push(WithheldChange::Withhold(rule));
+        sink.reconcile(&rules).expect("reconciled");
+        assert_eq!(stored_samples(&reader).len(), 0);
+        rules.push(WithheldChange::GiveBack(ModelRun::press(), KEYS[0]));
+        sink.reconcile(&rules).expect("reconciled");
+        assert_eq!(stored_samples(&reader).len(), expected);
+        assert_eq!(samples_of_entries(&reader).len(), 1, "the record is back");
+    }
+}
