@@ -4,6 +4,7 @@ use std::cell::Cell;
 use std::ptr;
 use std::time::Duration;
 
+use parking_lot::{Mutex, MutexGuard, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use tracing::warn;
 
 thread_local! {
@@ -14,6 +15,48 @@ thread_local! {
 /// Whether the calling thread has a lower priority than usual: it should hold nothing that others wait for.
 pub fn is_lowered() -> bool {
     IS_LOWERED.get()
+}
+
+/// How long a thread of low priority waits until it looks again whether a lock is free.
+const POLITE_LOCK_PAUSE: Duration = Duration::from_micros(50);
+
+/// Locks what threads of every priority lock, for a moment. A lock that is fair is handed to a thread that waits for it,
+/// and one of low priority has it then until it gets a processor, on a busy machine for a tenth of a second. So such a
+/// thread does not stand in line: it takes the lock when it is free and it runs.
+#[inline]
+pub fn polite_lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    if !is_lowered() {
+        return mutex.lock();
+    }
+    wait_politely(|| mutex.try_lock())
+}
+
+/// As [`polite_lock`], to read.
+#[inline]
+pub fn polite_read<T: ?Sized>(lock: &RwLock<T>) -> RwLockReadGuard<'_, T> {
+    if !is_lowered() {
+        return lock.read();
+    }
+    wait_politely(|| lock.try_read())
+}
+
+/// As [`polite_lock`], to write.
+#[inline]
+pub fn polite_write<T: ?Sized>(lock: &RwLock<T>) -> RwLockWriteGuard<'_, T> {
+    if !is_lowered() {
+        return lock.write();
+    }
+    wait_politely(|| lock.try_write())
+}
+
+#[cold]
+fn wait_politely<T>(try_lock: impl Fn() -> Option<T>) -> T {
+    loop {
+        match try_lock() {
+            Some(locked) => return locked,
+            None => std::thread::sleep(POLITE_LOCK_PAUSE),
+        }
+    }
 }
 
 /// Notes that the calling thread has waited for the disk in the middle of a task.
@@ -97,6 +140,28 @@ impl SchedulerAttributes {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_thread_of_low_priority_is_never_handed_a_lock_that_it_waits_for() {
+        let (mutex, rw_lock) = (Mutex::new(()), RwLock::new(()));
+        let (held, read) = (mutex.lock(), rw_lock.write());
+        std::thread::scope(|scope| {
+            let low = scope.spawn(|| {
+                lower_priority(1);
+                drop(polite_lock(&mutex));
+                drop(polite_write(&rw_lock));
+                drop(polite_read(&rw_lock));
+            });
+            for _ in 0..100 {
+                std::thread::sleep(Duration::from_millis(1));
+                assert!(!low.is_finished());
+            }
+            // As fair as it gets: whoever stands in line has it now, and nobody does.
+            parking_lot::MutexGuard::unlock_fair(held);
+            parking_lot::RwLockWriteGuard::unlock_fair(read);
+            low.join().expect("it takes them when they are free");
+        });
+    }
 
     #[test]
     fn a_thread_of_low_priority_knows_that_it_is_one() {

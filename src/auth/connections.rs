@@ -23,12 +23,14 @@ pub enum CloseReason {
     TakenOver = 2,
     /// The gateway is shutting down.
     Drain = 3,
+    /// An administrator has closed it.
+    Kicked = 4,
 }
 
 impl CloseReason {
     /// The reason with this number; `None` for 0.
     fn from_number(number: u8) -> Option<CloseReason> {
-        [CloseReason::KeyDead, CloseReason::TakenOver, CloseReason::Drain]
+        [CloseReason::KeyDead, CloseReason::TakenOver, CloseReason::Drain, CloseReason::Kicked]
             .into_iter()
             .find(|why| *why as u8 == number)
     }

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use super::out::CommandOutput;
 use super::serve;
 use crate::config::Config;
-use crate::gateway::change_cluster;
+use crate::gateway::{AdoptionOrder, adopt_cluster, change_cluster};
 use crate::observe::trace;
 
 #[derive(Debug, clap::Subcommand)]
@@ -14,6 +14,27 @@ pub(super) enum ClusterCommand {
     /// Change the cluster's settings (replicas, size of the log, how long ids and sessions are known) to those of a
     /// configuration, which a start never does
     Change(ClusterChangeArgs),
+    /// Let the cluster go on from what its servers have, when that is not what its gateways have followed: a stream or
+    /// bucket was put back to an earlier state, made anew, or is gone. What is beyond it is set aside
+    Adopt(ClusterAdoptArgs),
+    /// As adopt, and publish the registry (datasources and keys) again as the gateway of this data directory has it
+    Restore(ClusterAdoptArgs),
+}
+
+#[derive(Debug, clap::Args)]
+pub(super) struct ClusterAdoptArgs {
+    /// The configuration (TOML) of a gateway [env: HEADGATE_CONFIG]; without it, the defaults and the environment
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
+    /// The data directory of a gateway, whatever the configuration says: what it has followed is compared
+    #[arg(long, value_name = "DIR")]
+    data_dir: Option<PathBuf>,
+    /// Go on also if the registry has no key: every datasource and key has to be created again
+    #[arg(long)]
+    new_registry: bool,
+    /// Do it; without this, only say what would be done
+    #[arg(long)]
+    yes: bool,
 }
 
 #[derive(Debug, clap::Args)]
@@ -27,7 +48,11 @@ pub(super) struct ClusterChangeArgs {
 }
 
 pub(super) fn run(command: ClusterCommand, out: &mut CommandOutput) -> anyhow::Result<()> {
-    let ClusterCommand::Change(args) = command;
+    let args = match command {
+        ClusterCommand::Change(args) => args,
+        ClusterCommand::Adopt(args) => return adopt(args, false, out),
+        ClusterCommand::Restore(args) => return adopt(args, true, out),
+    };
     let config = Config::load(serve::config_file(args.config).as_deref())?;
     trace::init(&config.trace)?;
     let differences = change_cluster(&config, args.yes)?;
@@ -42,5 +67,16 @@ pub(super) fn run(command: ClusterCommand, out: &mut CommandOutput) -> anyhow::R
         }
         (false, false) => writeln!(out, "nothing is changed yet: with --yes it is done")?,
     }
+    Ok(())
+}
+
+fn adopt(args: ClusterAdoptArgs, is_restored: bool, out: &mut CommandOutput) -> anyhow::Result<()> {
+    let mut config = Config::load(serve::config_file(args.config).as_deref())?;
+    if let Some(data_dir) = args.data_dir {
+        config.data_dir = data_dir;
+    }
+    trace::init(&config.trace)?;
+    let order = AdoptionOrder { is_restored, is_new_registry: args.new_registry, apply: args.yes };
+    write!(out, "{}", adopt_cluster(&config, order)?)?;
     Ok(())
 }

@@ -43,7 +43,7 @@ const READER_GONE_EXIT_CODE: u8 = 141;
 /// A gateway between devices and backends: a message is let in by its datasource's API key, and
 /// acknowledged when it is on disk.
 #[derive(Debug, Parser)]
-#[command(version, propagate_version = true, after_help = ENVIRONMENT_HELP)]
+#[command(version, long_version = LONG_VERSION, propagate_version = true, after_help = ENVIRONMENT_HELP)]
 pub struct Cli {
     #[command(subcommand)]
     command: CliCommand,
@@ -52,6 +52,12 @@ pub struct Cli {
     #[arg(long, global = true, value_name = "FILE", help_heading = "TLS")]
     cacert: Option<PathBuf>,
 }
+
+/// The version, and which of the parts are in it that a build may leave out.
+const LONG_VERSION: &str = match cfg!(feature = "delta") {
+    true => concat!(env!("CARGO_PKG_VERSION"), " (with the feature delta)"),
+    false => concat!(env!("CARGO_PKG_VERSION"), " (without the feature delta)"),
+};
 
 const ENVIRONMENT_HELP: &str = "\
 Environment of the commands that talk to a running gateway:

@@ -74,26 +74,47 @@ fn load(file: Option<&Path>, data_dir: Option<&Path>) -> Result<LoadedConfig, Co
 
 async fn serve(mut served: ServedConfig, out: &mut CommandOutput) -> anyhow::Result<()> {
     let mut signals = Signals::listen()?;
-    // In a cluster the start may have to wait for NATS.
-    let mut gateway = tokio::select! {
-        biased;
-        started = Gateway::start(served.started.clone()) => started?,
-        () = signals.asked() => return Ok(()),
-    };
-    // Devices are served whether or not anybody reads these lines.
-    if let Err(error) = announce(&gateway, out) {
-        let error = anyhow::Error::new(error);
-        if !out::is_reader_gone(&error) {
-            tracing::warn!("standard output: {error:#}");
+    let mut config = served.started.clone();
+    loop {
+        // In a cluster the start may have to wait for NATS.
+        let mut gateway = tokio::select! {
+            biased;
+            started = Gateway::start(config.clone()) => started?,
+            () = signals.asked() => return Ok(()),
+        };
+        // Devices are served whether or not anybody reads these lines.
+        if let Err(error) = announce(&gateway, out) {
+            let error = anyhow::Error::new(error);
+            if !out::is_reader_gone(&error) {
+                tracing::warn!("standard output: {error:#}");
+            }
+        }
+        let mut starts_again = loop {
+            tokio::select! {
+                biased;
+                asked = signals.asked_or_hung_up() => match asked {
+                    AskedSignal::Reload => served.reload(&mut gateway),
+                    _ => break false,
+                },
+                () = gateway.left_history() => break true,
+            }
+        };
+        gateway.pin_listeners(&mut config);
+        tracing::info!("draining");
+        let mut stopping = std::pin::pin!(gateway.stop());
+        tokio::select! {
+            () = &mut stopping, if starts_again => {}
+            () = signals.asked(), if starts_again => {
+                starts_again = false;
+                signals.finish(stopping).await;
+            }
+            else => signals.finish(stopping).await,
+        }
+        tracing::info!("stopped");
+        if !starts_again {
+            return Ok(());
         }
     }
-    while signals.asked_or_hung_up().await == AskedSignal::Reload {
-        served.reload(&mut gateway);
-    }
-    tracing::info!("draining");
-    signals.finish(gateway.stop()).await;
-    tracing::info!("stopped");
-    Ok(())
 }
 
 impl ServedConfig {

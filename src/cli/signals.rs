@@ -75,7 +75,7 @@ impl Signals {
     }
 
     /// Waits for `drain`; a second request to end meanwhile ends the process at once.
-    pub(super) async fn finish(mut self, drain: impl Future<Output = ()>) {
+    pub(super) async fn finish(&mut self, drain: impl Future<Output = ()>) {
         tokio::select! {
             () = drain => {}
             () = self.asked() => std::process::exit(INTERRUPTED_EXIT_CODE),

@@ -21,6 +21,13 @@ pub struct ListenAddress {
 pub struct ListenAddressError(String);
 
 impl ListenAddress {
+    /// Takes the address over that the system chose, if it was to choose the port.
+    pub fn pin(&mut self, addr: SocketAddr) {
+        if self.port == 0 {
+            *self = addr.into();
+        }
+    }
+
     /// Its addresses, IPv4 first, each once, at least one.
     ///
     /// # Errors

@@ -5,7 +5,7 @@ use std::fmt;
 use serde::de::IntoDeserializer;
 use serde::{Deserialize, Deserializer, Serialize};
 
-use super::{ConfigError, PostgresConfig, require};
+use super::{ConfigError, DeltaConfig, PostgresConfig, require};
 use crate::limits;
 
 /// When an append counts as durable.
@@ -57,6 +57,8 @@ pub enum SinkKind {
     Sqlite,
     /// PostgreSQL, as `storage.postgres` says.
     Postgres,
+    /// A Delta lake.
+    Delta,
 }
 
 /// Which sink reads are answered from.
@@ -67,6 +69,8 @@ pub enum ReadSource {
     First,
     /// `records.db`.
     Sqlite,
+    /// PostgreSQL.
+    Postgres,
 }
 
 /// Where the storage consumers write.
@@ -86,6 +90,8 @@ pub struct StorageConfig {
     pub samples: bool,
     /// PostgreSQL as a sink.
     pub postgres: PostgresConfig,
+    /// The Delta lake.
+    pub delta: DeltaConfig,
 }
 
 impl Default for LogConfig {
@@ -109,6 +115,7 @@ impl Default for StorageConfig {
             nice: 10,
             samples: true,
             postgres: PostgresConfig::default(),
+            delta: DeltaConfig::default(),
         }
     }
 }
@@ -142,14 +149,15 @@ impl SinkKind {
         match self {
             Self::Sqlite => "sqlite",
             Self::Postgres => "postgres",
+            Self::Delta => "delta",
         }
     }
 
     /// Whether reads can be answered from it.
     const fn is_readable(self) -> bool {
         match self {
-            Self::Sqlite => true,
-            Self::Postgres => false,
+            Self::Sqlite | Self::Postgres => true,
+            Self::Delta => false,
         }
     }
 }
@@ -175,6 +183,7 @@ impl StorageConfig {
         let wanted = |kind: &SinkKind| match self.read_from {
             ReadSource::First => kind.is_readable(),
             ReadSource::Sqlite => *kind == SinkKind::Sqlite,
+            ReadSource::Postgres => *kind == SinkKind::Postgres,
         };
         self.sinks.iter().copied().find(wanted)
     }
@@ -195,6 +204,13 @@ impl StorageConfig {
             "it has to be one of storage.sinks, or \"first\"",
         )?;
         self.postgres.check(self.sinks.contains(&SinkKind::Postgres))?;
+        require(
+            cfg!(feature = "delta") || !self.sinks.contains(&SinkKind::Delta),
+            "storage.sinks",
+            named.join(","),
+            "this Headgate was built without the feature \"delta\": build it with `cargo build --release --features delta`",
+        )?;
+        self.delta.check()?;
         require(self.nice <= 19, "storage.nice", self.nice, "it has to be between 0 and 19")
     }
 }

@@ -22,6 +22,7 @@ use crate::limits;
 use crate::network::Network;
 
 mod changes;
+mod delta;
 mod environment;
 mod http;
 mod listen;
@@ -40,11 +41,12 @@ use environment::{EnvironmentSettings, variable_of};
 use shape::ConfigShape;
 
 pub use changes::ConfigChanges;
+pub use delta::DeltaConfig;
 pub use http::{CorsOrigin, HttpConfig};
 pub use listen::ListenAddress;
 pub use log::{Durability, LogBackend, LogConfig, SinkKind, StorageConfig};
 pub use mqtt::{MetadataPolicy, MqttConfig};
-pub use nats::NatsConfig;
+pub use nats::{ConfigSecret, NatsConfig};
 pub use postgres::PostgresConfig;
 pub use public::{PublicMqtt, PublicUrl};
 pub use quantity::parse_duration_ms;

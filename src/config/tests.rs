@@ -53,6 +53,7 @@ fn sinks_are_a_list_and_the_earlier_name_for_one_of_them_is_understood() {
         ("sinks = [\"postgre\"]", "storage.sinks"),
         ("sink = \"none\"\nsinks = [\"sqlite\"]", "storage.sinks"),
         ("sinks = []\nread_from = \"sqlite\"", "storage.read_from"),
+        ("sinks = [\"sqlite\"]\nread_from = \"postgres\"", "storage.read_from"),
     ] {
         let error = sinks(text).expect_err(text).to_string();
         assert!(error.contains(expected), "{text}: {error}");

@@ -16,6 +16,7 @@ use tracing::warn;
 
 use crate::log::Log;
 use crate::message::Offset;
+use crate::scheduler::lower_priority;
 use crate::trouble::TroubleCell;
 
 /// How long the thread waits for the log before it checks whether it should stop.
@@ -66,6 +67,9 @@ pub(super) struct FollowerProfile {
     /// Whether it retries until the deadline when a round fails while it stops, to consume what the log
     /// already has.
     pub(super) patient: bool,
+    /// How much lower than usual the priority of its thread is. What acknowledgements do not wait for is not to be in
+    /// their way.
+    pub(super) nice: u8,
 }
 
 /// What the thread and those who ask about it share.
@@ -153,6 +157,7 @@ impl FollowerControl {
     }
 
     fn run<C: Consumer>(self: Arc<Self>, mut consumer: C, log: &dyn Log) {
+        lower_priority(self.words.nice);
         let _ended = FollowerEndGuard(self.clone());
         let mut retry = FOLLOWER_RETRY_PAUSES.0;
         loop {

@@ -49,7 +49,11 @@ impl RecordsReader {
     /// # Errors
     /// [`QueryError::Database`].
     pub fn inference(&self, scope: &DatasourceId) -> Result<Inference, QueryError> {
-        self.read(|connection| {
+        let stored = match self {
+            Self::Sqlite(stored) => stored,
+            Self::Postgres(stored) => return stored.inference(scope),
+        };
+        stored.read(|connection| {
             let mut observed = DatasourceObservation::default();
             let Some(id) = row_id_of_scope(connection, scope)? else { return Ok(observed.infer()) };
             let mut newest = connection.prepare_cached(
@@ -73,7 +77,7 @@ impl RecordsReader {
 
 /// What the payloads of a datasource have shown so far.
 #[derive(Default)]
-struct DatasourceObservation {
+pub(super) struct DatasourceObservation {
     all: PayloadObservation,
     topics: BTreeMap<String, PayloadObservation>,
     records: usize,
@@ -90,7 +94,7 @@ struct PayloadObservation {
 
 impl DatasourceObservation {
     /// Adds the next payload; the newest comes first.
-    fn observe(&mut self, topic: &str, payload: &[u8]) {
+    pub(super) fn observe(&mut self, topic: &str, payload: &[u8]) {
         self.records += 1;
         let Ok(value) = parse_unique_json(payload) else {
             self.not_json += 1;
@@ -105,7 +109,7 @@ impl DatasourceObservation {
         }
     }
 
-    fn infer(self) -> Inference {
+    pub(super) fn infer(self) -> Inference {
         let mut inference = Inference {
             inferred: (self.records > self.not_json).then(|| self.all.shape.to_schema()),
             example: self.all.example,

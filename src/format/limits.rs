@@ -156,6 +156,36 @@ pub const STREAM_BYTES_PER_TURN: usize = 128 << 10;
 pub const STREAM_HEARTBEAT_MIN: std::time::Duration = std::time::Duration::from_millis(100);
 /// How long the last event of a stream may take that was told to end.
 pub const STREAM_END_WAIT_MAX: std::time::Duration = std::time::Duration::from_secs(1);
+/// Browser sessions that one key may have at once.
+pub const BROWSER_SESSIONS_PER_KEY_MAX: usize = 16;
+/// Browser sessions that there may be at once.
+pub const BROWSER_SESSIONS_MAX: usize = 1_024;
+/// How long a browser session lasts that is not used.
+pub const BROWSER_SESSION_IDLE_MAX: std::time::Duration = std::time::Duration::from_secs(3_600);
+/// How long a browser session lasts at most.
+pub const BROWSER_SESSION_AGE_MAX: std::time::Duration = std::time::Duration::from_secs(12 * 3_600);
+/// Live views that one key may have open.
+pub const LIVE_WATCHERS_PER_KEY_MAX: usize = 16;
+/// Live views that may be open in all.
+pub const LIVE_WATCHERS_MAX: usize = 256;
+/// Datasources that the live view lists.
+pub const LIVE_DATASOURCES_MAX: usize = 1_000;
+/// Keys whose usage the live view adds up when it begins.
+pub const LIVE_KEYS_MAX: usize = 2_000;
+/// Bytes of the log that the live view looks at in one turn; of what is beyond it has the number alone.
+pub const LIVE_SCAN_BYTES_MAX: usize = 2 << 20;
+/// Records that the live view looks back for when it begins.
+pub const LIVE_HISTORY_RECORDS_MAX: u64 = 20_000;
+/// Seconds that the live view looks back for.
+pub const LIVE_HISTORY_S: usize = 60;
+/// Newest records of a datasource that one event of the live view has.
+pub const LIVE_RECORDS_MAX: usize = 100;
+/// Topics of a datasource whose newest records one event has in the view of all datasources.
+pub const LIVE_TOPICS_MAX: usize = 8;
+/// A payload that the live view shows.
+pub const LIVE_PAYLOAD_BYTES_MAX: usize = 4 << 10;
+/// Payload bytes in one event of the live view.
+pub const LIVE_EVENT_BYTES_MAX: usize = 128 << 10;
 /// How long a stream's client takes nothing until it counts as one that stands still.
 pub const STREAM_STILL: std::time::Duration = std::time::Duration::from_secs(10);
 /// The largest body that is parsed on the task that read it; larger ones go to a blocking thread.
@@ -185,6 +215,8 @@ pub const EXCHANGES_PER_DATASOURCE_MAX: usize = 2 << 16;
 pub const EXCHANGES_OPEN_MAX: usize = 1_000_000;
 /// How long a QoS 2 exchange stays open if its client does not come back.
 pub const EXCHANGE_AGE_MAX: std::time::Duration = std::time::Duration::from_secs(7 * 24 * 3_600);
+/// Messages of a cluster's log that a start looks through for exchanges that a kill has left open.
+pub const EXCHANGES_FOUND_AT_START_MAX: u64 = 500_000;
 
 /// Subscriptions of one NATS client that was let in with its key.
 pub const NATS_SUBSCRIPTIONS_MAX: u32 = 1024;
@@ -235,6 +267,16 @@ pub const INFERENCE_PARTS_MAX: usize = 1_000;
 pub const INFERENCE_KEY_BYTES_MAX: usize = 128;
 /// A payload shown as an example.
 pub const INFERENCE_EXAMPLE_BYTES_MAX: usize = 16 << 10;
+/// What records that wait for their commit in a Delta lake take in memory, about.
+pub const LAKE_PENDING_BYTES: usize = 64 << 20;
+/// Columns of values in a Delta lake, for all datasources.
+pub const LAKE_VALUE_COLUMNS_MAX: usize = 1_000;
+/// Columns of values that one datasource brings into a Delta lake, between two starts.
+pub const LAKE_VALUE_COLUMNS_OF_ONE_MAX: usize = 100;
+/// The name of a member that gets a column in a Delta lake.
+pub const LAKE_VALUE_NAME_BYTES_MAX: usize = 128;
+/// A string that stands in a column of a Delta lake.
+pub const LAKE_VALUE_BYTES_MAX: usize = 256;
 /// Quarantined messages that are redriven in one draft.
 pub const REDRIVE_PAGE_RECORDS: usize = 500;
 /// Quarantined messages that one redrive request handles, approximately.
@@ -274,10 +316,28 @@ pub const TENANT_ACTIVE: std::time::Duration = std::time::Duration::from_millis(
 pub const SLOW_LANE_STAY: std::time::Duration = std::time::Duration::from_secs(2);
 /// What such a tenant may have on its way into the log, in bytes; a larger request goes alone.
 pub const SLOW_IN_FLIGHT_BYTES_MAX: usize = 128 << 10;
+/// How long such a tenant pauses after work of its own that others wait for the disk behind, as a multiple of what the
+/// work took.
+pub const SLOW_DISK_PAUSES: u32 = 3;
+/// The same after a request larger than [`SLOW_IN_FLIGHT_BYTES_MAX`], for whose commit everybody waits: about a sixteenth
+/// of the log's time is such a tenant's.
+pub const SLOW_LARGE_PAUSES: u32 = 15;
+/// The longest of these pauses.
+pub const SLOW_DISK_PAUSE_MAX: std::time::Duration = std::time::Duration::from_secs(2);
 /// The niceness of that priority.
 pub const SLOW_LANE_NICE: u8 = 10;
 /// What a new connection may use of the processors before it shares the place of its tenant, in nanoseconds.
 pub const NEWCOMER_NS: u64 = 200_000;
+/// Bytes of a new connection that are looked at for a key while a crowd of strangers stands in line: a request with its
+/// first headers, or a CONNECT.
+pub const EARLY_KEY_BYTES_MAX: usize = 1_024;
+/// How many there are looked up.
+pub const EARLY_KEYS_MAX: usize = 4;
+/// How long those bytes are waited for.
+pub const EARLY_KEY_WAIT_MAX: std::time::Duration = std::time::Duration::from_millis(250);
+/// Connections that are accepted before others have their turn, while somebody is in the slow lane: a crowd must not fill
+/// the kernel's queue.
+pub const ACCEPTS_PER_TURN_MAX: u32 = 8;
 /// What is read of a new HTTP connection in one of its turns while others wait to be let in.
 pub const NEWCOMER_READ_BYTES: usize = 256;
 /// Packets of an MQTT connection that are decoded before others have their turn.
@@ -388,14 +448,30 @@ pub const QUERY_RECORDS_MAX: usize = 10_000;
 pub const QUERY_RECORDS_DEFAULT: usize = 100;
 /// Connections to a database that are kept for the next readers.
 pub const IDLE_READERS_MAX: usize = 8;
+/// Connections to PostgreSQL for those who read, beside the one that writes, ...
+pub const POSTGRES_READERS_MAX: usize = 4;
+/// ... how many may wait for one of them at once, ...
+pub const POSTGRES_READERS_WAITING_MAX: usize = 32;
+/// ... and how long.
+pub const POSTGRES_READER_WAIT_MAX: std::time::Duration = std::time::Duration::from_secs(5);
+/// How long it may take to open one.
+pub const POSTGRES_READER_OPEN_WAIT_MAX: std::time::Duration = std::time::Duration::from_secs(5);
+/// How long PostgreSQL may take for a statement of a reader's; it gives up by itself before that.
+pub const POSTGRES_READ_WAIT_MAX: std::time::Duration = std::time::Duration::from_secs(15);
+/// How long readers leave a PostgreSQL alone that was away.
+pub const POSTGRES_READER_AWAY_PAUSE: std::time::Duration = std::time::Duration::from_millis(500);
 /// Large HTTP bodies that are parsed at once for each processor.
-pub const PARSES_PER_PROCESSOR_MAX: usize = 4;
+pub const PARSES_PER_PROCESSOR_MAX: usize = 2;
 /// Payload bytes after which a page of a query ends, full or not.
 pub const QUERY_BYTES_MAX: usize = 16 << 20;
 /// Records that a query scans for one page; a selective filter gives short pages.
 pub const QUERY_SCANNED_MAX: usize = 100_000;
 /// Stored records that one transaction of retention removes: storage goes on in between.
 pub const PRUNE_RECORDS_PER_TRANSACTION: usize = 2_000;
+/// The same in PostgreSQL, ...
+pub const POSTGRES_PRUNE_RECORDS_PER_TRANSACTION: usize = 5_000;
+/// ... where what a datasource takes is counted so many records at a time.
+pub const POSTGRES_COUNT_RECORDS_PER_STEP: i64 = 50_000;
 /// Topics whose samples one transaction of retention takes out of what they share with later ones.
 pub const TRIM_TOPICS_PER_TRANSACTION: u32 = 64;
 /// How often that is done: samples may outlive their records by so much.
@@ -428,6 +504,9 @@ pub const LATEST_BOARD_DATASOURCES_MAX: usize = 8;
 pub const SAMPLES_PER_RECORD_MAX: usize = 256;
 /// Bytes of a sample's key, with the names of the objects that it is in.
 pub const SAMPLE_KEY_BYTES_MAX: usize = LATEST_KEY_BYTES_MAX;
+/// Topics and keys whose samples or newest values one transaction of storage gathers before it writes them: what clients
+/// invent must not take more memory than that.
+pub const GATHERED_KEYS_MAX: usize = 32 << 10;
 /// Objects inside of the outermost one whose numbers become samples.
 pub const SAMPLE_DEPTH_MAX: usize = 8;
 /// Bytes of the JSON pointer to an event time.
@@ -448,6 +527,8 @@ pub const SERIES_STEP_MS_MAX: u64 = 366 * 24 * 3_600 * 1_000;
 pub const SERIES_CHUNKS_MAX: usize = 200_000;
 /// Bytes of chunks that a series reads in one turn.
 pub const SERIES_PIECE_BYTES: usize = 4 << 20;
+/// Samples of one piece of it from PostgreSQL.
+pub const SERIES_PIECE_SAMPLES: i64 = 20_000;
 /// The largest distance between event time and receipt that a datasource may ask for, in seconds: 100 years.
 pub const EVENT_TIME_SKEW_S_MAX: u64 = 100 * 366 * 24 * 3_600;
 

@@ -15,6 +15,7 @@ use parking_lot::Mutex;
 use crate::config;
 use crate::message::KeyId;
 use crate::network::source_of;
+use crate::scheduler::polite_lock;
 
 /// How many strangers there may be.
 #[derive(Debug, Clone, Copy)]
@@ -127,7 +128,7 @@ impl ConnectionTable {
         let address = source_of(address);
         let owner = ConnectionOwner::Address(address);
         let eviction = Arc::new(Eviction::default());
-        let mut state = self.state.lock();
+        let mut state = polite_lock(&self.state);
         let number = state.next_number;
         state.next_number += 1;
         let evicted = state.add_stranger(address, number, eviction.clone());
@@ -137,7 +138,7 @@ impl ConnectionTable {
 
     /// Makes room for one more: tells the oldest connection of whoever has most.
     pub(super) fn make_room(&self) {
-        let mut state = self.state.lock();
+        let mut state = polite_lock(&self.state);
         let largest = state.address_sizes.last().max(state.key_sizes.last()).map(|(_, owner)| *owner);
         if let Some(owner) = largest {
             state.evict_oldest(owner);
@@ -237,7 +238,7 @@ impl TableEntry {
         if of == address {
             return None;
         }
-        let mut state = self.table.state.lock();
+        let mut state = polite_lock(&self.table.state);
         // One that was told to make room already is in no group.
         let eviction = state.remove(before, self.number)?;
         *owner = Some(ConnectionOwner::Address(address));
@@ -248,7 +249,7 @@ impl TableEntry {
     pub(super) fn present(&self, key_id: KeyId) {
         let mut owner = self.owner.lock();
         let Some(stranger @ ConnectionOwner::Address(_)) = *owner else { return };
-        let mut state = self.table.state.lock();
+        let mut state = polite_lock(&self.table.state);
         // One that was told to make room already is in no group.
         *owner = state.remove(stranger, self.number).map(|eviction| {
             let key = ConnectionOwner::Key(key_id);
@@ -261,7 +262,7 @@ impl TableEntry {
 impl Drop for TableEntry {
     fn drop(&mut self) {
         if let Some(owner) = *self.owner.lock() {
-            self.table.state.lock().remove(owner, self.number);
+            polite_lock(&self.table.state).remove(owner, self.number);
         }
     }
 }

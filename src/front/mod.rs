@@ -2,6 +2,7 @@
 
 pub mod connection_table;
 mod credentials;
+mod early_key;
 pub mod http;
 pub mod listen_sockets;
 pub mod mqtt;

@@ -19,7 +19,7 @@ const CLUSTER_CHANGE_TIMEOUT: Duration = Duration::from_secs(10);
 const CLUSTER_CHANGE_PAUSE: Duration = Duration::from_millis(100);
 
 /// Every stream and bucket of the cluster, as the configuration has it; the log's stream is the first.
-fn all_streams(config: &Config) -> Vec<ManagedStream> {
+pub(super) fn all_streams(config: &Config) -> Vec<ManagedStream> {
     let replicas = config.nats.stream.replicas;
     let sessions = sessions_bucket_settings(replicas, config.mqtt.session_expiry_s_max);
     let others = cluster::managed_streams(replicas).into_iter().chain([(&sessions).into()]);

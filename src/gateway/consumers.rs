@@ -49,7 +49,7 @@ impl Consumers {
     /// A database that is ahead of the log, NATS settings that can never work; worded for an operator.
     pub(super) async fn start(
         config: &Config,
-        opened: &OpenedLog,
+        opened: &mut OpenedLog,
     ) -> anyhow::Result<(Self, StartingClients)> {
         let (dir, log) = (&config.data_dir, &opened.log);
         let (at, settings, followed) = (dir.clone(), config.storage.clone(), log.clone());
@@ -61,14 +61,18 @@ impl Consumers {
             storage.begin_retention(&stored_limits(opened.registry.clone()));
         }
         let storage = storage.map(Arc::new);
-        let query = (config.storage.read_from() == Some(SinkKind::Sqlite)).then(|| RecordsReader::new(dir));
-        let board = storage.as_ref().map(|storage| storage.latest_board().clone());
-        let query = query.map(|query| query.with_board(board.unwrap_or_default()));
+        let board = storage.as_ref().map(|storage| storage.latest_board().clone()).unwrap_or_default();
+        let query = config.storage.read_from().and_then(|kind| match kind {
+            SinkKind::Sqlite => Some(RecordsReader::new(dir).with_board(board)),
+            SinkKind::Postgres => Some(RecordsReader::of_postgres(&config.storage.postgres)),
+            // It is read with what reads Delta lakes: `read_from` never names it.
+            SinkKind::Delta => None,
+        });
         let hold = log.hold();
         let retained = RetainedStore::start(dir, log.clone(), move |offset| hold.set(offset))?;
-        let (store, groups, clients) = match &opened.cluster {
+        let (store, groups, clients) = match &mut opened.cluster {
             Some((member, places)) => {
-                let (store, claims, groups) = member.open_sessions(config, places.clone()).await?;
+                let (store, claims, groups) = member.open_sessions(config, places.clone(), log).await?;
                 let stored = StoredSessions::default();
                 (store, Some(groups), StartingClients { stored, claims: Some(claims) })
             }

@@ -53,7 +53,9 @@ fn is_own_file(name: &str) -> bool {
     let is_database = ["registry", "records", "retained", "sessions", "quarantine"]
         .iter()
         .any(|stem| name.strip_prefix(stem).is_some_and(|rest| rest.starts_with(['.', '-'])));
-    is_database || matches!(name, "LOCK" | "admin.key" | "log.id" | "log.parents" | "node")
+    is_database
+        || matches!(name, "LOCK" | "admin.key" | "log.id" | "log.parents" | "node")
+        || matches!(name, "history.json" | "registry-copy.json" | "cursors-set-aside.jsonl")
 }
 
 /// Whether the log makes a file of this name in its directory.

@@ -8,24 +8,26 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
-use headgate_bridge_nats::{KvError, Nats, Presence, StreamError};
+use headgate_bridge_nats::{KvBucket, KvError, Nats, Presence, StreamError};
 use rand::TryRng;
 use rand::rngs::SysRng;
 use tokio::task::JoinHandle;
-use tracing::info;
+use tokio_util::sync::CancellationToken;
+use tracing::{error, info};
 
-use super::cluster_settings::check_cluster_settings;
+use super::cluster_settings::{all_streams, check_cluster_settings};
 use super::directory::{ADMIN_KEY_LABEL, write_secret};
+use super::history::{AdmissionError, AdmittedHistory, HistoryWatch, set_back_stores};
 use crate::auth::cluster::{JoinedRegistry, RegistryFollower};
 use crate::auth::{Registry, RegistryError};
 use crate::config::Config;
 use crate::consume::subscriber::ClusterShareGroups;
 use crate::consume::subscriber::sessions::SessionStore;
-use crate::consume::subscriber::sessions::bucket::{self, GroupRolls, SessionLookup};
+use crate::consume::subscriber::sessions::bucket::{self, CursorSetBacks, GroupRolls, SessionLookup};
 use crate::front::http::UnreadyReason;
 use crate::front::mqtt::ClientClaims;
 use crate::intake::Intake;
-use crate::log::{JetstreamLog, LogOpenError, SharedPlaces};
+use crate::log::{JetstreamLog, Log, LogOpenError, SharedPlaces};
 
 /// The pause before a retry while NATS is unreachable.
 const CLUSTER_RETRY_PAUSE: Duration = Duration::from_millis(250);
@@ -64,7 +66,7 @@ impl JoiningMember {
     /// # Errors
     /// Worded for an operator: settings that can never work, a registry that cannot be read, a stream
     /// that cannot be used.
-    pub(super) async fn join(&self, config: &Config) -> anyhow::Result<(ClusterMember, JetstreamLog)> {
+    pub(super) async fn join(&self, config: &Config) -> anyhow::Result<(ClusterMember, Arc<JetstreamLog>)> {
         let name = node_name(&config.data_dir)?;
         loop {
             match check_cluster_settings(&self.nats, config).await {
@@ -74,23 +76,85 @@ impl JoiningMember {
             }
             tokio::time::sleep(CLUSTER_RETRY_PAUSE).await;
         }
-        let member = ClusterMember::join(&self.nats, config).await?;
+        let admitted = self.admit(config).await?;
+        let mut member = ClusterMember::join(&self.nats, config).await?;
         // The log has its own connection because it carries the most traffic.
         let nats = Nats::connect(&config.nats.connection("headgate log")?).await?;
         let following = Nats::connect(&config.nats.connection("headgate log, following")?).await?;
-        loop {
+        let log = loop {
             let error = match JetstreamLog::open(&nats, &following, config, &name).await {
-                Ok(log) => {
-                    let registry = member.registry.clone();
-                    log.set_behind_check(move || registry.may_be_behind());
-                    return Ok((member, log));
-                }
+                Ok(log) => break Arc::new(log),
                 Err(error @ LogOpenError::Away(_)) => error,
                 Err(error) => return Err(error.into()),
             };
             *self.waits_for.lock() = error.to_string();
             tokio::time::sleep(CLUSTER_RETRY_PAUSE).await;
+        };
+        let registry = member.registry.clone();
+        log.set_behind_check(move || registry.may_be_behind());
+        self.begin_history(config, &admitted, &log, &mut member, following).await?;
+        Ok((member, log))
+    }
+
+    /// Compares what the servers have with what this gateway has followed. Waits until they are the same, or it is decided
+    /// that the cluster goes on from another state.
+    async fn admit(&self, config: &Config) -> anyhow::Result<AdmittedHistory> {
+        let (streams, replicas) = (all_streams(config), config.nats.stream.replicas);
+        loop {
+            let text = match AdmittedHistory::ask(&self.nats, &streams, replicas, &config.data_dir).await {
+                Ok(admitted) => return Ok(admitted),
+                Err(AdmissionError::Away(text)) => text,
+                Err(AdmissionError::Undecided(text)) => {
+                    if *self.waits_for.lock() != text {
+                        error!("the cluster is not the one that this gateway has followed: {text}");
+                    }
+                    text
+                }
+                Err(error) => return Err(error.into()),
+            };
+            *self.waits_for.lock() = text;
+            tokio::time::sleep(CLUSTER_RETRY_PAUSE).await;
         }
+    }
+
+    /// Sets aside what the stores have beyond the state from which the cluster goes on, notes what is followed from now on,
+    /// and watches that.
+    async fn begin_history(
+        &self,
+        config: &Config,
+        admitted: &AdmittedHistory,
+        log: &Arc<JetstreamLog>,
+        member: &mut ClusterMember,
+        following: Nats,
+    ) -> anyhow::Result<()> {
+        log.set_history(admitted.cluster.of_log());
+        let dir = config.data_dir.clone();
+        if let Some(end) = admitted.set_back_to {
+            let (dir, log) = (dir.clone(), log.clone());
+            tokio::task::spawn_blocking(move || set_back_stores(&dir, &*log, end)).await??;
+        }
+        if let Some(followed_at) = admitted.followed_at {
+            while let Err(error) = log.find_open_exchanges(followed_at).await {
+                *self.waits_for.lock() = error.to_string();
+                tokio::time::sleep(CLUSTER_RETRY_PAUSE).await;
+            }
+        }
+        member.open_cells(config).await?;
+        let streams = all_streams(config);
+        let known = loop {
+            match admitted.complete(&self.nats, &streams, config.nats.stream.replicas).await {
+                Ok(known) => break known,
+                Err(AdmissionError::Away(text)) => *self.waits_for.lock() = text,
+                Err(error) => return Err(error.into()),
+            }
+            tokio::time::sleep(CLUSTER_RETRY_PAUSE).await;
+        };
+        known.save(&dir).with_context(|| format!("what is followed, in {}", dir.display()))?;
+        let (gate, registry) = (log.gate().clone(), member.registry.clone());
+        let watch =
+            HistoryWatch::new(self.nats.clone(), streams, gate, dir, known, registry, member.left.clone());
+        member.history = Some(tokio::spawn(watch.run(vec![log.nats().clone(), following])));
+        Ok(())
     }
 }
 
@@ -124,6 +188,12 @@ pub(super) struct ClusterMember {
     /// Applies the other members' changes, once [`ClusterMember::follow`] has spawned it.
     follow: Option<RegistryFollower>,
     following: Option<JoinHandle<()>>,
+    /// The bucket of sessions, once it is open.
+    cells: Option<KvBucket>,
+    /// Watches whether the cluster is the one that is followed.
+    history: Option<JoinHandle<()>>,
+    /// Cancelled when it goes on from another state.
+    left: CancellationToken,
 }
 
 impl ClusterMember {
@@ -136,12 +206,47 @@ impl ClusterMember {
         let id = random_name()?;
         let JoinedRegistry { registry, presence, follow } =
             Registry::join(nats, config.nats.stream.replicas, &id).await?;
-        Ok(Self { nats: nats.clone(), presence, registry, follow: Some(follow), following: None })
+        Ok(Self {
+            nats: nats.clone(),
+            presence,
+            registry,
+            follow: Some(follow),
+            following: None,
+            cells: None,
+            history: None,
+            left: CancellationToken::new(),
+        })
     }
 
     /// The registry.
     pub(super) fn registry(&self) -> &Arc<Registry> {
         &self.registry
+    }
+
+    /// Cancelled when the cluster goes on from another state of its log.
+    pub(super) fn left(&self) -> &CancellationToken {
+        &self.left
+    }
+
+    /// Opens the bucket of sessions. Waits while NATS is unreachable.
+    ///
+    /// # Errors
+    /// JetStream cannot have it; worded for an operator.
+    async fn open_cells(&mut self, config: &Config) -> anyhow::Result<KvBucket> {
+        if let Some(cells) = &self.cells {
+            return Ok(cells.clone());
+        }
+        let (replicas, expiry_s_max) = (config.nats.stream.replicas, config.mqtt.session_expiry_s_max);
+        loop {
+            match bucket::open_sessions_bucket(&self.nats, replicas, expiry_s_max).await {
+                Err(KvError::Away(_)) => tokio::time::sleep(CLUSTER_RETRY_PAUSE).await,
+                opened => {
+                    let cells = opened.context("the bucket of MQTT sessions")?;
+                    self.cells = Some(cells.clone());
+                    return Ok(cells);
+                }
+            }
+        }
     }
 
     /// Begins to apply other members' changes and returns once all earlier changes are applied: only
@@ -189,19 +294,18 @@ impl ClusterMember {
     /// # Errors
     /// JetStream cannot store them; worded for an operator.
     pub(super) async fn open_sessions(
-        &self,
+        &mut self,
         config: &Config,
         places: SharedPlaces,
+        log: &Arc<dyn Log>,
     ) -> anyhow::Result<(SessionStore, ClientClaims, ClusterShareGroups)> {
-        let (replicas, expiry_s_max) = (config.nats.stream.replicas, config.mqtt.session_expiry_s_max);
-        let cells = loop {
-            match bucket::open_sessions_bucket(&self.nats, replicas, expiry_s_max).await {
-                Err(KvError::Away(_)) => tokio::time::sleep(CLUSTER_RETRY_PAUSE).await,
-                opened => break opened.context("the bucket of MQTT sessions")?,
-            }
-        };
-        let (lookup, rolls) = (SessionLookup::new(cells.clone()), GroupRolls::start(cells.clone()));
-        let (store, lost) = SessionStore::in_bucket(cells, self.presence.id())?;
+        let cells = self.open_cells(config).await?;
+        let set_backs = CursorSetBacks::new(log.history().cloned().unwrap_or_default(), &config.data_dir);
+        let lookup = SessionLookup::new(cells.clone(), set_backs);
+        let rolls = GroupRolls::start(cells.clone());
+        let written = log.clone();
+        let (store, lost) =
+            SessionStore::in_bucket(cells, self.presence.id(), move || written.doubt().is_some())?;
         let groups = ClusterShareGroups::start(places, rolls, self.presence.clone()).await?;
         Ok((store, ClientClaims::new(self.presence.clone(), lookup, lost), groups))
     }
@@ -210,6 +314,9 @@ impl ClusterMember {
     /// no more messages.
     pub(super) async fn leave(self) {
         self.presence.leave().await;
+        if let Some(history) = self.history {
+            history.abort();
+        }
         if let Some(following) = self.following {
             following.abort();
         }

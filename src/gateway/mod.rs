@@ -6,6 +6,7 @@ mod consumers;
 mod descriptors;
 mod directory;
 mod fronts;
+mod history;
 mod keep;
 mod listeners;
 mod member;
@@ -36,6 +37,7 @@ pub use cluster_settings::change_cluster;
 use consumers::Consumers;
 use directory::ADMIN_KEY_FILE;
 use fronts::RunningFronts;
+pub use history::{AdoptionOrder, adopt_cluster};
 pub use keep::{back_up_stopped, restore_backup};
 use listeners::Listeners;
 use member::{ClusterMember, JoiningMember};
@@ -151,6 +153,32 @@ impl Gateway {
             member,
             _lock: lock,
         })
+    }
+
+    /// Returns when the cluster goes on from another state of its log: then this gateway has to start again. Never without
+    /// a cluster.
+    pub async fn left_history(&self) {
+        match &self.member {
+            Some(member) => member.left().cancelled().await,
+            None => std::future::pending().await,
+        }
+    }
+
+    /// Sets the ports of a configuration that the system chose to those that it has, so that a new start has them again.
+    pub fn pin_listeners(&self, config: &mut Config) {
+        config.mqtt.listen.pin(self.mqtt_addr);
+        config.http.listen.pin(self.http_addr);
+        for (setting, addr) in [
+            (&mut config.mqtt.tls.listen, self.mqtt_tls_addr),
+            (&mut config.http.tls.listen, self.http_tls_addr),
+        ] {
+            if let Some(addr) = addr {
+                setting.pin(addr);
+            }
+        }
+        if let (Some(setting), Some(addr)) = (&mut config.http.admin.listen, self.admin_addr) {
+            setting.pin(addr);
+        }
     }
 
     /// Applies those settings of `config` that can be changed while the gateway runs

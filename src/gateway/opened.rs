@@ -52,7 +52,7 @@ impl OpenedLog {
     pub(super) async fn join(joining: &JoiningMember, config: &Config) -> anyhow::Result<Self> {
         let (member, log) = joining.join(config).await?;
         let (registry, places) = (member.registry().clone(), log.shared_places());
-        Ok(Self { registry, log: Arc::new(log), cluster: Some((member, places)) })
+        Ok(Self { registry, log, cluster: Some((member, places)) })
     }
 }
 
@@ -75,10 +75,10 @@ impl OpenedGateway {
     ///
     /// # Errors
     /// What could not be opened; worded for an operator.
-    pub(super) async fn open(config: &Config, opened: OpenedLog) -> anyhow::Result<Self> {
+    pub(super) async fn open(config: &Config, mut opened: OpenedLog) -> anyhow::Result<Self> {
         // Opened before any consumer reads the log: it decides which records they may see.
         let leaks = QuarantineLeakRules::start(opened.registry.clone(), opened.log.clone())?;
-        let (consumers, clients) = Consumers::start(config, &opened).await?;
+        let (consumers, clients) = Consumers::start(config, &mut opened).await?;
         let OpenedLog { registry, log, cluster } = opened;
         let metrics = Arc::new(Metrics::new());
         let authorizer = Authorizer::with_config(registry.clone(), &config.auth);

@@ -14,6 +14,7 @@ use crate::log::{AppendError, CommitOutcome, Offsets, Section, SectionOutcome};
 use crate::message::{Offset, TimeMicros, Transport};
 use crate::observe::metrics::Metrics;
 use crate::observe::refusals::{RefusalNote, Refusals};
+use crate::processor::DiskTurn;
 
 use super::Refusal;
 use super::payer::DraftPayer;
@@ -43,7 +44,7 @@ pub struct AdmittedDraft {
 pub(super) struct DraftRoom {
     pub(super) _of_all: OwnedSemaphorePermit,
     /// Of its tenant, if that is in the slow lane.
-    pub(super) _of_tenant: Option<OwnedSemaphorePermit>,
+    pub(super) _of_tenant: Option<DiskTurn>,
 }
 
 /// The numbers of a section that metrics count when it is durable.

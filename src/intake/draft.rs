@@ -3,6 +3,7 @@
 
 use std::borrow::Cow;
 use std::sync::Arc;
+use std::time::Instant;
 
 use headgate_format::codec::properties::Properties;
 
@@ -359,7 +360,7 @@ impl Draft {
     /// MQTT 5 user properties `redriven-from` and `first-received-at` say where it was and since when. It
     /// is not retained, because a newer message may be. However often it is sent, it is kept once: under the id
     /// that its sender gave it, so that a corrected message with that id is not kept beside it, or under one that
-    /// no client can choose.
+    /// no client can choose. With `before`, it is left out if it does not come into the log before that time.
     ///
     /// # Errors
     /// [`Refusal::Denied`].
@@ -368,6 +369,7 @@ impl Draft {
         grant: &Grant,
         of: &Datasource,
         record: &RecordRef<'_>,
+        before: Option<Instant>,
     ) -> Result<RedriveOutcome, Refusal> {
         let (datasource, scope) = (&of.id, of.scope());
         grant.allows(Scope::Admin, datasource.as_str())?;
@@ -396,6 +398,7 @@ impl Draft {
             self.received_at,
         );
         section.bind_to(of.lease.clone());
+        before.into_iter().for_each(|time| section.keep_before(time));
         let own_id = user_property(record.properties, id_property(record.transport));
         section.keep_once(match own_id.filter(|id| check_message_id(id).is_ok()) {
             Some(id) => OnceId::of_message(&scope, id),

@@ -22,19 +22,19 @@ use std::pin::Pin;
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
-use tokio::sync::{AcquireError, Semaphore};
+use tokio::sync::{AcquireError, OwnedSemaphorePermit, Semaphore};
 use tracing::{info, warn};
 
 use crate::auth::setting::JsonSetting;
 use crate::auth::{Authorizer, Grant, GrantDenial, Key};
 use crate::config;
-use crate::limits::{RETRY_AFTER, REVOCATION_WAIT_MAX, SLOW_IN_FLIGHT_BYTES_MAX};
+use crate::limits::{RETRY_AFTER, REVOCATION_WAIT_MAX, SLOW_IN_FLIGHT_BYTES_MAX, SLOW_LARGE_PAUSES};
 use crate::log::{AppendError, Log, SectionOutcome};
 use crate::memory::{MemoryAccount, MemoryBudget};
 use crate::message::{DatasourceId, Transport, now_micros};
 use crate::observe::metrics::Metrics;
 use crate::observe::refusals::Refusals;
-use crate::processor::ProcessorTime;
+use crate::processor::{DiskTurn, ProcessorTime};
 use crate::quota::{Limit, LimitExceeded, LimitOwner, LimitPolicy, LimitSetting, Meters, Quota, QuotaLimits};
 use crate::retained_topics::{RetainedFull, RetainedTopics};
 use crate::shares::{ShareCount, ShareExceeded, TenantShare};
@@ -231,20 +231,30 @@ impl Intake {
     }
 
     /// Hands a draft to the log as soon as there is room for it. While there is none, MQTT clients are
-    /// held back; the others wait for a second at most, and are then told when to come again.
+    /// held back; the others wait for a second at most, unless it is their own tenant in the slow lane that is in their way,
+    /// and are then told when to come again.
     ///
     /// # Errors
     /// [`Refusal::Busy`] if there is no room for `intake.hold_back_ms_max`; [`AppendError::Away`] if this
-    /// gateway has been without its cluster for too long to know which keys are good.
+    /// gateway has been without its cluster for too long to know which keys are good; [`AppendError::OtherHistory`].
     pub async fn admit(&self, draft: Draft) -> Result<AdmittedDraft, Refusal> {
         let draft = match self.try_admit(draft) {
             Ok(admitted) => return Ok(admitted),
             Err(draft) => *draft,
         };
-        let patience = self.hold_back(draft.transport).max(Duration::from_secs(1));
+        // Behind messages of its own tenant everybody waits as long: they are what is in the way.
+        let waits_for_own = self.log_turns(&draft).is_some();
+        let transport = if waits_for_own { Transport::Mqtt } else { draft.transport };
+        let patience = self.hold_back(transport).max(Duration::from_secs(1));
         let until = tokio::time::Instant::now() + patience;
         while self.may_be_behind() {
             if tokio::time::Instant::now() >= until {
+                if self.0.log.is_in_doubt() {
+                    let unchecked =
+                        || "whether it is still the one that was followed is being checked".to_owned();
+                    let doubt = self.0.log.doubt().unwrap_or_else(unchecked);
+                    return Err(AppendError::OtherHistory(doubt.into()).into());
+                }
                 let text = "this gateway has lost NATS and may not know yet which keys are dead";
                 return Err(AppendError::Away(text.into()).into());
             }
@@ -257,9 +267,9 @@ impl Intake {
         }
     }
 
-    /// Whether a key may have died without this gateway knowing it yet.
+    /// Whether a key may have died without this gateway knowing it yet, or the log may be another one.
     fn may_be_behind(&self) -> bool {
-        self.0.authorizer.registry().may_be_behind()
+        self.0.authorizer.registry().may_be_behind() || self.0.log.is_in_doubt()
     }
 
     /// Hands a draft to the log if there is room for it now, and gives it back if there is not.
@@ -279,7 +289,8 @@ impl Intake {
             Some(turns) => Some(turns.try_acquire_many_owned(slow_permits(permits)).ok()?),
             None => None,
         };
-        Some(DraftRoom { _of_all: self.0.room.clone().try_acquire_many_owned(permits).ok()?, _of_tenant })
+        let _of_all = self.0.room.clone().try_acquire_many_owned(permits).ok()?;
+        Some(DraftRoom { _of_all, _of_tenant: self.disk_turn(_of_tenant, permits) })
     }
 
     /// Waits for room: first behind the messages of the same tenant, if that is in the slow lane, then behind everybody's.
@@ -289,7 +300,14 @@ impl Intake {
             Some(turns) => Some(turns.acquire_many_owned(slow_permits(permits)).await?),
             None => None,
         };
-        Ok(DraftRoom { _of_all: self.0.room.clone().acquire_many_owned(permits).await?, _of_tenant })
+        let _of_all = self.0.room.clone().acquire_many_owned(permits).await?;
+        Ok(DraftRoom { _of_all, _of_tenant: self.disk_turn(_of_tenant, permits) })
+    }
+
+    /// The turn of a tenant in the slow lane for a draft that needs so many permits of all.
+    fn disk_turn(&self, of_tenant: Option<OwnedSemaphorePermit>, permits: u32) -> Option<DiskTurn> {
+        let is_large = permits > slow_permits(permits);
+        Some(self.0.processor.disk_turn(of_tenant?, if is_large { SLOW_LARGE_PAUSES } else { 0 }))
     }
 
     /// What the draft's tenant has to wait for in the slow lane. `None` over NATS: a draft has the messages of many

@@ -90,6 +90,12 @@ pub enum Refusal {
          (intake.exchanges_per_datasource_max)"
     )]
     Exchanges,
+    /// Transient: its datasource brings new ids faster than the cluster forgets them.
+    #[error(
+        "the datasource has brought as many ids of messages as the cluster remembers of it \
+         (intake.dedup_ids_per_datasource_max, intake.dedup_ids_max); the oldest leave after intake.dedup_window_s"
+    )]
+    Ids,
     /// It was refused, but may be a repetition of a message that the log has. It is in the draft as a question:
     /// the refusal holds unless the log knows it.
     #[error("{}", .0.refusal)]
@@ -123,7 +129,7 @@ impl Refusal {
             Refusal::Limited(limited) if limited.limit.is_rate() => Some(limited.wait),
             Refusal::Limited(limited) if limited.limit == Limit::Connections => Some(RETRY_AFTER),
             Refusal::Memory(exceeded) if !exceeded.is_too_large => Some(RETRY_AFTER),
-            Refusal::Log(_) | Refusal::Exchanges => Some(RETRY_AFTER),
+            Refusal::Log(_) | Refusal::Exchanges | Refusal::Ids => Some(RETRY_AFTER),
             Refusal::Asked(asked) => asked.refusal.retry_after(),
             _ => None,
         }
@@ -143,6 +149,7 @@ impl Refusal {
             Refusal::MessageId => Cause::MessageId,
             Refusal::Conflict(_) => Cause::IdConflict,
             Refusal::Exchanges => Cause::Exchanges,
+            Refusal::Ids => Cause::LimitIds,
             Refusal::Asked(asked) => asked.refusal.cause(),
             Refusal::Quarantined(quarantined) if quarantined.reason.is_limit() => Cause::LimitQuarantine,
             Refusal::Quarantined(_) => Cause::Schema,
@@ -172,6 +179,7 @@ impl Refusal {
             Refusal::Log(AppendError::Failed(_)) => Cause::LogFailed,
             Refusal::Log(AppendError::Away(_)) => Cause::LogAway,
             Refusal::Log(AppendError::Unknown(_)) => Cause::LogUnknown,
+            Refusal::Log(AppendError::OtherHistory(_)) => Cause::LogHistory,
             Refusal::Log(AppendError::Closed) => Cause::ShuttingDown,
         }
     }
@@ -202,6 +210,7 @@ impl Refusal {
                 Some(Self::Conflict(IdConflict::MessageId(earlier.first())))
             }
             SectionOutcome::ExchangesFull => Some(Self::Exchanges),
+            SectionOutcome::IdsFull => Some(Self::Ids),
         }
     }
 }

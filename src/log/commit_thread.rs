@@ -16,6 +16,8 @@ use super::writer::{LOG_WRITE_RETRY_PAUSE, LogWriter, WrittenCommit};
 const WRITE_AHEAD_IDLE: Duration = Duration::from_millis(50);
 /// The pause between two pieces that are written ahead.
 const WRITE_AHEAD_PAUSE: Duration = Duration::from_millis(5);
+/// A commit of so many bytes is put together with its priority already.
+const LARGE_COMMIT_BYTES: usize = 256 << 10;
 /// How often the first thread runs retention when nothing is appended.
 const WRITER_IDLE_INTERVAL: Duration = Duration::from_secs(1);
 
@@ -74,6 +76,10 @@ impl CommitThread {
         let (weight, written) = {
             let mut writer = self.writer.lock();
             let Some(weight) = self.shared.queue.begin_turn(&mut group) else { return };
+            if weight >= LARGE_COMMIT_BYTES {
+                // It computes for milliseconds, in which everybody waits for it.
+                priority.raise();
+            }
             let written = writer.commit(self.number, &mut group).unwrap_or_else(|error| {
                 writer.wait_out(error, group);
                 None

@@ -93,8 +93,8 @@ pub use headgate_format::log::record::RecordBody;
 pub use headgate_format::log::section::Section;
 pub use incarnations::{IncarnationHistory, IncarnationStep};
 pub use jetstream::{
-    DeliveredRecord, JetstreamLog, SHARED_KEEP_INTERVAL, ShareError, SharedPlace, SharedPlaces,
-    SharedRecords, managed_streams, timed_report,
+    DeliveredRecord, HistoryGate, HistorySetBack, JetstreamLog, LogHistory, SHARED_KEEP_INTERVAL, ShareError,
+    SharedPlace, SharedPlaces, SharedRecords, managed_streams, timed_report,
 };
 pub use retention::Hold;
 pub use withheld::{WithheldChange, WithheldRule, WithheldRules, WithheldSnapshot};
@@ -230,6 +230,11 @@ pub trait Log: Send + Sync {
         None
     }
 
+    /// How long ids tell a repetition that another gateway appends. `None`: no other one appends to this log.
+    fn shared_id_window(&self) -> Option<Duration> {
+        None
+    }
+
     /// How many ids were evicted before their time because there were too many.
     fn evicted_ids(&self) -> u64 {
         0
@@ -251,6 +256,22 @@ pub trait Log: Send + Sync {
     /// skipped because `log.accept_corruption` allows it. 0 where others keep the files.
     fn lost_records(&self) -> u64 {
         0
+    }
+
+    /// Whether this may be another log than this gateway has followed, or an earlier state of it. Nothing may be taken
+    /// into it meanwhile. Some atomic loads.
+    fn is_in_doubt(&self) -> bool {
+        false
+    }
+
+    /// Why it is another one, once that is known.
+    fn doubt(&self) -> Option<String> {
+        None
+    }
+
+    /// The epochs of a log that several gateways have; `None` for one with files of its own.
+    fn history(&self) -> Option<&LogHistory> {
+        None
     }
 
     /// Why nothing can be appended now; `None` if appends work.
@@ -309,6 +330,8 @@ pub enum SectionOutcome {
     },
     /// Not kept: its datasource may open no further QoS 2 exchange now.
     ExchangesFull,
+    /// Not kept: its datasource may bring no new id now. Where ids cannot be pushed out.
+    IdsFull,
     /// Not kept: it only asked for its ids ([`Section::only_ask`]), and none is known.
     Unknown,
 }
@@ -349,6 +372,9 @@ pub enum AppendError {
     /// The records may or may not have been kept: the connection to NATS was lost before the answer.
     #[error("the log is away, and what was on its way may have been kept or not: {0}")]
     Unknown(Arc<str>),
+    /// The log may be another one than this gateway has followed.
+    #[error("the log may be another one than this gateway has followed: {0}")]
+    OtherHistory(Arc<str>),
     /// The gateway is shutting down.
     #[error("the gateway is shutting down")]
     Closed,

@@ -17,6 +17,7 @@ use super::once::OnceId;
 use super::section::Section;
 use super::{AppendError, CommitOutcome};
 use crate::limits::BATCH_BYTES_MAX;
+use crate::scheduler::polite_lock;
 
 /// What one caller wants to append and release.
 pub(super) struct WriterSubmission {
@@ -360,6 +361,6 @@ impl WriterQueue {
     }
 
     fn locked(&self) -> MutexGuard<'_, WriterQueueState> {
-        self.state.lock()
+        polite_lock(&self.state)
     }
 }

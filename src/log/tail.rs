@@ -10,11 +10,17 @@ use tokio::sync::watch;
 use super::batch::Batch;
 use crate::limits::TAIL_BYTES_MAX;
 use crate::message::Offset;
+use crate::scheduler::{is_lowered, polite_lock};
+
+/// How often a thread of low priority that waits looks for itself.
+const SLOW_LOOK_INTERVAL: Duration = Duration::from_millis(50);
 
 /// The newest durable batches and the offset behind them.
 pub(super) struct Tail {
     recent: Mutex<RecentBatches>,
     grown: Condvar,
+    /// What threads of low priority wait for: they take `recent` only when it is free.
+    grown_slowly: (Mutex<()>, Condvar),
     next_offset: watch::Sender<Offset>,
 }
 
@@ -30,6 +36,7 @@ impl Tail {
         Self {
             recent: Mutex::new(RecentBatches { batches: VecDeque::new(), bytes: 0, next_offset }),
             grown: Condvar::new(),
+            grown_slowly: (Mutex::new(()), Condvar::new()),
             next_offset: watch::Sender::new(next_offset),
         }
     }
@@ -50,15 +57,19 @@ impl Tail {
         let mut recent = self.locked();
         recent.bytes += batch.weight();
         recent.batches.push_back(batch);
+        // Freed when the lock is free again.
+        let mut oldest = Vec::new();
         while recent.bytes > TAIL_BYTES_MAX && recent.batches.len() > 1 {
-            if let Some(oldest) = recent.batches.pop_front() {
-                recent.bytes -= oldest.weight();
+            if let Some(batch) = recent.batches.pop_front() {
+                recent.bytes -= batch.weight();
+                oldest.push(batch);
             }
         }
         recent.next_offset = next_offset;
         drop(recent);
         self.grown.notify_all();
         self.next_offset.send_replace(next_offset);
+        self.grown_slowly.1.notify_all();
     }
 
     /// Batches, starting with the one that holds `from`: up to about `bytes_max` bytes, at least one
@@ -85,6 +96,9 @@ impl Tail {
     /// Blocks until there is a record at `offset`, or `timeout` is over.
     pub(super) fn wait(&self, offset: Offset, timeout: Duration) {
         let deadline = Instant::now() + timeout;
+        if is_lowered() {
+            return self.wait_slowly(offset, deadline);
+        }
         let mut recent = self.locked();
         while recent.next_offset <= offset {
             let left = deadline.saturating_duration_since(Instant::now());
@@ -95,7 +109,20 @@ impl Tail {
         }
     }
 
+    fn wait_slowly(&self, offset: Offset, deadline: Instant) {
+        let (mutex, grown) = &self.grown_slowly;
+        let mut nothing = mutex.lock();
+        while self.next_offset() <= offset {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return;
+            }
+            // Who tells does not take the lock, so that the word may come right before this.
+            grown.wait_for(&mut nothing, left.min(SLOW_LOOK_INTERVAL));
+        }
+    }
+
     fn locked(&self) -> MutexGuard<'_, RecentBatches> {
-        self.recent.lock()
+        polite_lock(&self.recent)
     }
 }

@@ -28,6 +28,7 @@ use crate::limits::{
 };
 use crate::message::{DatasourceId, KeyId};
 use crate::network::source_of;
+use crate::scheduler::polite_lock;
 
 pub use charge::{MemoryAccount, MemoryCharge};
 
@@ -198,7 +199,7 @@ impl MemoryBudget {
 
     /// The account of a key and its datasource. A key for all datasources has a share of its own alone.
     pub fn account_of_key(&self, key_id: KeyId, datasource: &DatasourceId) -> Arc<MemoryAccount> {
-        let mut owners = self.0.owners.lock();
+        let mut owners = polite_lock(&self.0.owners);
         let key = self.owner(&mut owners, MemoryOwner::Key(key_id));
         let datasource = (!datasource.is_all())
             .then(|| self.owner(&mut owners, MemoryOwner::Datasource(datasource.clone())));
@@ -207,7 +208,7 @@ impl MemoryBudget {
 
     /// The account of a client without a valid key: of its address, or for IPv6 of its /64.
     pub fn account_of_stranger(&self, address: IpAddr) -> Arc<MemoryAccount> {
-        let mut owners = self.0.owners.lock();
+        let mut owners = polite_lock(&self.0.owners);
         let address = self.owner(&mut owners, MemoryOwner::Address(source_of(address)));
         let strangers = self.owner(&mut owners, MemoryOwner::Strangers);
         Arc::new(MemoryAccount::new(self.0.clone(), address, Some(strangers)))
@@ -215,7 +216,7 @@ impl MemoryBudget {
 
     /// The account of clients without a valid key whose address is not known.
     pub fn account_of_strangers(&self) -> Arc<MemoryAccount> {
-        let mut owners = self.0.owners.lock();
+        let mut owners = polite_lock(&self.0.owners);
         let strangers = self.owner(&mut owners, MemoryOwner::Strangers);
         Arc::new(MemoryAccount::new(self.0.clone(), strangers, None))
     }

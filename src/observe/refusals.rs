@@ -230,6 +230,19 @@ impl Refusals {
         found
     }
 
+    /// When the newest was, of those about one datasource or of all, and how many are listed: what changes with each.
+    pub fn state(&self, datasource: Option<&str>) -> (TimeMicros, u64) {
+        self.shards.iter().fold((0, 0), |found, shard| {
+            let shard = shard.lock();
+            let about = |entry: &&RefusalEntry| datasource.is_none_or(|of| entry.datasource == of);
+            shard
+                .entries
+                .iter()
+                .filter(about)
+                .fold(found, |(last_at, count), entry| (last_at.max(entry.last_at), count + entry.count))
+        })
+    }
+
     /// How many were counted and not listed.
     pub fn unlisted(&self) -> u64 {
         self.unlisted.load(Ordering::Relaxed)

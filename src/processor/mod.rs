@@ -10,6 +10,7 @@
 //! everybody alike. A share is found by windows of [`PROCESSOR_WINDOW`] ([`fair_share`]); who is over it stays in the slow
 //! lane for [`SLOW_LANE_STAY`], so that an attack in bursts stays there too.
 
+mod disk_turn;
 mod lane;
 mod task;
 
@@ -21,13 +22,17 @@ use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 use tokio::runtime::Handle;
-use tokio::sync::Semaphore;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use crate::auth::{Grant, Key};
-use crate::limits::{PROCESSOR_WINDOW, SLOW_IN_FLIGHT_BYTES_MAX, SLOW_LANE_STAY, TENANT_ACTIVE};
+use crate::limits::{
+    PROCESSOR_WINDOW, SLOW_DISK_PAUSES, SLOW_IN_FLIGHT_BYTES_MAX, SLOW_LANE_STAY, TENANT_ACTIVE,
+};
 use crate::message::{DatasourceId, KeyId};
+use crate::scheduler::polite_lock;
 use crate::shares::processors;
 
+pub use disk_turn::DiskTurn;
 pub use lane::{run_slowly, run_usually};
 pub use task::{FairTask, TaskPayer, spawn_fairly};
 
@@ -167,13 +172,30 @@ impl ProcessorTime {
         self.is_slow(&tenant).then(|| tenant.log_turns.clone())
     }
 
+    /// Does work for a key's tenant that writes so many bytes to a disk for which others wait. While the tenant is in the
+    /// slow lane, it has little of that under way, and pauses between.
+    pub async fn pace_disk<T>(&self, key: &Key, bytes: usize, work: impl Future<Output = T>) -> T {
+        let Some(turns) = self.log_turns(key) else { return work.await };
+        let permits = u32::try_from(bytes.min(SLOW_IN_FLIGHT_BYTES_MAX)).unwrap_or(u32::MAX);
+        // Never closed.
+        let permits = turns.acquire_many_owned(permits).await.ok();
+        let _turn = permits.map(|permits| self.disk_turn(permits, SLOW_DISK_PAUSES));
+        work.await
+    }
+
+    /// A turn that begins now for who has these permits of its tenant. They are away for so many times as long as it takes.
+    pub fn disk_turn(&self, permits: OwnedSemaphorePermit, pauses: u32) -> DiskTurn {
+        let usual = self.0.usual.clone().or_else(|| Handle::try_current().ok());
+        DiskTurn::new(permits, pauses, usual)
+    }
+
     /// The time of all clients without a key.
     pub fn of_strangers(&self) -> Arc<TenantTime> {
         self.of_owner(TimeOwner::Strangers)
     }
 
     fn of_owner(&self, owner: TimeOwner) -> Arc<TenantTime> {
-        let mut tenants = self.0.tenants.lock();
+        let mut tenants = polite_lock(&self.0.tenants);
         if let Some(known) = tenants.get(&owner).and_then(Weak::upgrade) {
             return known;
         }
@@ -216,7 +238,7 @@ impl ProcessorTime {
         tenant.used_ns.fetch_add(u64::try_from(used.as_nanos()).unwrap_or(u64::MAX), Ordering::Relaxed);
         if !tenant.is_active.load(Ordering::Relaxed) && !tenant.is_active.swap(true, Ordering::AcqRel) {
             tenant.seen_in.store(self.window_at(now), Ordering::Relaxed);
-            let mut active = self.0.active.lock();
+            let mut active = polite_lock(&self.0.active);
             active.push(tenant.clone());
             if active.len() > 2 {
                 // The end of the window finds it out, once for all who have come.
@@ -264,7 +286,7 @@ impl ProcessorTime {
 
     /// Whether nobody but this tenant has used anything lately.
     fn is_alone(&self, tenant: &Arc<TenantTime>) -> bool {
-        self.0.active.lock().iter().all(|other| Arc::ptr_eq(other, tenant))
+        polite_lock(&self.0.active).iter().all(|other| Arc::ptr_eq(other, tenant))
     }
 
     /// Finds out who was over its share in the window that has ended. If others do so now, nothing has to be done.
@@ -357,6 +379,7 @@ fn fair_share(uses: &mut [u64], capacity: u64) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::limits::SLOW_DISK_PAUSE_MAX;
 
     const CAPACITY: u64 = 20_000_000;
 
@@ -422,6 +445,29 @@ mod tests {
         assert!(time.is_slow(&strangers) && !time.is_slow(&tenant));
         windows(&time, 91, 20, &[(&tenant, 10)]);
         assert!(time.is_slow(&strangers), "bursts do not help");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn in_the_slow_lane_a_tenant_pauses_after_what_others_wait_behind() {
+        let time = ProcessorTime::new();
+        let tenant = time.of_owner(TimeOwner::Key(KeyId([1; 6])));
+        let turns = tenant.log_turns.clone();
+        let all = u32::try_from(SLOW_IN_FLIGHT_BYTES_MAX).expect("fits");
+        let permits = turns.clone().try_acquire_many_owned(all).expect("free");
+        let turn = time.disk_turn(permits, 1_000);
+        std::thread::sleep(Duration::from_millis(1));
+        drop(turn);
+        assert_eq!(turns.available_permits(), 0);
+        tokio::time::sleep(Duration::from_millis(999)).await;
+        assert_eq!(turns.available_permits(), 0);
+        tokio::time::sleep(SLOW_DISK_PAUSE_MAX).await;
+        let permits = turns.clone().try_acquire_many_owned(all).expect("back, however long the turn took");
+        drop(time.disk_turn(permits, 0));
+        assert_eq!(
+            turns.available_permits(),
+            SLOW_IN_FLIGHT_BYTES_MAX,
+            "without a pause they are back at once"
+        );
     }
 
     #[test]

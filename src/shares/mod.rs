@@ -21,6 +21,7 @@ use crate::limits::{
     STALLED_BYTES_MAX, STALLED_BYTES_PER_TENANT_MAX, SUBSCRIPTION_BYTES, SUBSCRIPTION_LEVEL_BYTES,
 };
 use crate::message::DatasourceId;
+use crate::scheduler::polite_lock;
 
 use self::output::OutputPool;
 
@@ -126,7 +127,7 @@ impl Default for TenantShares {
 impl TenantShares {
     /// The share of a datasource, or of the keys for all datasources.
     pub fn share(&self, datasource: &DatasourceId) -> Arc<TenantShare> {
-        let mut shares = self.by_datasource.lock();
+        let mut shares = polite_lock(&self.by_datasource);
         if let Some(share) = shares.get(datasource).and_then(Weak::upgrade) {
             return share;
         }

@@ -15,6 +15,7 @@ use parking_lot::Mutex;
 
 use super::TenantShare;
 use crate::limits::{OUTPUT_BYTES_MAX, OUTPUT_BYTES_PER_TENANT_MAX};
+use crate::scheduler::polite_lock;
 
 /// What a client may have beside what it has not taken: one part in so many of what is free.
 const OUTPUT_CLIENT_PARTS: usize = 8;
@@ -74,7 +75,7 @@ impl OutputPool {
 
     /// Takes `bytes` if `needed` are free.
     fn try_take(&self, bytes: usize, needed: usize) -> bool {
-        let mut pool = self.0.lock();
+        let mut pool = polite_lock(&self.0);
         let fits = pool.free >= needed.max(bytes);
         if fits {
             pool.free -= bytes;
@@ -83,14 +84,14 @@ impl OutputPool {
     }
 
     fn give_back(&self, bytes: usize) {
-        let mut pool = self.0.lock();
+        let mut pool = polite_lock(&self.0);
         pool.free += bytes;
         pool.wake_next();
     }
 
     /// Waits until `needed` are free.
     fn wait(&self, needed: usize, is_prompt: bool, waker: Waker) -> (usize, u64) {
-        let mut pool = self.0.lock();
+        let mut pool = polite_lock(&self.0);
         pool.next_number += 1;
         let key = (needed, pool.next_number);
         pool.prompt += usize::from(is_prompt);
@@ -102,7 +103,7 @@ impl OutputPool {
 
     /// Gives up a place. Who was told and goes leaves the room to the next one.
     fn leave(&self, key: (usize, u64)) {
-        let mut pool = self.0.lock();
+        let mut pool = polite_lock(&self.0);
         match pool.waiting.remove(&key) {
             Some(waiting) => pool.prompt -= usize::from(waiting.is_prompt),
             None => pool.wake_next(),
@@ -111,11 +112,11 @@ impl OutputPool {
 
     /// Whether a client that has taken everything waits.
     fn is_wanted(&self) -> bool {
-        self.0.lock().prompt > 0
+        polite_lock(&self.0).prompt > 0
     }
 
     fn taken(&self, all: usize) -> usize {
-        all - self.0.lock().free
+        all - polite_lock(&self.0).free
     }
 }
 

@@ -53,6 +53,7 @@ struct FoundSample {
 impl SampleReader {
     /// The samples of a payload, in its order: at most [`SAMPLES_PER_RECORD_MAX`], the first ones. The times that a
     /// payload states may be relative to `received_at`.
+    #[cfg(test)]
     pub fn read(
         &mut self,
         topic: &str,

@@ -173,3 +173,23 @@ fn a_server_that_is_cut_off_and_comes_back_costs_nothing_that_was_acknowledged()
     }
     stage.judge();
 }
+
+/// A partial partition: two servers do not reach each other, and everybody else reaches both.
+#[test]
+fn a_way_between_two_servers_that_is_cut_costs_nothing_that_was_acknowledged() {
+    let servers = Servers::on_hosts();
+    let stage = Stage::set(&servers);
+    for round in 1..3 {
+        // The leader and one follower, and then the other one.
+        let leader = servers.leader_of("headgate");
+        let cut = (leader, (leader + round) % 3);
+        servers.way(cut, false);
+        stage.flows();
+        std::thread::sleep(FAULT);
+        stage.flows();
+        servers.way(cut, true);
+        servers.settle();
+        stage.flows();
+    }
+    stage.judge();
+}

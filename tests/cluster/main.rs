@@ -5,8 +5,12 @@
 mod common;
 
 mod clock;
+mod exchanges;
 mod faults;
 mod fences;
+mod history;
+mod ids;
+mod lake;
 mod log;
 mod postgres;
 mod registry;

@@ -53,10 +53,16 @@ impl EventStream {
 
     /// Asks for a stream, whatever is answered.
     pub fn ask(addr: SocketAddr, path: &str, key: &str, headers: &[(&str, &str)]) -> std::io::Result<Self> {
+        let bearer = format!("Bearer {key}");
+        Self::ask_with(addr, path, &[&[("authorization", bearer.as_str())][..], headers].concat())
+    }
+
+    /// As [`EventStream::ask`], with no headers but these.
+    pub fn ask_with(addr: SocketAddr, path: &str, headers: &[(&str, &str)]) -> std::io::Result<Self> {
         let mut tcp = TcpStream::connect(addr)?;
         tcp.set_read_timeout(Some(PATIENCE))?;
         let more: String = headers.iter().map(|(name, value)| format!("{name}: {value}\r\n")).collect();
-        write!(tcp, "GET {path} HTTP/1.1\r\nhost: g\r\nauthorization: Bearer {key}\r\n{more}\r\n")?;
+        write!(tcp, "GET {path} HTTP/1.1\r\nhost: g\r\n{more}\r\n")?;
         let mut tcp = BufReader::new(tcp);
         let mut head = String::new();
         while !head.ends_with("\r\n\r\n") {

@@ -86,6 +86,25 @@ impl NatsServer {
         child.wait().expect("our child can be waited for");
     }
 
+    /// Stops it, keeps a copy of what it has stored, and starts it again.
+    pub fn keep_store(&mut self) -> TempDir {
+        let kept = scratch();
+        self.kill();
+        copy_tree(&self.dir.path().join("jetstream"), kept.path());
+        self.restart();
+        kept
+    }
+
+    /// Stops it, puts a copy of what it had stored in the place of what it has, and starts it again.
+    pub fn put_back_store(&mut self, kept: &Path) {
+        self.kill();
+        let store = self.dir.path().join("jetstream");
+        std::fs::remove_dir_all(&store).expect("it has stored something");
+        std::fs::create_dir(&store).expect("a directory");
+        copy_tree(kept, &store);
+        self.restart();
+    }
+
     /// Its process id.
     pub fn pid(&self) -> u32 {
         self.child.as_ref().expect("it is running").id()
@@ -131,6 +150,11 @@ impl Drop for NatsServer {
             }
         }
     }
+}
+
+fn copy_tree(from: &Path, to: &Path) {
+    let copied = Command::new("cp").arg("-a").arg(from.join(".")).arg(to).status().expect("cp runs");
+    assert!(copied.success(), "{} to {}", from.display(), to.display());
 }
 
 /// A program that `tests/run` has installed beside Python, or one in `PATH`.

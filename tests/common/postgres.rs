@@ -136,6 +136,16 @@ impl PostgresServer {
         self.resume();
     }
 
+    /// Starts it again with TLS for those alone who show a certificate of this issuer's with their name.
+    pub fn want_certificates(&mut self, issuer: &Path) {
+        self.kill();
+        let rules = "hostssl all all 127.0.0.1/32 cert\nhostnossl all all 127.0.0.1/32 scram-sha-256\n";
+        let rules = self.put_file("pg_hba.conf", rules.as_bytes());
+        self.settings
+            .extend([format!("ssl_ca_file={}", issuer.display()), format!("hba_file={}", rules.display())]);
+        self.resume();
+    }
+
     /// Puts a file beside its data that it may read.
     pub fn put_file(&self, name: &str, content: &[u8]) -> PathBuf {
         let path = self.dir.path().join(name);

@@ -124,6 +124,18 @@ impl Servers {
     }
 }
 
+impl Servers {
+    /// Cuts the way between two servers' hosts, and nothing else, or opens it again.
+    pub fn way(&self, between: (usize, usize), open: bool) {
+        let network = self.network.as_ref().expect("the servers are on hosts");
+        for (from, to) in [between, (between.1, between.0)] {
+            let (host, address) = (network.host(from), format!("{}/32", network.address(to)));
+            let what = if open { "del" } else { "add" };
+            ip(&["-n", &host, "route", what, "blackhole", &address]);
+        }
+    }
+}
+
 struct Place {
     host: Option<String>,
     address: String,

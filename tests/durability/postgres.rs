@@ -309,6 +309,43 @@ fn tls_is_verified_as_sslmode_says() {
     }
 }
 
+#[test]
+fn a_certificate_of_the_gateways_own_is_shown_to_a_server_that_wants_one() {
+    let certificates = scratch();
+    let issuer = Identity::issuer(certificates.path(), "issuer");
+    let of_server = issuer.issue(certificates.path(), "server");
+    let of_gateway = issuer.issue(certificates.path(), "headgate");
+    let mut server = PostgresServer::start();
+    let read = |path| std::fs::read(path).expect("a certificate");
+    let certificate = server.put_file("server.pem", &read(&of_server.certificate));
+    let key = server.put_file("server.key", &read(&of_server.key));
+    let trusted = server.put_file("issuer.pem", &read(&issuer.certificate));
+    server.use_tls(&certificate, &key);
+    server.want_certificates(&trusted);
+    let identity = |key: &std::path::Path| {
+        format!("sslcert={}&sslkey={}", of_gateway.certificate.display(), key.display())
+    };
+    let start = |parameters: &str| {
+        let dir = scratch();
+        let url = format!("{}?sslmode=require&{parameters}", server.url());
+        let setup = Setup::embedded_on(dir.path()).set("storage.sinks", "postgres");
+        (setup.set("storage.postgres.url", url).start(), dir)
+    };
+    let (gateway, _dir) = start(&identity(&of_gateway.key));
+    let source = gateway.create("press-4");
+    send(&gateway, &source, "t", br#"{"n": 0}"#);
+    gateway.settle();
+    assert_eq!(gateway.records("press-4").len(), 1);
+    gateway.stop();
+    for (parameters, expected) in
+        [(String::new(), "certificate"), (identity(&certificates.path().join("no.key")), "no.key")]
+    {
+        let (gateway, _dir) = start(&parameters);
+        let words = wait_for("it to be refused", || sink(&gateway)["trouble"].as_str().map(str::to_owned));
+        assert!(words.contains(expected), "{parameters}: {words}");
+    }
+}
+
 /// The dashboard's own queries, as Grafana would send them.
 #[test]
 fn the_queries_of_the_dashboard_give_what_is_stored() {

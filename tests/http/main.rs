@@ -7,6 +7,7 @@ mod common;
 mod api;
 mod cli;
 mod cors;
+mod dashboard;
 mod environment;
 mod floods;
 mod grafana;

@@ -10,7 +10,16 @@ use serde_json::{Value, json};
 
 use crate::common::cluster::first_offset;
 use crate::common::memory::ResidentMemory;
+use crate::common::stores::{TestStore, in_each_store};
 use crate::common::{Gateway, PATIENCE, Source, scratch, wait_for};
+
+in_each_store! {
+    the_form_is_asked_for_by_name_or_by_accept_and_all_have_the_same_records,
+    both_orders_go_on_where_they_were_while_records_come_and_are_removed,
+    an_answer_has_what_was_stored_when_it_began_and_takes_no_memory_as_it_grows,
+    what_is_older_than_a_limit_or_more_is_removed_live_and_nothing_else,
+    a_reader_in_the_middle_of_what_is_removed_is_told_nothing_wrong,
+}
 
 const NDJSON: (&str, &str) = ("content-type", "application/x-ndjson");
 const JSON: (&str, &str) = ("content-type", "application/json");
@@ -43,10 +52,9 @@ fn set_limits(gateway: &Gateway, id: &str, limits: &Value) {
     assert_eq!(answer.status, 200, "{}", answer.text());
 }
 
-#[test]
-fn the_form_is_asked_for_by_name_or_by_accept_and_all_have_the_same_records() {
+fn the_form_is_asked_for_by_name_or_by_accept_and_all_have_the_same_records(store: TestStore) {
     let dir = scratch();
-    let gateway = Gateway::start(dir.path());
+    let gateway = store.start(dir.path());
     let source = gateway.create("press-4");
     post_lines(&gateway, &source, "a", &numbered(0..250));
     gateway.settle();
@@ -83,10 +91,9 @@ fn whole_header() -> &'static str {
     "offset,received_at,topic,payload,payload_encoding,content_type,key_id,transport,event_at\n"
 }
 
-#[test]
-fn both_orders_go_on_where_they_were_while_records_come_and_are_removed() {
+fn both_orders_go_on_where_they_were_while_records_come_and_are_removed(store: TestStore) {
     let dir = scratch();
-    let gateway = Gateway::start(dir.path());
+    let gateway = store.start(dir.path());
     let (source, admin) = (gateway.create("press-4"), gateway.admin_key());
     post_lines(&gateway, &source, "a", &numbered(0..60));
     gateway.settle();
@@ -141,10 +148,9 @@ fn both_orders_go_on_where_they_were_while_records_come_and_are_removed() {
     );
 }
 
-#[test]
-fn an_answer_has_what_was_stored_when_it_began_and_takes_no_memory_as_it_grows() {
+fn an_answer_has_what_was_stored_when_it_began_and_takes_no_memory_as_it_grows(store: TestStore) {
     let dir = scratch();
-    let gateway = Gateway::start(dir.path());
+    let gateway = store.start(dir.path());
     let (source, admin) = (gateway.create("press-4"), gateway.admin_key());
     let padding = "x".repeat(400);
     let total = 100_000_u32;
@@ -193,10 +199,9 @@ fn an_answer_has_what_was_stored_when_it_began_and_takes_no_memory_as_it_grows()
     }
 }
 
-#[test]
-fn what_is_older_than_a_limit_or_more_is_removed_live_and_nothing_else() {
+fn what_is_older_than_a_limit_or_more_is_removed_live_and_nothing_else(store: TestStore) {
     let dir = scratch();
-    let gateway = Gateway::start(dir.path());
+    let gateway = store.start(dir.path());
     let (source, other, admin) = (gateway.create("press-4"), gateway.create("press-5"), gateway.admin_key());
     post_lines(&gateway, &source, "old", &numbered(0..300));
     post_lines(&gateway, &other, "kept", &numbered(0..300));
@@ -231,7 +236,7 @@ fn what_is_older_than_a_limit_or_more_is_removed_live_and_nothing_else() {
     // Also after a restart, without counting from the beginning.
     let dir = gateway.dir().to_owned();
     gateway.stop();
-    let gateway = Gateway::start(&dir);
+    let gateway = store.start(&dir);
     post_lines(&gateway, &source, "new", &numbered(530..540));
     wait_for("room for what is new", || {
         let now = numbers(&gateway.get(&all, &admin).text());
@@ -251,10 +256,9 @@ fn what_is_older_than_a_limit_or_more_is_removed_live_and_nothing_else() {
     assert_eq!(key.status, 400, "keys have none of these: {}", key.text());
 }
 
-#[test]
-fn a_reader_in_the_middle_of_what_is_removed_is_told_nothing_wrong() {
+fn a_reader_in_the_middle_of_what_is_removed_is_told_nothing_wrong(store: TestStore) {
     let dir = scratch();
-    let gateway = Gateway::start(dir.path());
+    let gateway = store.start(dir.path());
     let (source, admin) = (gateway.create("press-4"), gateway.admin_key());
     let padding = "x".repeat(400);
     for first in (0..40_000).step_by(10_000) {

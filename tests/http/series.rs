@@ -2,8 +2,16 @@
 
 use std::process::Command;
 
+use crate::common::stores::{TestStore, in_each_store};
 use crate::common::{Answer, Gateway, Source, scratch};
 use serde_json::{Value, json};
+
+in_each_store! {
+    an_event_time_is_what_was_said_when_the_record_came_in,
+    a_time_that_cannot_be_used_brings_a_message_into_quarantine_until_it_may_do_without,
+    a_series_shows_the_numbers_of_a_key_with_their_gaps,
+    a_series_loses_what_leaked_and_gets_it_back,
+}
 
 const NDJSON: (&str, &str) = ("content-type", "application/x-ndjson");
 
@@ -36,10 +44,9 @@ fn values(series: &Value) -> Vec<Option<f64>> {
     points.iter().map(|point| point["value"].as_f64()).collect()
 }
 
-#[test]
-fn an_event_time_is_what_was_said_when_the_record_came_in() {
+fn an_event_time_is_what_was_said_when_the_record_came_in(store: TestStore) {
     let dir = scratch();
-    let gateway = Gateway::start(dir.path());
+    let gateway = store.start(dir.path());
     let source = gateway.create_open("press-4");
     let said = "2026-11-23T09:28:39.000120Z";
     assert_eq!(publish(&gateway, &source, &[], r#"{"at": 7}"#).status, 200);
@@ -66,18 +73,17 @@ fn an_event_time_is_what_was_said_when_the_record_came_in() {
     // Also when storage is made again from the log.
     let gateway = {
         drop(gateway.stop());
-        std::fs::remove_file(dir.path().join("records.db")).expect("removed");
-        Gateway::start(dir.path())
+        store.lose(dir.path());
+        store.start(dir.path())
     };
     assert_eq!(event_times(&gateway, "press-4"), expected);
     let latest = gateway.get("/v1/datasources/press-4/latest", &source.key);
     assert_eq!(latest.json()["topics"][0].get("event_at"), None);
 }
 
-#[test]
-fn a_time_that_cannot_be_used_brings_a_message_into_quarantine_until_it_may_do_without() {
+fn a_time_that_cannot_be_used_brings_a_message_into_quarantine_until_it_may_do_without(store: TestStore) {
     let dir = scratch();
-    let gateway = Gateway::start(dir.path());
+    let gateway = store.start(dir.path());
     let source = gateway.create_open("press-4");
     let setting = json!({"pointer": "/at", "format": "unix_s", "on_error": "quarantine", "max_skew_s": 3600});
     assert_eq!(set_event_time(&gateway, "press-4", &setting).status, 200);
@@ -131,10 +137,9 @@ fn settings_and_headers_that_say_nothing_are_refused() {
     assert_eq!(made.json()["datasource"]["event_time"]["pointer"], "/at", "{}", made.text());
 }
 
-#[test]
-fn a_series_shows_the_numbers_of_a_key_with_their_gaps() {
+fn a_series_shows_the_numbers_of_a_key_with_their_gaps(store: TestStore) {
     let dir = scratch();
-    let gateway = Gateway::start(dir.path());
+    let gateway = store.start(dir.path());
     let source = gateway.create_open("press-4");
     let setting = json!({"pointer": "/at", "format": "rfc3339"});
     assert_eq!(set_event_time(&gateway, "press-4", &setting).status, 200);
@@ -191,10 +196,9 @@ fn a_series_shows_the_numbers_of_a_key_with_their_gaps() {
     assert_eq!(gateway.get("/v1/datasources/ingest/series?topic=t", &ingest.key).status, 403);
 }
 
-#[test]
-fn a_series_loses_what_leaked_and_gets_it_back() {
+fn a_series_loses_what_leaked_and_gets_it_back(store: TestStore) {
     let dir = scratch();
-    let gateway = Gateway::start(dir.path());
+    let gateway = store.start(dir.path());
     let source = gateway.create_open("press-4");
     let admin = gateway.admin_key();
     let leaked = gateway.post("/v1/datasources/press-4/keys", &admin, &json!({})).json();
@@ -226,8 +230,5 @@ fn a_series_loses_what_leaked_and_gets_it_back() {
     assert_eq!(values(&gateway.get(old, &admin).json()), all);
     let path = "/v1/datasources/press-4?purge=true&incarnation=1";
     assert_eq!(gateway.request("DELETE", path, &admin, &[], &[]).status, 200);
-    let records = rusqlite::Connection::open(dir.path().join("records.db")).expect("opens");
-    let left: i64 =
-        records.query_row("SELECT count(*) FROM sample_chunks", [], |row| row.get(0)).expect("reads");
-    assert_eq!(left, 0);
+    assert_eq!(store.sample_rows(dir.path()), 0);
 }

@@ -4,7 +4,15 @@ use std::process::Command;
 
 use serde_json::{Value, json};
 
+use crate::common::stores::{TestStore, in_each_store};
 use crate::common::{Gateway, Source, scratch};
+
+in_each_store! {
+    line_protocol_is_read_by_series_and_latest_however_it_came,
+    telemetry_of_thingsboard_is_read_with_its_times,
+    senml_is_one_record_with_all_its_names,
+    values_of_a_shape_are_taken_out_and_put_back_with_their_records,
+}
 
 /// 2026-11-23T09:28:39Z, in seconds.
 const AT_S: i64 = 1_795_426_119;
@@ -53,10 +61,9 @@ fn series(gateway: &Gateway, source: &Source, topic: &str, key: &str) -> Vec<(i6
     points.filter_map(|(point, nth)| Some((nth, point["value"].as_f64()?))).collect()
 }
 
-#[test]
-fn line_protocol_is_read_by_series_and_latest_however_it_came() {
+fn line_protocol_is_read_by_series_and_latest_however_it_came(store: TestStore) {
     let dir = scratch();
-    let gateway = Gateway::start(dir.path());
+    let gateway = store.start(dir.path());
     let source = gateway.create_open("press-4");
     let lines = |unit: i64| {
         format!(
@@ -100,10 +107,9 @@ fn line_protocol_is_read_by_series_and_latest_however_it_came() {
     assert_eq!(records[8].get("event_at"), None);
 }
 
-#[test]
-fn telemetry_of_thingsboard_is_read_with_its_times() {
+fn telemetry_of_thingsboard_is_read_with_its_times(store: TestStore) {
     let dir = scratch();
-    let gateway = Gateway::start(dir.path());
+    let gateway = store.start(dir.path());
     let source = gateway.create_open("press-4");
     let one = |after_s: i64, temp: f64| json!({"ts": (AT_S + after_s) * 1_000, "values": {"temp": temp, "state": {"on": true}, "unit": "C"}});
     let list = json!([one(1, 21.5), one(0, 20.5)]).to_string();
@@ -127,10 +133,9 @@ fn telemetry_of_thingsboard_is_read_with_its_times() {
     assert_eq!(records[2]["event_at"], "2026-11-23T09:28:40.000000Z");
 }
 
-#[test]
-fn senml_is_one_record_with_all_its_names() {
+fn senml_is_one_record_with_all_its_names(store: TestStore) {
     let dir = scratch();
-    let gateway = Gateway::start(dir.path());
+    let gateway = store.start(dir.path());
     let source = gateway.create_open("press-4");
     let pack = format!(
         r#"[{{"bn":"urn:dev:1/","bt":{AT_S},"bv":20,"n":"temp","u":"Cel","v":1.5}},
@@ -154,10 +159,9 @@ fn senml_is_one_record_with_all_its_names() {
 }
 
 /// What a leaked key let in is taken out of `latest` and `series`, and given back from the records.
-#[test]
-fn values_of_a_shape_are_taken_out_and_put_back_with_their_records() {
+fn values_of_a_shape_are_taken_out_and_put_back_with_their_records(store: TestStore) {
     let dir = scratch();
-    let gateway = Gateway::start(dir.path());
+    let gateway = store.start(dir.path());
     let source = gateway.create_open("press-4");
     let line = |value: u32, after_s: i64| format!("cpu,host=a idle={value} {}", AT_S + after_s);
     post(&gateway, &source, "/write?precision=s", "text/plain", &line(1, 0));

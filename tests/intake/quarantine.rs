@@ -3,12 +3,26 @@
 
 use std::path::Path;
 
+use crate::common::stores::{TestStore, in_each_store};
 use crate::common::wire::{
     Connect, Message, PUBACK, PUBLISH, RECEIVE_MAXIMUM, SUBACK, Version, Wire, ack, subscribe,
     subscribe_with, two_bytes, user_property,
 };
-use crate::common::{Answer, Gateway, Setup, Source, scratch, wait_for};
+use crate::common::{Answer, Gateway, Source, scratch, wait_for};
 use serde_json::{Value, json};
+
+in_each_store! {
+    no_consumer_is_given_what_is_in_quarantine,
+    what_is_redriven_after_the_schema_is_mended_comes_in_once,
+    a_redrive_is_once_across_kills_and_beyond_the_window_of_message_ids,
+    redrives_at_the_same_time_let_each_message_in_once_also_when_its_id_is_forgotten,
+    a_repeated_message_is_in_quarantine_once_and_comes_out_once,
+    a_message_that_was_corrected_is_not_let_in_by_a_later_redrive,
+    a_page_of_quarantine_is_chosen_by_topic_and_place_and_ends,
+    what_a_leaked_key_let_in_goes_out_of_sight_everywhere_and_comes_back,
+    a_leaked_key_is_quarantined_in_the_datasource_that_is_named_and_by_who_may,
+    a_slow_subscriber_is_not_given_what_was_withheld_while_it_waited,
+}
 
 const PAYLOAD_FORMAT_INVALID: u8 = 0x99;
 
@@ -77,8 +91,8 @@ fn payloads(records: &[Value]) -> Vec<String> {
 }
 
 /// A datasource that takes numbers alone, and has refused some strings.
-fn with_refused(dir: &Path) -> (Gateway, Source) {
-    let gateway = Gateway::start(dir);
+fn with_refused(store: TestStore, dir: &Path) -> (Gateway, Source) {
+    let gateway = store.start(dir);
     let source = gateway.create("press-4");
     put_schema(&gateway, "press-4", &json!({"type": "number"}));
     let mut wire = Wire::login(gateway.mqtt, Version::V5, &source.key);
@@ -92,10 +106,9 @@ fn with_refused(dir: &Path) -> (Gateway, Source) {
     (gateway, source)
 }
 
-#[test]
-fn no_consumer_is_given_what_is_in_quarantine() {
+fn no_consumer_is_given_what_is_in_quarantine(store: TestStore) {
     let dir = scratch();
-    let gateway = Gateway::start(dir.path());
+    let gateway = store.start(dir.path());
     let source = gateway.create("press-4");
     put_schema(&gateway, "press-4", &json!({"type": ["number", "string"], "maxLength": 3}));
     let (_, subscriber) = key(&gateway, "press-4", "subscribe");
@@ -137,10 +150,9 @@ fn no_consumer_is_given_what_is_in_quarantine() {
     assert_eq!(quarantine(&gateway, "press-4").len(), 2);
 }
 
-#[test]
-fn what_is_redriven_after_the_schema_is_mended_comes_in_once() {
+fn what_is_redriven_after_the_schema_is_mended_comes_in_once(store: TestStore) {
     let dir = scratch();
-    let (gateway, source) = with_refused(dir.path());
+    let (gateway, source) = with_refused(store, dir.path());
     let held = quarantine(&gateway, "press-4");
     assert_eq!(payloads(&held), ["\"1\"", "\"3\"", "\"5\""]);
 
@@ -175,15 +187,14 @@ fn what_is_redriven_after_the_schema_is_mended_comes_in_once() {
     assert_eq!(given[3].user("first-received-at").as_deref(), held[0]["received_at"].as_str());
 }
 
-#[test]
-fn a_redrive_is_once_across_kills_and_beyond_the_window_of_message_ids() {
+fn a_redrive_is_once_across_kills_and_beyond_the_window_of_message_ids(store: TestStore) {
     let dir = scratch();
-    let (gateway, _) = with_refused(dir.path());
+    let (gateway, _) = with_refused(store, dir.path());
     put_schema(&gateway, "press-4", &json!({"type": ["number", "string"]}));
     assert_eq!(redrive(&gateway, "press-4", &json!({}))["redriven"], 3);
     gateway.kill();
     // A window of a second, which is over when the records are stored and it has been waited for.
-    let gateway = Setup::on(dir.path()).set("intake.dedup_window_s", 1).change_cluster().start();
+    let gateway = store.setup(dir.path()).set("intake.dedup_window_s", 1).change_cluster().start();
     gateway.settle();
     let began = std::time::Instant::now();
     wait_for("the window to be over", || (began.elapsed().as_millis() > 1_500).then_some(()));
@@ -195,11 +206,10 @@ fn a_redrive_is_once_across_kills_and_beyond_the_window_of_message_ids() {
 
 /// The first redrive is not known to storage yet when the next one reads what is in quarantine, and its id is forgotten
 /// when that comes to the log.
-#[test]
-fn redrives_at_the_same_time_let_each_message_in_once_also_when_its_id_is_forgotten() {
+fn redrives_at_the_same_time_let_each_message_in_once_also_when_its_id_is_forgotten(store: TestStore) {
     const MESSAGES: usize = 300;
     let dir = scratch();
-    let gateway = Setup::on(dir.path()).set("intake.dedup_ids_max", 1).start();
+    let gateway = store.setup(dir.path()).set("intake.dedup_ids_max", 1).start();
     let source = gateway.create("press-4");
     put_schema(&gateway, "press-4", &json!({"type": "number"}));
     for n in 0..MESSAGES {
@@ -223,10 +233,9 @@ fn redrives_at_the_same_time_let_each_message_in_once_also_when_its_id_is_forgot
 
 /// A sender repeats what it has no answer to. The repetition is not kept beside the first one, so that no redrive
 /// lets both in, and what the sender changes is.
-#[test]
-fn a_repeated_message_is_in_quarantine_once_and_comes_out_once() {
+fn a_repeated_message_is_in_quarantine_once_and_comes_out_once(store: TestStore) {
     let dir = scratch();
-    let gateway = Gateway::start(dir.path());
+    let gateway = store.start(dir.path());
     let source = gateway.create("press-4");
     put_schema(&gateway, "press-4", &json!({"type": "number"}));
     let mut wire = Wire::login(gateway.mqtt, Version::V5, &source.key);
@@ -268,7 +277,7 @@ fn a_repeated_message_is_in_quarantine_once_and_comes_out_once() {
     assert_eq!((&all["redriven"], &all["duplicates"]), (&json!(3), &json!(1)), "{all}");
     assert_eq!(by_http("h", "t", "\"h\"").json()["duplicate"], true);
     gateway.kill();
-    let gateway = Setup::on(dir.path()).set("intake.dedup_window_s", 1).change_cluster().start();
+    let gateway = store.setup(dir.path()).set("intake.dedup_window_s", 1).change_cluster().start();
     gateway.settle();
     let began = std::time::Instant::now();
     wait_for("the window to be over", || (began.elapsed().as_millis() > 1_500).then_some(()));
@@ -280,10 +289,9 @@ fn a_repeated_message_is_in_quarantine_once_and_comes_out_once() {
 
 /// The corrected message has taken the place of the one in quarantine. That is noted, so that it holds when the id is
 /// forgotten.
-#[test]
-fn a_message_that_was_corrected_is_not_let_in_by_a_later_redrive() {
+fn a_message_that_was_corrected_is_not_let_in_by_a_later_redrive(store: TestStore) {
     let dir = scratch();
-    let gateway = Gateway::start(dir.path());
+    let gateway = store.start(dir.path());
     let source = gateway.create("press-4");
     put_schema(&gateway, "press-4", &json!({"type": "number"}));
     let post = |gateway: &Gateway, body: &str| {
@@ -301,7 +309,7 @@ fn a_message_that_was_corrected_is_not_let_in_by_a_later_redrive() {
     assert_eq!(held.len(), 1, "the mark is no message: {held:?}");
     assert_eq!(held[0]["redriven_offset"], records[0]["offset"]);
     gateway.kill();
-    let gateway = Setup::on(dir.path()).set("intake.dedup_window_s", 1).change_cluster().start();
+    let gateway = store.setup(dir.path()).set("intake.dedup_window_s", 1).change_cluster().start();
     gateway.settle();
     let began = std::time::Instant::now();
     wait_for("the window to be over", || (began.elapsed().as_millis() > 2_500).then_some(()));
@@ -311,10 +319,9 @@ fn a_message_that_was_corrected_is_not_let_in_by_a_later_redrive() {
     assert_eq!(payloads(&gateway.records("press-4")), ["1"]);
 }
 
-#[test]
-fn a_page_of_quarantine_is_chosen_by_topic_and_place_and_ends() {
+fn a_page_of_quarantine_is_chosen_by_topic_and_place_and_ends(store: TestStore) {
     let dir = scratch();
-    let (gateway, _) = with_refused(dir.path());
+    let (gateway, _) = with_refused(store, dir.path());
     let page = |query: &str| {
         let path = format!("/v1/datasources/press-4/quarantine?{query}");
         let answer = gateway.get(&path, &gateway.admin_key());
@@ -331,10 +338,9 @@ fn a_page_of_quarantine_is_chosen_by_topic_and_place_and_ends() {
     assert_eq!(bad.status, 400);
 }
 
-#[test]
-fn what_a_leaked_key_let_in_goes_out_of_sight_everywhere_and_comes_back() {
+fn what_a_leaked_key_let_in_goes_out_of_sight_everywhere_and_comes_back(store: TestStore) {
     let dir = scratch();
-    let gateway = Gateway::start(dir.path());
+    let gateway = store.start(dir.path());
     let source = gateway.create("press-4");
     let (leaked_id, leaked) = key(&gateway, "press-4", "ingest");
     let (_, subscriber) = key(&gateway, "press-4", "subscribe");
@@ -392,7 +398,7 @@ fn what_a_leaked_key_let_in_goes_out_of_sight_everywhere_and_comes_back() {
     // Redriving is not for these.
     assert_eq!(redrive(&gateway, "press-4", &json!({}))["redriven"], 0);
     gateway.kill();
-    let gateway = Gateway::start(dir.path());
+    let gateway = store.start(dir.path());
     gateway.settle();
     out_of_sight(&gateway);
     // Nobody is given them, from the past or as retained messages.
@@ -416,10 +422,9 @@ fn what_a_leaked_key_let_in_goes_out_of_sight_everywhere_and_comes_back() {
     assert_eq!(restored, latest_before);
 }
 
-#[test]
-fn a_leaked_key_is_quarantined_in_the_datasource_that_is_named_and_by_who_may() {
+fn a_leaked_key_is_quarantined_in_the_datasource_that_is_named_and_by_who_may(store: TestStore) {
     let dir = scratch();
-    let gateway = Gateway::start(dir.path());
+    let gateway = store.start(dir.path());
     let (one, other) = (gateway.create("press-4"), gateway.create("press-5"));
     // A key for all datasources, that writes to both.
     let (for_all, secret) = key(&gateway, "*", "ingest");
@@ -446,10 +451,9 @@ fn a_leaked_key_is_quarantined_in_the_datasource_that_is_named_and_by_who_may() 
     assert_eq!(gateway.post(&path, &other.key, &since).status, 401);
 }
 
-#[test]
-fn a_slow_subscriber_is_not_given_what_was_withheld_while_it_waited() {
+fn a_slow_subscriber_is_not_given_what_was_withheld_while_it_waited(store: TestStore) {
     let dir = scratch();
-    let gateway = Gateway::start(dir.path());
+    let gateway = store.start(dir.path());
     let source = gateway.create("press-4");
     let (_, subscriber) = key(&gateway, "press-4", "subscribe");
     let (leaked_id, leaked) = key(&gateway, "press-4", "ingest");

@@ -1,20 +1,24 @@
 //! A connection to one database, whose calls block.
 
 use std::future::Future;
+use std::ops::Deref;
+use std::sync::Arc;
 use std::time::Duration;
 
 use futures_util::SinkExt;
 use tokio::runtime::{Builder, Runtime};
+use tokio::task::JoinHandle;
 use tokio::time::timeout;
 use tokio_postgres::config::SslMode as TlsUse;
 use tokio_postgres::tls::MakeTlsConnect;
 use tokio_postgres::types::ToSql;
-use tokio_postgres::{Client, Config, Row, Socket};
+use tokio_postgres::{Client, Config, IsolationLevel, Row, Socket};
 use tokio_postgres_rustls::MakeRustlsConnect;
 
 use crate::copy_rows::CopyRows;
 use crate::fault::PostgresFault;
 use crate::settings::{PostgresSettings, SslMode};
+use crate::snapshot::{PostgresSnapshot, block_on_answer};
 use crate::tls;
 
 /// How long the server may take for one statement, unless the caller says otherwise.
@@ -24,11 +28,30 @@ const OPEN_WAIT_MAX: Duration = Duration::from_secs(30);
 
 /// An open connection. Dropping it closes it.
 pub struct PostgresConnection {
-    client: Client,
-    /// One thread, which sends and receives while the caller computes.
-    runtime: Runtime,
+    /// Shared with the copies that are on their way.
+    client: Arc<Client>,
+    runtime: IoRuntime,
     place: String,
     answer_wait_max: Duration,
+}
+
+/// One thread, which sends and receives while the caller computes. It may be dropped anywhere, and nobody waits for it.
+struct IoRuntime(Option<Runtime>);
+
+impl Deref for IoRuntime {
+    type Target = Runtime;
+
+    fn deref(&self) -> &Runtime {
+        self.0.as_ref().expect("it is taken when it is dropped, and not before")
+    }
+}
+
+impl Drop for IoRuntime {
+    fn drop(&mut self) {
+        if let Some(runtime) = self.0.take() {
+            runtime.shutdown_background();
+        }
+    }
 }
 
 impl PostgresConnection {
@@ -37,21 +60,31 @@ impl PostgresConnection {
     /// # Errors
     /// [`PostgresFault`].
     pub fn open(settings: &PostgresSettings) -> Result<Self, PostgresFault> {
-        let runtime = Builder::new_multi_thread()
-            .worker_threads(1)
-            .max_blocking_threads(1)
-            .thread_name("postgres-io")
-            .enable_all()
-            .build()?;
+        Self::open_within(settings, OPEN_WAIT_MAX)
+    }
+
+    /// As [`PostgresConnection::open`], and gives up after `wait`.
+    ///
+    /// # Errors
+    /// [`PostgresFault`].
+    pub fn open_within(settings: &PostgresSettings, wait: Duration) -> Result<Self, PostgresFault> {
+        let runtime = IoRuntime(Some(
+            Builder::new_multi_thread()
+                .worker_threads(1)
+                .max_blocking_threads(1)
+                .thread_name("postgres-io")
+                .enable_all()
+                .build()?,
+        ));
         let place = settings.place.clone();
         let client = {
-            let opening = async { timeout(OPEN_WAIT_MAX, connect(settings)).await };
+            let opening = async { timeout(wait, connect(settings)).await };
             match runtime.block_on(opening) {
                 Ok(connected) => connected?,
-                Err(_) => return Err(PostgresFault::Late { place, after: OPEN_WAIT_MAX }),
+                Err(_) => return Err(PostgresFault::Late { place, after: wait }),
             }
         };
-        Ok(Self { client, runtime, place, answer_wait_max: ANSWER_WAIT_MAX })
+        Ok(Self { client: Arc::new(client), runtime, place, answer_wait_max: ANSWER_WAIT_MAX })
     }
 
     /// Where the database is, without secrets.
@@ -109,39 +142,68 @@ impl PostgresConnection {
         self.answer(self.client.query_one(statement, parameters))
     }
 
-    /// Copies rows; `statement` is `COPY … FROM STDIN WITH (FORMAT binary)`.
+    /// Begins to copy rows; `statement` is `COPY … FROM STDIN WITH (FORMAT binary)`. Whoever waits for it may compute
+    /// meanwhile. What is asked before its end may be answered before it or after it.
+    pub fn begin_copy(&self, statement: String, rows: CopyRows) -> PendingCopy {
+        let (client, place, wait) = (self.client.clone(), self.place.clone(), self.answer_wait_max);
+        PendingCopy(self.runtime.spawn(async move { copy_in(&client, &statement, rows, &place, wait).await }))
+    }
+
+    /// Waits for the end of a copy.
     ///
     /// # Errors
     /// [`PostgresFault`].
-    pub fn copy_in(&self, statement: &str, rows: CopyRows) -> Result<(), PostgresFault> {
-        let wait = self.answer_wait_max;
-        let place = &self.place;
-        let copying = async {
-            let late = |_| PostgresFault::Late { place: place.clone(), after: wait };
-            let failed = |error| PostgresFault::of(&error, place);
-            let sink = timeout(wait, self.client.copy_in(statement)).await.map_err(late)?.map_err(failed)?;
-            let mut sink = std::pin::pin!(sink);
-            for piece in rows.into_pieces() {
-                // What the server has found wrong is told by the end of the copy.
-                if timeout(wait, sink.send(piece)).await.map_err(late)?.is_err() {
-                    break;
-                }
-            }
-            timeout(wait, sink.as_mut().finish()).await.map_err(late)?.map_err(failed).map(drop)
-        };
-        self.runtime.block_on(copying)
+    pub fn finish_copy(&self, copy: PendingCopy) -> Result<(), PostgresFault> {
+        match self.runtime.block_on(copy.0) {
+            Ok(copied) => copied,
+            Err(error) => Err(PostgresFault::Io(std::io::Error::other(error))),
+        }
+    }
+
+    /// What the database holds now.
+    ///
+    /// # Errors
+    /// [`PostgresFault`].
+    pub fn snapshot(&mut self) -> Result<PostgresSnapshot<'_>, PostgresFault> {
+        let Self { client, runtime, place, answer_wait_max } = self;
+        let client = Arc::get_mut(client)
+            .ok_or_else(|| PostgresFault::Io(std::io::Error::other("a copy is on its way")))?;
+        let begun =
+            client.build_transaction().isolation_level(IsolationLevel::RepeatableRead).read_only(true);
+        let transaction = block_on_answer(runtime, place, *answer_wait_max, begun.start())?;
+        Ok(PostgresSnapshot { transaction, runtime, place, answer_wait_max: *answer_wait_max })
     }
 
     fn answer<T>(
         &self,
         asked: impl Future<Output = Result<T, tokio_postgres::Error>>,
     ) -> Result<T, PostgresFault> {
-        let wait = self.answer_wait_max;
-        match self.runtime.block_on(async { timeout(wait, asked).await }) {
-            Ok(answered) => answered.map_err(|error| PostgresFault::of(&error, &self.place)),
-            Err(_) => Err(PostgresFault::Late { place: self.place.clone(), after: wait }),
+        block_on_answer(&self.runtime, &self.place, self.answer_wait_max, asked)
+    }
+}
+
+/// A copy that is on its way. It has to be waited for before its transaction ends.
+#[must_use]
+pub struct PendingCopy(JoinHandle<Result<(), PostgresFault>>);
+
+async fn copy_in(
+    client: &Client,
+    statement: &str,
+    rows: CopyRows,
+    place: &str,
+    wait: Duration,
+) -> Result<(), PostgresFault> {
+    let late = |_| PostgresFault::Late { place: place.to_owned(), after: wait };
+    let failed = |error| PostgresFault::of(&error, place);
+    let sink = timeout(wait, client.copy_in(statement)).await.map_err(late)?.map_err(failed)?;
+    let mut sink = std::pin::pin!(sink);
+    for piece in rows.into_pieces() {
+        // What the server has found wrong is told by the end of the copy.
+        if timeout(wait, sink.send(piece)).await.map_err(late)?.is_err() {
+            break;
         }
     }
+    timeout(wait, sink.as_mut().finish()).await.map_err(late)?.map_err(failed).map(drop)
 }
 
 async fn connect(settings: &PostgresSettings) -> Result<Client, PostgresFault> {

@@ -6,14 +6,18 @@
 
 use bytes::{BufMut, Bytes, BytesMut};
 
+use crate::time::timestamp_of;
+
 /// What every copy begins with: the signature, no flags, no extension.
 const COPY_HEADER: &[u8] = b"PGCOPY\n\xff\r\n\0\0\0\0\0\0\0\0\0";
 /// What every copy ends with: a row of -1 fields.
 const COPY_TRAILER: i16 = -1;
 /// About how many bytes are sent at once.
 const COPY_PIECE_BYTES: usize = 256 << 10;
-/// From the Unix epoch to PostgreSQL's, 2000-01-01, in microseconds.
-const POSTGRES_EPOCH_US: i64 = 946_684_800_000_000;
+/// What an array of one dimension has before its elements.
+const ARRAY_HEADER_BYTES: usize = 20;
+/// The type `double precision`.
+const FLOAT8_OID: u32 = 701;
 /// The version of `jsonb`'s binary form.
 const JSONB_VERSION: u8 = 1;
 
@@ -83,6 +87,21 @@ impl CopyRows {
         self.open.put_f64(value);
     }
 
+    /// `double precision[]`, of one dimension.
+    pub fn float8_array(&mut self, values: impl ExactSizeIterator<Item = f64>) {
+        let count = values.len();
+        self.open.put_i32(length(ARRAY_HEADER_BYTES + 12 * count));
+        // Dimensions, whether there is a NULL, the type of an element; how many there are, the number of the first.
+        self.open.put_i32(1);
+        self.open.put_i32(0);
+        self.open.put_u32(FLOAT8_OID);
+        self.open.put_i32(length(count));
+        self.open.put_i32(1);
+        for value in values {
+            self.float8(value);
+        }
+    }
+
     /// `timestamptz`, from microseconds since the Unix epoch. One that is beyond PostgreSQL's calendar is its nearest.
     pub fn timestamptz(&mut self, unix_us: i64) {
         self.int8(timestamp_of(unix_us));
@@ -107,13 +126,6 @@ impl CopyRows {
         self.pieces.push(self.open.freeze());
         self.pieces
     }
-}
-
-/// Microseconds since PostgreSQL's epoch, within what it has days for: 4713 BC to 294276 AD.
-fn timestamp_of(unix_us: i64) -> i64 {
-    const FIRST: i64 = -211_813_488_000_000_000;
-    const LAST: i64 = 9_223_371_331_199_999_999;
-    unix_us.saturating_sub(POSTGRES_EPOCH_US).clamp(FIRST, LAST)
 }
 
 fn length(bytes: usize) -> i32 {
@@ -141,10 +153,16 @@ mod tests {
     }
 
     #[test]
-    fn times_count_from_2000_and_stay_within_the_calendar() {
-        assert_eq!(timestamp_of(POSTGRES_EPOCH_US + 5), 5);
-        assert_eq!(timestamp_of(i64::MIN), -211_813_488_000_000_000);
-        assert!(timestamp_of(i64::MAX) <= 9_223_371_331_199_999_999);
+    fn an_array_has_its_shape_before_its_elements() {
+        let mut rows = CopyRows::new();
+        rows.begin(1);
+        rows.float8_array([1.5, -0.0].into_iter());
+        let bytes = rows.into_pieces().concat();
+        let array = &bytes[COPY_HEADER.len() + 2..bytes.len() - 2];
+        assert_eq!(array[..4], 44_i32.to_be_bytes());
+        assert_eq!(array[4..24], [0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 2, 189, 0, 0, 0, 2, 0, 0, 0, 1]);
+        assert_eq!(array[24..36], [&8_i32.to_be_bytes()[..], &1.5_f64.to_be_bytes()].concat());
+        assert_eq!(array.len(), 48);
     }
 
     #[test]

@@ -32,8 +32,8 @@ pub enum PostgresFault {
         /// How long it had.
         after: Duration,
     },
-    /// The file with issuers of certificates cannot be used.
-    #[error("PostgreSQL: issuers of certificates: {0}")]
+    /// A file with certificates, or with the key of one, cannot be used.
+    #[error("PostgreSQL: certificates: {0}")]
     Certificate(String),
     /// The operating system gives no thread.
     #[error("PostgreSQL: {0}")]
@@ -66,6 +66,28 @@ impl PostgresFault {
             Self::Refused { code, .. } => Some(code),
             _ => None,
         }
+    }
+
+    /// Whether there is no server to ask now, or it lets nobody in: not what it was asked for is the trouble.
+    pub fn is_away(&self) -> bool {
+        match self {
+            // Connection exceptions, who may come in, no such database, no resources, shutting down or starting.
+            Self::Refused { code, .. } => {
+                ["08", "28", "3D", "53"].iter().any(|class| code.starts_with(class))
+                    || code.starts_with("57P")
+            }
+            Self::Unreachable { .. } | Self::Late { .. } | Self::Certificate(_) | Self::Io(_) => true,
+        }
+    }
+
+    /// Whether the server has not answered in time.
+    pub fn is_late(&self) -> bool {
+        matches!(self, Self::Late { .. })
+    }
+
+    /// Whether the server has given up because it took too long.
+    pub fn is_canceled(&self) -> bool {
+        self.code().is_some_and(|code| matches!(code, "57014" | "55P03"))
     }
 
     /// Whether a value is the trouble: the server cannot take it, however often it is asked.

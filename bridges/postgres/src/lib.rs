@@ -7,11 +7,15 @@ mod connection;
 mod copy_rows;
 mod fault;
 mod settings;
+mod snapshot;
+mod time;
 mod tls;
 
-pub use connection::PostgresConnection;
+pub use connection::{PendingCopy, PostgresConnection};
 pub use copy_rows::CopyRows;
 pub use fault::PostgresFault;
 pub use settings::{PostgresSettings, SettingsFault, SslMode};
+pub use snapshot::PostgresSnapshot;
+pub use time::PostgresTime;
 pub use tokio_postgres::Row;
 pub use tokio_postgres::types::ToSql;

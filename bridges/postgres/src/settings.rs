@@ -56,6 +56,8 @@ pub enum SettingsFault {
     SslMode,
     /// It names no host or no user.
     Incomplete,
+    /// A certificate of the client's without its key, or a key without its certificate.
+    Identity,
 }
 
 impl SettingsFault {
@@ -69,6 +71,9 @@ impl SettingsFault {
             Self::SslMode => {
                 "its sslmode has to be disable, allow, prefer, require, verify-ca or verify-full"
             }
+            Self::Identity => {
+                "sslcert and sslkey come together: the files with a certificate and its key (PEM)"
+            }
             Self::Incomplete => "it has to name a user and a host: postgres://USER@HOST/DATABASE",
         }
     }
@@ -81,12 +86,14 @@ pub struct PostgresSettings {
     pub(crate) ssl_mode: SslMode,
     /// A file with issuers of certificates (PEM), instead of those that the system trusts.
     pub(crate) ca: Option<PathBuf>,
+    /// The files with the certificate that this client shows, and its key (PEM).
+    pub(crate) identity: Option<(PathBuf, PathBuf)>,
     /// The place without secrets: `HOST:PORT/DATABASE`.
     pub(crate) place: String,
 }
 
 impl PostgresSettings {
-    /// Reads a URL. `sslmode` and `sslrootcert` may be in it, as for libpq; `ca` counts before the latter, `password`
+    /// Reads a URL. `sslmode`, `sslrootcert`, `sslcert` and `sslkey` may be in it, as for libpq; `ca` counts before `sslrootcert`, `password`
     /// before one in the URL. `name` is how the server lists the connection.
     ///
     /// # Errors
@@ -100,7 +107,12 @@ impl PostgresSettings {
         if !url.starts_with("postgres://") && !url.starts_with("postgresql://") {
             return Err(SettingsFault::Url);
         }
-        let ParsedUrl { url, ssl_mode, root_certificate } = ParsedUrl::read(url)?;
+        let ParsedUrl { url, ssl_mode, root_certificate, certificate, key } = ParsedUrl::read(url)?;
+        let identity = match (certificate, key) {
+            (Some(certificate), Some(key)) => Some((certificate, key)),
+            (None, None) => None,
+            _ => return Err(SettingsFault::Identity),
+        };
         // Its own errors may quote a part of the URL.
         let mut config = Config::from_str(&url).map_err(|_| SettingsFault::Url)?;
         if config.get_user().is_none_or(str::is_empty) || config.get_hosts().is_empty() {
@@ -119,7 +131,7 @@ impl PostgresSettings {
             mode => mode,
         };
         let place = place_of(&config);
-        Ok(Self { config, ssl_mode, ca, place })
+        Ok(Self { config, ssl_mode, ca, identity, place })
     }
 
     /// Where the database is, without secrets.
@@ -138,6 +150,8 @@ struct ParsedUrl {
     url: String,
     ssl_mode: SslMode,
     root_certificate: Option<PathBuf>,
+    certificate: Option<PathBuf>,
+    key: Option<PathBuf>,
 }
 
 /// Whether each `%` begins an encoded byte: a bare one in a password would be read as something else.
@@ -154,7 +168,13 @@ impl ParsedUrl {
             return Err(SettingsFault::Url);
         }
         let (base, parameters) = url.split_once('?').unwrap_or((url, ""));
-        let mut read = Self { url: base.to_owned(), ssl_mode: SslMode::Prefer, root_certificate: None };
+        let mut read = Self {
+            url: base.to_owned(),
+            ssl_mode: SslMode::Prefer,
+            root_certificate: None,
+            certificate: None,
+            key: None,
+        };
         let mut others = Vec::new();
         for parameter in parameters.split('&').filter(|parameter| !parameter.is_empty()) {
             let (name, value) = parameter.split_once('=').ok_or(SettingsFault::Url)?;
@@ -164,6 +184,8 @@ impl ParsedUrl {
                 // The system's own, as here without any.
                 "sslrootcert" if value == "system" => read.ssl_mode = SslMode::VerifyFull,
                 "sslrootcert" => read.root_certificate = Some(PathBuf::from(&*value)),
+                "sslcert" => read.certificate = Some(PathBuf::from(&*value)),
+                "sslkey" => read.key = Some(PathBuf::from(&*value)),
                 _ => others.push(parameter),
             }
         }
@@ -218,6 +240,7 @@ mod tests {
             "postgres://me:s3cret@db/x?s3cret",
             "postgres://me:s3cret@db/x?s3cret=1",
             "postgres://me:s3cret@db/x?sslmode=s3cret",
+            "postgres://me@db/x?sslcert=s3cret",
             "postgres://me:s3%cret@db/x",
             "me:s3cret@db",
             "postgres:///s3cret",

@@ -1,14 +1,17 @@
 //! TLS as libpq's `sslmode` has it: what is verified of the server's certificate.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 
-use rustls::client::WebPkiServerVerifier;
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
+use rustls::client::{WantsClientCert, WebPkiServerVerifier};
 use rustls::crypto::{CryptoProvider, ring, verify_tls12_signature, verify_tls13_signature};
 use rustls::pki_types::pem::PemObject;
-use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
-use rustls::{CertificateError, ClientConfig, DigitallySignedStruct, Error, RootCertStore, SignatureScheme};
+use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
+use rustls::{
+    CertificateError, ClientConfig, ConfigBuilder, DigitallySignedStruct, Error, RootCertStore,
+    SignatureScheme,
+};
 
 use crate::fault::PostgresFault;
 use crate::settings::{PostgresSettings, SslMode};
@@ -27,7 +30,7 @@ pub(crate) fn client_config(settings: &PostgresSettings) -> Result<ClientConfig,
         SslMode::VerifyCa => false,
         _ => {
             let verifier = Arc::new(AnyCertificate(provider));
-            return Ok(builder.dangerous().with_custom_certificate_verifier(verifier).with_no_client_auth());
+            return with_identity(builder.dangerous().with_custom_certificate_verifier(verifier), settings);
         }
     };
     let roots = Arc::new(issuers(settings.ca.as_deref())?);
@@ -36,7 +39,35 @@ pub(crate) fn client_config(settings: &PostgresSettings) -> Result<ClientConfig,
         .map_err(|error| PostgresFault::Certificate(error.to_string()))?;
     let verifier: Arc<dyn ServerCertVerifier> =
         if is_name_verified { verifier } else { Arc::new(AnyName(verifier)) };
-    Ok(builder.dangerous().with_custom_certificate_verifier(verifier).with_no_client_auth())
+    with_identity(builder.dangerous().with_custom_certificate_verifier(verifier), settings)
+}
+
+/// Shows the client's certificate, if there is one. Its files are read at every connection.
+fn with_identity(
+    builder: ConfigBuilder<ClientConfig, WantsClientCert>,
+    settings: &PostgresSettings,
+) -> Result<ClientConfig, PostgresFault> {
+    let Some((certificate, key)) = &settings.identity else { return Ok(builder.with_no_client_auth()) };
+    let unusable =
+        |file: &Path, why: String| PostgresFault::Certificate(format!("{}: {why}", file.display()));
+    let chain = certificates_in(certificate)?;
+    let text = std::fs::read(key).map_err(|error| unusable(key, error.to_string()))?;
+    let private = PrivateKeyDer::from_pem_slice(&text)
+        .map_err(|_| unusable(key, "it has no private key (PEM)".to_owned()))?;
+    let built = builder.with_client_auth_cert(chain, private);
+    built.map_err(|error| unusable(certificate, error.to_string()))
+}
+
+/// The certificates in a file; at least one.
+fn certificates_in(file: &Path) -> Result<Vec<CertificateDer<'static>>, PostgresFault> {
+    let unusable = |why: String| PostgresFault::Certificate(format!("{}: {why}", file.display()));
+    let text = std::fs::read(file).map_err(|error| unusable(error.to_string()))?;
+    let certificates = CertificateDer::pem_slice_iter(&text).collect::<Result<Vec<_>, _>>();
+    let certificates = certificates.map_err(|error| unusable(error.to_string()))?;
+    match certificates.is_empty() {
+        true => Err(unusable("it has no certificate (PEM)".to_owned())),
+        false => Ok(certificates),
+    }
 }
 
 /// The issuers in a file, or those that the system trusts.
@@ -46,14 +77,9 @@ fn issuers(file: Option<&Path>) -> Result<RootCertStore, PostgresFault> {
         roots.add_parsable_certificates(rustls_native_certs::load_native_certs().certs);
         return Ok(roots);
     };
-    let unusable = |why: String| PostgresFault::Certificate(format!("{}: {why}", file.display()));
-    let text = std::fs::read(PathBuf::from(file)).map_err(|error| unusable(error.to_string()))?;
-    for certificate in CertificateDer::pem_slice_iter(&text) {
-        let certificate = certificate.map_err(|error| unusable(error.to_string()))?;
-        roots.add(certificate).map_err(|error| unusable(error.to_string()))?;
-    }
-    if roots.is_empty() {
-        return Err(unusable("it has no certificate (PEM)".to_owned()));
+    for certificate in certificates_in(file)? {
+        let unusable = |error: Error| PostgresFault::Certificate(format!("{}: {error}", file.display()));
+        roots.add(certificate).map_err(unusable)?;
     }
     Ok(roots)
 }

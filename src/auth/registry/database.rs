@@ -46,12 +46,14 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use headgate_format::key::Digest;
 use rusqlite::Connection;
 
 use super::error::{REGISTRY_FILE_NAME, RegistryError};
 use super::replica::{RegistryReplica, RegistryRevision};
 use super::rows::RegistryRow;
 use super::transaction::RegistryTransaction;
+use crate::message::DatasourceId;
 use crate::sqlite::{SqliteProfile, check_write_ahead_log};
 
 pub(super) const REGISTRY_DATABASE: SqliteProfile = SqliteProfile {
@@ -197,6 +199,48 @@ impl RegistryDatabase {
     /// Notes that this database has everything in the cluster's registry up to this revision.
     pub(super) fn caught_up(&mut self, revision: RegistryRevision) {
         self.applied = self.applied.max(revision);
+    }
+
+    /// Every row that is there, but keys and the audit.
+    pub(super) fn rows_but_keys(&self) -> Result<Vec<RegistryRow>, RegistryError> {
+        let connection = &self.connection;
+        let mut select = connection.prepare("SELECT id FROM datasources")?;
+        let ids = select.query_map([], |row| row.get(0))?.collect::<rusqlite::Result<Vec<String>>>()?;
+        let mut rows = Vec::with_capacity(ids.len());
+        for id in ids {
+            let id = DatasourceId::new(&id).map_err(|error| RegistryError::InvalidName(error.to_string()))?;
+            rows.push(RegistryRow::read_datasource(connection, &id)?);
+        }
+        let versions = |table: &str| {
+            let mut select = connection.prepare(&format!("SELECT version FROM {table}"))?;
+            let versions = select.query_map([], |row| row.get::<_, i64>(0).map(i64::cast_unsigned))?;
+            versions.collect::<rusqlite::Result<Vec<u64>>>()
+        };
+        for version in versions("leaks")? {
+            rows.push(RegistryRow::read_leak(connection, version)?);
+        }
+        for version in versions("incarnations")? {
+            rows.push(RegistryRow::read_incarnation(connection, version)?);
+        }
+        Ok(rows)
+    }
+
+    /// The rows of at most `max` keys, dead ones included, behind a digest.
+    pub(super) fn key_rows_after(
+        &self,
+        after: Option<Digest>,
+        max: usize,
+    ) -> Result<Vec<RegistryRow>, RegistryError> {
+        let mut select = self.connection.prepare_cached(
+            "SELECT digest FROM keys WHERE ?1 IS NULL OR digest > ?1 ORDER BY digest LIMIT ?2",
+        )?;
+        let bounds = rusqlite::params![after.map(|digest| digest.0), i64::try_from(max).unwrap_or(i64::MAX)];
+        let digests = select.query_map(bounds, |row| row.get::<_, [u8; 32]>(0))?;
+        let mut rows = Vec::new();
+        for digest in digests {
+            rows.push(RegistryRow::read_key(&self.connection, Digest(digest?).key_id())?);
+        }
+        Ok(rows)
     }
 
     /// Begins a change, which takes effect when it is committed.

@@ -15,6 +15,7 @@ use super::index::{KeyIndex, KeyLookup};
 use super::key::{Key, KeyAttributes};
 use super::queries::StoredKey;
 use crate::message::{DatasourceId, KeyId, TimeMicros};
+use crate::scheduler::polite_read;
 
 /// Deadlines beyond two for each key that may be stale before they are looked through.
 const STALE_DEADLINES_MAX: usize = 64;
@@ -103,7 +104,7 @@ impl LiveRegistry {
 
     /// A key by its id.
     pub(super) fn key(&self, datasource: &DatasourceId, id: KeyId) -> Option<Arc<Key>> {
-        let by_datasource = self.by_datasource.read();
+        let by_datasource = polite_read(&self.by_datasource);
         by_datasource.get(&(datasource.clone(), id)).map(Arc::clone)
     }
 
@@ -111,7 +112,7 @@ impl LiveRegistry {
     pub(super) fn keys_of(&self, datasource: &DatasourceId) -> Vec<Arc<Key>> {
         let first = (datasource.clone(), KeyId([0; 6]));
         let last = (datasource.clone(), KeyId([0xff; 6]));
-        let by_datasource = self.by_datasource.read();
+        let by_datasource = polite_read(&self.by_datasource);
         by_datasource.range(first..=last).map(|(_, key)| Arc::clone(key)).collect()
     }
 

@@ -53,6 +53,7 @@ const EGRESS_PROFILE: FollowerProfile = FollowerProfile {
     late: "egress to NATS did not finish by its deadline; the log has the rest",
     // NATS may be away for longer than any deadline; the next start sends the rest.
     patient: false,
+    nice: 0,
 };
 
 /// The running consumer.

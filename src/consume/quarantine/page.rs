@@ -75,6 +75,11 @@ pub struct QuarantinedRecord {
 }
 
 impl QuarantinedRecord {
+    /// Whether it can be sent through intake again: not withheld for its key, and not sent again yet.
+    pub(in crate::consume) fn is_redrivable(&self) -> bool {
+        self.cause != QuarantineCause::Key && self.redriven_offset.is_none()
+    }
+
     /// The record as it is in the log, without its note.
     pub fn as_record<'a>(&'a self, datasource: &'a DatasourceId) -> RecordRef<'a> {
         let StoredRecord { offset, topic, payload, content_type, key_id, transport, received_at, event_at } =
@@ -200,7 +205,11 @@ impl RecordsReader {
         budget: &mut PageBudget,
     ) -> Result<QuarantinePage, QueryError> {
         let filter = query.topic.as_deref().map(TopicFilter::new).transpose()?;
-        self.read(|connection| {
+        let stored = match self {
+            Self::Sqlite(stored) => stored,
+            Self::Postgres(stored) => return stored.quarantine_within(query, filter.as_ref(), budget),
+        };
+        stored.read(|connection| {
             let mut page = QuarantinePage::default();
             let Some(datasource) = row_id_of_scope(connection, &query.scope)? else { return Ok(page) };
             let mut statement = connection.prepare_cached(
@@ -231,8 +240,7 @@ impl RecordsReader {
                     continue;
                 }
                 let record = quarantined_record_of_row(row)?;
-                let redrivable = record.cause != QuarantineCause::Key && record.redriven_offset.is_none();
-                if redrivable || !query.redrivable {
+                if record.is_redrivable() || !query.redrivable {
                     budget.take(record.record.payload.len() + record.record.topic.len());
                     page.records.push(record);
                 }
@@ -247,7 +255,11 @@ impl RecordsReader {
     /// # Errors
     /// [`QueryError::Database`].
     pub fn leaked(&self, scope: &DatasourceId, key_id: KeyId) -> Result<LeakedRecords, QueryError> {
-        self.read(|connection| {
+        let stored = match self {
+            Self::Sqlite(stored) => stored,
+            Self::Postgres(stored) => return stored.leaked(scope, key_id),
+        };
+        stored.read(|connection| {
             let mut statement = connection.prepare_cached(
                 "SELECT d.datasource, t.topic, count(*)
                  FROM quarantined q JOIN datasources d ON d.id = q.datasource_id JOIN topics t ON t.id = q.topic_id

@@ -4,6 +4,7 @@
 //! is for filters that few records pass: their pages may be short or empty and still have a next one, so
 //! that no request scans a whole database.
 
+mod postgres;
 mod range;
 mod row;
 mod scan;
@@ -14,13 +15,16 @@ mod tests;
 use std::path::Path;
 use std::sync::Arc;
 
+use headgate_bridge_postgres::PostgresFault;
 use rusqlite::Connection;
 
+use self::postgres::PostgresRecords;
 use self::scan::RecordsScan;
 use super::latest::{self, LatestPage};
 use super::sink::latest_board::LatestBoard;
 use super::sink::schema::RECORDS_DATABASE;
 use super::sink::sqlite::RECORDS_FILE_NAME;
+use crate::config::PostgresConfig;
 use crate::filter::{FilterError, TopicFilter};
 #[cfg(test)]
 use crate::limits::LATEST_TOPICS_MAX;
@@ -34,9 +38,19 @@ pub(super) use super::sink::incarnations::row_id_of_scope;
 pub use range::StoredRange;
 pub(super) use row::{origin_of_row, payload_bytes_of_row};
 
-/// Reads `records.db`. Blocks, so call it where blocking is allowed. Cheap to clone.
+/// Reads what is stored, from the sink that reads are answered from. Blocks, so call it where blocking is allowed. Cheap
+/// to clone.
 #[derive(Clone)]
-pub struct RecordsReader {
+pub enum RecordsReader {
+    /// From `records.db`.
+    Sqlite(SqliteRecords),
+    /// From PostgreSQL.
+    Postgres(PostgresRecords),
+}
+
+/// Reads `records.db`.
+#[derive(Clone)]
+pub struct SqliteRecords {
     readers: Arc<SqliteReaders>,
     /// What is shown from memory.
     board: Arc<LatestBoard>,
@@ -139,6 +153,7 @@ pub struct RecordsPage {
 const RECORD_MEMORY_BYTES: usize = 256;
 
 /// What is left of the bounds of one page.
+#[derive(Debug, Clone)]
 pub struct PageBudget {
     records: usize,
     bytes: usize,
@@ -209,19 +224,39 @@ pub enum QueryError {
     /// The database could not be read.
     #[error("query: {0}")]
     Database(#[from] SqliteError),
+    /// PostgreSQL cannot be reached now, or lets nobody in. What it says is in the gateway's own log.
+    #[error("PostgreSQL cannot be reached")]
+    PostgresAway,
+    /// Too many read from PostgreSQL at once.
+    #[error("all connections to PostgreSQL are in use")]
+    PostgresBusy,
+    /// PostgreSQL did not do what it was asked.
+    #[error(transparent)]
+    Postgres(#[from] PostgresFault),
+    /// What is in PostgreSQL cannot be read as it is.
+    #[error("PostgreSQL: {0}")]
+    PostgresUnfit(String),
 }
 
 impl RecordsReader {
     /// A reader of `dir/records.db`, which storage makes. It is opened when it is read.
     pub fn new(dir: &Path) -> Self {
         let readers = SqliteReaders::new(dir.join(RECORDS_FILE_NAME), &RECORDS_DATABASE);
-        Self { readers: Arc::new(readers), board: Arc::default() }
+        Self::Sqlite(SqliteRecords { readers: Arc::new(readers), board: Arc::default() })
     }
 
-    /// Shows the newest values from `board` as far as they are there.
+    /// A reader of what PostgreSQL has. It connects when it is read.
+    pub fn of_postgres(config: &PostgresConfig) -> Self {
+        Self::Postgres(PostgresRecords::new(config))
+    }
+
+    /// Shows the newest values from `board` as far as they are there. PostgreSQL has its own.
     #[must_use]
     pub fn with_board(self, board: Arc<LatestBoard>) -> Self {
-        Self { board, ..self }
+        match self {
+            Self::Sqlite(records) => Self::Sqlite(SqliteRecords { board, ..records }),
+            Self::Postgres(records) => Self::Postgres(records),
+        }
     }
 
     /// One page of records.
@@ -240,7 +275,11 @@ impl RecordsReader {
         budget: &mut PageBudget,
     ) -> Result<RecordsPage, QueryError> {
         let filter = query.topic.as_deref().map(TopicFilter::new).transpose()?;
-        self.read(|connection| {
+        let stored = match self {
+            Self::Sqlite(stored) => stored,
+            Self::Postgres(stored) => return stored.records_within(query, filter.as_ref(), budget),
+        };
+        stored.read(|connection| {
             let Some(scan) = RecordsScan::plan(connection, query, filter.as_ref())? else {
                 return Ok(RecordsPage::default());
             };
@@ -265,7 +304,11 @@ impl RecordsReader {
         after_topic: Option<&str>,
         budget: &mut PageBudget,
     ) -> Result<LatestPage, QueryError> {
-        self.read(|connection| {
+        let stored = match self {
+            Self::Sqlite(stored) => stored,
+            Self::Postgres(stored) => return stored.latest_within(scope, after_topic, budget),
+        };
+        stored.read(|connection| {
             let topics_of = row_id_of_scope(connection, scope)?;
             let (datasource, _) = scope.of_scope();
             let mut page = LatestPage { datasource, topics: Vec::new(), next: None };
@@ -288,7 +331,9 @@ impl RecordsReader {
         budget: &mut PageBudget,
         each: &mut dyn FnMut(&[u8]),
     ) -> Result<Option<String>, QueryError> {
-        if let Some(next) = self.board.read(scope, after_topic, budget, each) {
+        if let Self::Sqlite(stored) = self
+            && let Some(next) = stored.board.read(scope, after_topic, budget, each)
+        {
             return Ok(next);
         }
         let page = self.latest_within(scope, after_topic, budget)?;
@@ -308,7 +353,11 @@ impl RecordsReader {
     /// # Errors
     /// [`QueryError::Database`].
     pub fn count_of(&self, scope: &DatasourceId) -> Result<(u64, u64, u64), QueryError> {
-        self.read(|connection| {
+        let stored = match self {
+            Self::Sqlite(stored) => stored,
+            Self::Postgres(stored) => return stored.count_of(scope),
+        };
+        stored.read(|connection| {
             let Some(id) = row_id_of_scope(connection, scope)? else { return Ok((0, 0, 0)) };
             let count = |table: &str| {
                 let select = format!(
@@ -322,7 +371,9 @@ impl RecordsReader {
             Ok((records, quarantined, bytes + more))
         })
     }
+}
 
+impl SqliteRecords {
     /// Runs `read` on a snapshot of the database, whatever storage writes meanwhile.
     pub(super) fn read<T>(
         &self,

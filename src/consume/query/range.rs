@@ -24,7 +24,11 @@ impl RecordsReader {
     /// # Errors
     /// [`QueryError::Database`].
     pub fn range_of(&self, scope: &DatasourceId) -> Result<StoredRange, QueryError> {
-        self.read(|connection| {
+        let stored = match self {
+            Self::Sqlite(stored) => stored,
+            Self::Postgres(stored) => return stored.range_of(scope),
+        };
+        stored.read(|connection| {
             let end = connection.query_row("SELECT next_offset FROM cursor", [], |row| row.get(0))?;
             let mut range = StoredRange { first: None, removed_below: None, end: offset_from_sql(end) };
             if let Some(id) = row_id_of_scope(connection, scope)? {

@@ -3,7 +3,8 @@
 
 use rusqlite::{Connection, OptionalExtension, params};
 
-use super::{QueryError, RecordsReader, row_id_of_scope};
+use super::postgres::series::{FoundSeries, SeriesPlace};
+use super::{QueryError, RecordsReader, SqliteRecords, row_id_of_scope};
 use crate::consume::sink::sample_chunk::{ChunkBase, ChunkSample, chunk_lists, key_json, list_samples};
 use crate::limits::{SERIES_CHUNKS_MAX, SERIES_PIECE_BYTES};
 use crate::message::{DatasourceId, TimeMicros};
@@ -129,6 +130,8 @@ pub struct SeriesReading {
     present: StepBounds,
     /// The chunks that are still to be read, the next one last.
     chunks: Vec<i64>,
+    /// Where it goes on in PostgreSQL, if it is read from there and there is more.
+    place: Option<SeriesPlace>,
 }
 
 /// Where a step is among all, and the times that it covers.
@@ -192,15 +195,13 @@ impl SeriesReading {
     /// # Errors
     /// [`SeriesError`].
     pub fn begin(stored: &RecordsReader, query: SeriesQuery) -> Result<Self, SeriesError> {
-        let found = stored.read(|connection| {
-            let Some(topic) = topic_id(connection, &query)? else { return Ok(None) };
-            let bounds = topic_bounds(connection, topic)?;
-            let range = bounds.map(|(oldest, newest)| {
-                (query.from.unwrap_or(oldest), query.to.unwrap_or(newest.saturating_add(1)))
-            });
-            let Some((from, to)) = range else { return Ok(None) };
-            Ok(Some((from, to, chunk_ids(connection, topic, from, to)?)))
-        })?;
+        let (found, place) = match stored {
+            RecordsReader::Sqlite(stored) => (find_chunks(stored, &query)?, None),
+            RecordsReader::Postgres(stored) => match stored.find_series(&query)? {
+                Some(FoundSeries { from, to, place }) => (Some((from, to, Vec::new())), place),
+                None => (None, None),
+            },
+        };
         let (from, to, mut chunks) = match (found, query.from, query.to) {
             (Some(found), ..) => found,
             (None, Some(from), Some(to)) => (from, to, Vec::new()),
@@ -220,7 +221,7 @@ impl SeriesReading {
         }
         let steps = vec![SeriesStep::default(); usize::try_from(steps).unwrap_or(points_max)];
         let present = StepBounds::default();
-        Ok(Self { query, key, from, to, step_us, steps, present, chunks })
+        Ok(Self { query, key, from, to, step_us, steps, present, chunks, place })
     }
 
     /// Reads some of its samples: about [`SERIES_PIECE_BYTES`]. Returns whether there are more. A chunk that was removed
@@ -229,6 +230,15 @@ impl SeriesReading {
     /// # Errors
     /// [`QueryError::Database`].
     pub fn read_some(&mut self, stored: &RecordsReader) -> Result<bool, QueryError> {
+        let stored = match stored {
+            RecordsReader::Sqlite(stored) => stored,
+            RecordsReader::Postgres(stored) => {
+                let Some(mut place) = self.place.take() else { return Ok(false) };
+                let has_more = stored.read_samples(&mut place, |sample| self.add_sample(sample))?;
+                self.place = has_more.then_some(place);
+                return Ok(has_more);
+            }
+        };
         stored.read(|connection| {
             let mut select = connection
                 .prepare_cached("SELECT first_offset, base_us, samples FROM sample_chunks WHERE id = ?1")?;
@@ -309,6 +319,22 @@ impl SeriesReading {
             point
         })
     }
+}
+
+/// The range of a series and the chunks that may have samples in it. `None` if its topic has no samples.
+fn find_chunks(
+    stored: &SqliteRecords,
+    query: &SeriesQuery,
+) -> Result<Option<(TimeMicros, TimeMicros, Vec<i64>)>, QueryError> {
+    stored.read(|connection| {
+        let Some(topic) = topic_id(connection, query)? else { return Ok(None) };
+        let bounds = topic_bounds(connection, topic)?;
+        let range = bounds.map(|(oldest, newest)| {
+            (query.from.unwrap_or(oldest), query.to.unwrap_or(newest.saturating_add(1)))
+        });
+        let Some((from, to)) = range else { return Ok(None) };
+        Ok(Some((from, to, chunk_ids(connection, topic, from, to)?)))
+    })
 }
 
 fn topic_id(connection: &Connection, query: &SeriesQuery) -> rusqlite::Result<Option<i64>> {

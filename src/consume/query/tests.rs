@@ -204,7 +204,8 @@ fn pages_are_read_along_an_index_and_never_sorted() {
     let dir = tempfile::tempdir().expect("temporary directory");
     let query = stored(dir.path(), [record(0, "press-4", "a", b"1")].into_iter(), 1);
     let plan_of = |sql: &str, parameters: &[i64]| {
-        let explained = query.read(|connection| {
+        let RecordsReader::Sqlite(stored) = &query else { panic!("it reads SQLite") };
+        let explained = stored.read(|connection| {
             let mut statement = connection.prepare(&format!("EXPLAIN QUERY PLAN {sql}"))?;
             let steps =
                 statement.query_map(rusqlite::params_from_iter(parameters), |row| row.get::<_, String>(3))?;

@@ -20,7 +20,11 @@ use crate::message::{DatasourceId, Incarnation, KeyId, Offset};
 const PURGE_RECORDS_PER_TRANSACTION: i64 = 10_000;
 
 /// What `datasources` calls an incarnation.
-pub(super) fn shown_name(datasource: &str, incarnation: Incarnation, history: &IncarnationHistory) -> String {
+pub(in crate::consume) fn shown_name(
+    datasource: &str,
+    incarnation: Incarnation,
+    history: &IncarnationHistory,
+) -> String {
     match history.has_ended(incarnation) {
         true => format!("{datasource}~{incarnation}"),
         false => datasource.to_owned(),

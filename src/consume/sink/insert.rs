@@ -18,34 +18,43 @@ use crate::message::{Offset, RecordFlags, RecordRef, TimeMicros};
 
 /// Stores `records`, in the transaction that `transaction` is in. Those whose key has leaked go into quarantine, and
 /// those of a purged incarnation are left out. With `keeps_samples`, also stores the numbers in their payloads. Returns
-/// the newest values that they bring, which are stored too.
+/// the newest values that they bring, which are stored too; `None` if they bring more than are to be in memory at once.
 pub(super) fn insert_records<'a>(
     transaction: &Connection,
     (ids, sizes): (&mut RememberedIds, &mut StoredSizes),
     left_out: &WithheldSnapshot,
     keeps_samples: bool,
     records: impl Iterator<Item = RecordRef<'a>>,
-) -> rusqlite::Result<NewestValues<'a>> {
-    let values = PayloadValues::new(keeps_samples, ids.take_open_chunks());
-    let PayloadValues { mut newest, samples, mut open_chunks, .. } =
-        thread::scope(|scope| -> rusqlite::Result<_> {
-            let mut payloads = PayloadReading::new(scope, values);
-            insert_rows(transaction, (&mut *ids, sizes), left_out, records, |payload| payloads.add(payload))?;
-            Ok(payloads.finish())
-        })?;
-    samples.write(transaction, &mut open_chunks)?;
-    ids.keep_open_chunks(open_chunks);
-    newest.write(transaction)?;
-    Ok(newest)
+) -> rusqlite::Result<Option<NewestValues<'a>>> {
+    let mut records = records.peekable();
+    let mut parts = 0;
+    loop {
+        let values = PayloadValues::new(keeps_samples, ids.take_open_chunks());
+        let PayloadValues { mut newest, samples, mut open_chunks, .. } =
+            thread::scope(|scope| -> rusqlite::Result<_> {
+                let mut payloads = PayloadReading::new(scope, values);
+                let places = (&mut *ids, &mut *sizes);
+                insert_rows(transaction, places, left_out, &mut records, |payload| payloads.add(payload))?;
+                Ok(payloads.finish())
+            })?;
+        samples.write(transaction, &mut open_chunks)?;
+        ids.keep_open_chunks(open_chunks);
+        newest.write(transaction)?;
+        parts += 1;
+        if records.peek().is_none() {
+            return Ok((parts == 1).then_some(newest));
+        }
+    }
 }
 
-/// Stores the rows of `records`. Calls `each` with the payload of each that is not in quarantine.
+/// Stores the rows of `records`. Calls `each` with the payload of each that is not in quarantine, until that returns
+/// `false`.
 fn insert_rows<'a>(
     transaction: &Connection,
     (ids, sizes): (&mut RememberedIds, &mut StoredSizes),
     left_out: &WithheldSnapshot,
     records: impl Iterator<Item = RecordRef<'a>>,
-    mut each: impl FnMut(StoredPayload<'a>),
+    mut each: impl FnMut(StoredPayload<'a>) -> bool,
 ) -> rusqlite::Result<()> {
     let mut times = TimeIndexRow::default();
     let mut entry = transaction.prepare_cached(
@@ -79,7 +88,9 @@ fn insert_rows<'a>(
             ToSqlOutput::Borrowed(payload),
             record.event_at,
         ])?;
-        each(StoredPayload { record, row, text });
+        if !each(StoredPayload { record, row, text }) {
+            break;
+        }
     }
     times.write(transaction)
 }

@@ -1,4 +1,4 @@
-//! Where the storage consumers write: SQLite, PostgreSQL.
+//! Where the storage consumers write: SQLite, PostgreSQL, a Delta lake.
 //!
 //! A sink keeps its own cursor and moves it in the transaction that writes the records. So each record
 //! is stored exactly once: after a kill at any moment the cursor says which records are there, and the log
@@ -9,6 +9,8 @@ mod chunk_numbers;
 mod ids;
 pub(in crate::consume) mod incarnations;
 mod insert;
+#[cfg(feature = "delta")]
+pub(in crate::consume) mod lake;
 pub(in crate::consume) mod latest_board;
 mod newest;
 mod payloads;

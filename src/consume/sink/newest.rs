@@ -22,7 +22,8 @@ use super::ids::RowIds;
 use super::schema::sql_offset;
 use crate::consume::render;
 use crate::limits::{
-    LATEST_KEY_BYTES_MAX, LATEST_KEYS_PER_TOPIC_MAX, LATEST_LOOK_BACK_MAX, LATEST_VALUE_BYTES_MAX,
+    GATHERED_KEYS_MAX, LATEST_KEY_BYTES_MAX, LATEST_KEYS_PER_TOPIC_MAX, LATEST_LOOK_BACK_MAX,
+    LATEST_VALUE_BYTES_MAX,
 };
 use crate::message::{Offset, RecordRef, TimeMicros};
 use crate::values::ShapedPayload;
@@ -32,6 +33,8 @@ use crate::values::samples::{JsonMember, MemberName};
 #[derive(Default)]
 pub(super) struct NewestValues<'a> {
     topics: HashMap<i64, NewestTopic<'a>>,
+    /// How many topics and keys there are.
+    gathered: usize,
     /// The values of the present payload, if it is of another shape; kept for its allocation.
     shaped: Vec<ShapedEntry>,
 }
@@ -82,12 +85,17 @@ impl<'a> NewestValues<'a> {
         text: Option<&'a str>,
         members: Option<&mut Vec<JsonMember<'a>>>,
     ) {
-        let topic = self.topics.entry(row.topic).or_insert_with(|| NewestTopic {
-            datasource: row.datasource,
-            record: *record,
-            values: Vec::new(),
-            places: HashMap::new(),
+        let gathered = &mut self.gathered;
+        let topic = self.topics.entry(row.topic).or_insert_with(|| {
+            *gathered += 1;
+            NewestTopic {
+                datasource: row.datasource,
+                record: *record,
+                values: Vec::new(),
+                places: HashMap::new(),
+            }
         });
+        let keys = topic.values.len();
         topic.record = *record;
         if let Some(text) = text
             && read_shaped(&shaped_payload(record, text), &mut self.shaped)
@@ -95,18 +103,23 @@ impl<'a> NewestValues<'a> {
             for (place, ShapedEntry { key, json, .. }) in self.shaped.drain(..).enumerate() {
                 topic.set(place, Cow::Owned(key), PayloadValue::Text(Cow::Owned(json)), record);
             }
-            return;
-        }
-        if let Some(members) = members {
+        } else if let Some(members) = members {
             for (place, (key, value)) in members.drain(..).enumerate() {
                 topic.set(place, key, PayloadValue::Text(Cow::Borrowed(value)), record);
             }
-            return;
+        } else {
+            let value = match text {
+                Some(text) => PayloadValue::Text(Cow::Borrowed(text)),
+                None => PayloadValue::Bytes(record.payload),
+            };
+            topic.set(0, Cow::Borrowed(""), value, record);
         }
-        match text {
-            Some(text) => topic.set(0, Cow::Borrowed(""), PayloadValue::Text(Cow::Borrowed(text)), record),
-            None => topic.set(0, Cow::Borrowed(""), PayloadValue::Bytes(record.payload), record),
-        }
+        *gathered += topic.values.len() - keys;
+    }
+
+    /// Whether there is so much that it is to be written before more is added.
+    pub(super) fn is_full(&self) -> bool {
+        self.gathered >= GATHERED_KEYS_MAX
     }
 
     /// As [`NewestValues::observe`], where nobody has read the members yet, and only the topic has a row id.

@@ -2,8 +2,9 @@
 //! transaction, which storage makes when it is behind, a thread of its own reads them while the rows are inserted.
 
 use std::mem;
-use std::sync::LazyLock;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{SyncSender, sync_channel};
+use std::sync::{Arc, LazyLock};
 use std::thread::{self, Scope, ScopedJoinHandle};
 
 use super::ids::RowIds;
@@ -15,10 +16,12 @@ use crate::values::samples::JsonMember;
 
 /// Payloads that are handed to the other thread at once.
 const BLOCK_PAYLOADS: usize = 512;
+/// Bytes of them, from which on there are no more in a block: so the keys in them are bounded too.
+const BLOCK_BYTES: usize = 64 << 10;
 /// Payloads of a transaction that are read without another thread: at the tail of the log there are no more.
 const ALONE_PAYLOADS_MAX: usize = 4096;
 /// Blocks that wait for the other thread at most.
-const WAITING_BLOCKS_MAX: usize = 16;
+const WAITING_BLOCKS_MAX: usize = 8;
 
 /// Whether a thread of its own has a processor of its own.
 static HAS_PROCESSORS: LazyLock<bool> = LazyLock::new(|| processors() > 1);
@@ -66,8 +69,10 @@ impl<'a> PayloadValues<'a> {
         self.newest.observe(*row, record, *text, is_object.then_some(&mut self.members));
     }
 
-    fn read_all(&mut self, payloads: &[StoredPayload<'a>]) {
+    /// Reads these. Returns whether there is so much that it is to be written before more is read.
+    fn read_all(&mut self, payloads: &[StoredPayload<'a>]) -> bool {
         payloads.iter().for_each(|payload| self.read(payload));
+        self.samples.is_full() || self.newest.is_full()
     }
 }
 
@@ -76,7 +81,10 @@ pub(super) struct PayloadReading<'scope, 'env, 'a> {
     scope: &'scope Scope<'scope, 'env>,
     place: ReadingPlace<'scope, 'a>,
     block: Vec<StoredPayload<'a>>,
+    block_bytes: usize,
     count: usize,
+    /// What they hold is to be written before there is more of it.
+    is_full: Arc<AtomicBool>,
 }
 
 /// Where payloads are read.
@@ -87,26 +95,32 @@ enum ReadingPlace<'scope, 'a> {
 
 impl<'scope, 'env, 'a: 'scope> PayloadReading<'scope, 'env, 'a> {
     pub(super) fn new(scope: &'scope Scope<'scope, 'env>, values: PayloadValues<'a>) -> Self {
-        Self { scope, place: ReadingPlace::Here(values), block: Vec::new(), count: 0 }
+        let (block, is_full) = Default::default();
+        Self { scope, place: ReadingPlace::Here(values), block, block_bytes: 0, count: 0, is_full }
     }
 
-    /// Takes the next payload.
+    /// Takes the next payload. Returns whether it takes more.
     #[inline]
-    pub(super) fn add(&mut self, payload: StoredPayload<'a>) {
+    pub(super) fn add(&mut self, payload: StoredPayload<'a>) -> bool {
+        self.block_bytes += payload.record.payload.len();
         self.block.push(payload);
-        if self.block.len() == BLOCK_PAYLOADS {
-            self.end_block();
+        if self.block.len() < BLOCK_PAYLOADS && self.block_bytes < BLOCK_BYTES {
+            return true;
         }
+        self.end_block();
+        !self.is_full.load(Ordering::Relaxed)
     }
 
     fn end_block(&mut self) {
         self.count += self.block.len();
+        self.block_bytes = 0;
         let next = Vec::with_capacity(self.block.capacity());
         let block = mem::replace(&mut self.block, next);
         match &mut self.place {
             ReadingPlace::Here(values) => {
-                values.read_all(&block);
-                if self.count >= ALONE_PAYLOADS_MAX && *HAS_PROCESSORS {
+                if values.read_all(&block) {
+                    self.is_full.store(true, Ordering::Relaxed);
+                } else if self.count >= ALONE_PAYLOADS_MAX && *HAS_PROCESSORS {
                     self.begin_thread();
                 }
             }
@@ -119,9 +133,14 @@ impl<'scope, 'env, 'a: 'scope> PayloadReading<'scope, 'env, 'a> {
     fn begin_thread(&mut self) {
         let (hand_over, handed) = sync_channel::<PayloadValues<'a>>(1);
         let (blocks, taken) = sync_channel::<Vec<StoredPayload<'a>>>(WAITING_BLOCKS_MAX);
+        let is_full = self.is_full.clone();
         let reading = move || {
             let mut values = handed.recv().expect("whoever begins this thread hands them over");
-            taken.iter().for_each(|block| values.read_all(&block));
+            for block in &taken {
+                if values.read_all(&block) {
+                    is_full.store(true, Ordering::Relaxed);
+                }
+            }
             values
         };
         let begun = thread::Builder::new().name("payloads".to_owned()).spawn_scoped(self.scope, reading);

@@ -43,6 +43,63 @@ pub enum PruneStep {
     Done,
 }
 
+/// A store whose oldest records can be removed. Each call is at most one short transaction.
+pub(in crate::consume) trait PrunableStore {
+    /// Why that was not possible.
+    type Fault;
+
+    /// Removes some of what is stored of an incarnation and is over its limits at `now`, or counts some of what it takes.
+    fn prune_some(
+        &mut self,
+        scope: &DatasourceId,
+        limits: StoredLimits,
+        now: TimeMicros,
+    ) -> Result<PruneStep, Self::Fault>;
+
+    /// Forgets for which times the log's offsets stand that nothing is stored of any more.
+    fn prune_time_index(&mut self) -> Result<(), Self::Fault>;
+
+    /// Takes out samples that were left behind by what was removed of an incarnation, of the next topics after
+    /// `after_topic`. Returns the last of these topics, if there are more.
+    fn trim_samples_some(
+        &mut self,
+        scope: &DatasourceId,
+        after_topic: &str,
+    ) -> Result<Option<String>, Self::Fault>;
+
+    /// Gives some room back to the file system. Returns whether there is more to give.
+    fn give_back_some(&mut self) -> Result<bool, Self::Fault>;
+}
+
+impl PrunableStore for SqliteSink {
+    type Fault = SinkError;
+
+    fn prune_some(
+        &mut self,
+        scope: &DatasourceId,
+        limits: StoredLimits,
+        now: TimeMicros,
+    ) -> Result<PruneStep, SinkError> {
+        SqliteSink::prune_some(self, scope, limits, now)
+    }
+
+    fn prune_time_index(&mut self) -> Result<(), SinkError> {
+        SqliteSink::prune_time_index(self)
+    }
+
+    fn trim_samples_some(
+        &mut self,
+        scope: &DatasourceId,
+        after_topic: &str,
+    ) -> Result<Option<String>, SinkError> {
+        SqliteSink::trim_samples_some(self, scope, after_topic)
+    }
+
+    fn give_back_some(&mut self) -> Result<bool, SinkError> {
+        SqliteSink::give_back_some(self)
+    }
+}
+
 /// A stored record that may be removed.
 struct OldRecord {
     offset: i64,

@@ -133,6 +133,11 @@ impl NewChunk {
         self.bytes
     }
 
+    /// How many keys it has.
+    pub(super) fn keys(&self) -> usize {
+        self.lists.len()
+    }
+
     /// Adds a sample of a record that is not older than those before. Records of one topic mostly have the same keys in the same
     /// order, so the search begins at the sample's `place` in its record.
     pub(super) fn push(&mut self, place: usize, key: &str, sample: ChunkSample) {

@@ -336,7 +336,10 @@ impl SqliteSink {
         )?;
         self.sizes.write(&transaction)?;
         transaction.commit()?;
-        self.board.follow(&self.connection, &newest);
+        match newest {
+            Some(newest) => self.board.follow(&self.connection, &newest),
+            None => self.board.clear(),
+        }
         Ok(true)
     }
 
@@ -360,6 +363,7 @@ mod tests {
 
     use super::*;
     use crate::consume::testing::record;
+    use crate::limits::GATHERED_KEYS_MAX;
 
     const PAYLOAD: &[u8] = b"{\"t\": 21.5}";
 
@@ -410,6 +414,36 @@ mod tests {
             drop(sink);
             assert_eq!(content(dir.path()), ((0..100).collect(), 100));
         }
+    }
+
+    #[test]
+    fn more_topics_and_keys_than_are_gathered_at_once_are_stored_as_any_others() {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let mut sink = open(dir.path());
+        let topics: Vec<String> = (0..GATHERED_KEYS_MAX / 2).map(|n| format!("t/{n}")).collect();
+        // Each topic comes again when it was written already.
+        let records = (0_u64..).zip(topics.iter().chain(&topics).chain(&topics)).map(|(offset, topic)| {
+            record(
+                offset,
+                "press-4",
+                topic,
+                if offset % 2 == 0 { br#"{"a": 1, "b": 2}"# } else { br#"{"a": 3}"# },
+            )
+        });
+        let records: Vec<_> = records.collect();
+        let end = records.len() as u64;
+        sink.store(records.into_iter(), end, false).expect("stored");
+        let connection = Connection::open(dir.path().join(RECORDS_FILE_NAME)).expect("opens");
+        let count = |sql: &str| {
+            let count = connection.query_row(sql, [], |row| row.get::<_, i64>(0)).expect("a count");
+            usize::try_from(count).expect("not negative")
+        };
+        let half = topics.len() / 2;
+        assert_eq!(count("SELECT count(*) FROM records"), 3 * topics.len());
+        assert_eq!(count("SELECT count(*) FROM samples"), 3 * (2 * half + half));
+        assert_eq!(count("SELECT count(*) FROM latest"), 2 * half + half);
+        let newest = 2 * topics.len();
+        assert_eq!(count(&format!("SELECT count(*) FROM latest WHERE offset >= {newest}")), 2 * half + half);
     }
 
     #[test]

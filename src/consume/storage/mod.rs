@@ -11,6 +11,8 @@
 
 mod ahead;
 mod follower;
+#[cfg(feature = "delta")]
+mod lake_place;
 mod pace;
 mod postgres_place;
 pub(in crate::consume) mod record_sink;
@@ -37,7 +39,7 @@ use crate::log::{Hold, Log};
 use crate::message::{Offset, TimeMicros, now_micros};
 
 pub use sinks::{SinkState, StorageSinks};
-pub use sqlite_place::repair;
+pub use sqlite_place::{repair, set_back_records};
 
 /// What the log says about each sink's consumer.
 const fn profile_of(kind: SinkKind) -> &'static FollowerProfile {
@@ -48,6 +50,7 @@ const fn profile_of(kind: SinkKind) -> &'static FollowerProfile {
             up: "storage has recovered",
             late: "storage did not finish by its deadline; the log has the rest",
             patient: true,
+            nice: 0,
         },
         SinkKind::Postgres => &FollowerProfile {
             name: "postgres",
@@ -56,6 +59,15 @@ const fn profile_of(kind: SinkKind) -> &'static FollowerProfile {
             late: "storage in PostgreSQL did not finish by its deadline; the log has the rest",
             // The server may be away for long, and the next start stores the rest.
             patient: false,
+            nice: 0,
+        },
+        SinkKind::Delta => &FollowerProfile {
+            name: "delta",
+            down: "storage in the Delta lake is failing",
+            up: "storage in the Delta lake has recovered",
+            late: "storage in the Delta lake did not finish by its deadline; the log has the rest",
+            patient: false,
+            nice: 0,
         },
     }
 }
@@ -138,7 +150,7 @@ impl StorageConsumer {
         };
         let (sink, said) = opened.map(|OpenedSink { sink, said }| (sink, said)).unzip();
         let shared = Arc::new(StorageProgress {
-            cursor: watch::Sender::new(sink.as_ref().map_or(0, |sink| sink.cursor())),
+            cursor: watch::Sender::new(sink.as_ref().map_or(0, |sink| sink.stored_cursor())),
             withheld: watch::Sender::new(sink.as_ref().map_or(0, |sink| sink.withheld_version())),
             hold: log.hold(),
             set_aside: Mutex::new(said.flatten()),

@@ -3,6 +3,7 @@
 use std::time::{Duration, Instant};
 
 use super::record_sink::{OpenedSink, RecordSink, SinkFault, SinkPlace};
+use super::retention::RetentionTurns;
 use super::{StorageError, StoredLimitsSource};
 use crate::config::{PostgresConfig, SinkKind};
 use crate::consume::sink::postgres::PostgresSink;
@@ -42,11 +43,11 @@ impl SinkPlace for PostgresPlace {
     fn open(&mut self, log: &dyn Log, log_end: Offset, _: bool) -> Result<OpenedSink, StorageError> {
         let mut sink = self.connect()?;
         let said = sink.put_right(log, log_end).map_err(SinkFault::from)?;
-        Ok(OpenedSink { sink: Box::new(sink), said })
+        Ok(OpenedSink { sink: in_use(sink), said })
     }
 
     fn reopen(&mut self) -> Result<Box<dyn RecordSink>, SinkFault> {
-        Ok(Box::new(self.connect()?))
+        Ok(in_use(self.connect()?))
     }
 
     /// The server answers for what it has stored: there is nothing to set aside.
@@ -55,29 +56,39 @@ impl SinkPlace for PostgresPlace {
     }
 }
 
-impl RecordSink for PostgresSink {
+fn in_use(sink: PostgresSink) -> Box<dyn RecordSink> {
+    Box::new(PostgresStore { sink, retention: RetentionTurns::default() })
+}
+
+/// The open tables, and where their retention is.
+struct PostgresStore {
+    sink: PostgresSink,
+    retention: RetentionTurns,
+}
+
+impl RecordSink for PostgresStore {
     fn cursor(&self) -> Offset {
-        self.cursor()
+        self.sink.cursor()
     }
 
     fn durable_cursor(&self) -> Offset {
-        self.durable_cursor()
+        self.sink.durable_cursor()
     }
 
     fn withheld_version(&self) -> u64 {
-        self.withheld_version()
+        self.sink.withheld_version()
     }
 
     fn has_rules(&self) -> bool {
-        self.has_rules()
+        self.sink.has_rules()
     }
 
     fn is_writer(&mut self) -> Result<bool, SinkFault> {
-        Ok(self.is_writer()?)
+        Ok(self.sink.is_writer()?)
     }
 
     fn reconcile_some(&mut self, withheld: &WithheldRules) -> Result<bool, SinkFault> {
-        Ok(self.reconcile_some(withheld)?)
+        Ok(self.sink.reconcile_some(withheld)?)
     }
 
     fn store<'a>(
@@ -86,15 +97,18 @@ impl RecordSink for PostgresSink {
         next: Offset,
         sync: bool,
     ) -> Result<(), SinkFault> {
-        Ok(self.store(records, next, sync)?)
+        Ok(self.sink.store(records, next, sync)?)
     }
 
-    /// Nothing is removed: how long rows stay there is the database's own matter.
-    fn keep_within(&mut self, _: &StoredLimitsSource, _: Duration) -> Result<(), SinkFault> {
-        Ok(())
+    /// Where gateways share the tables, the one that writes removes too.
+    fn keep_within(&mut self, limits: &StoredLimitsSource, storing: Duration) -> Result<(), SinkFault> {
+        match self.sink.has_place() {
+            true => Ok(self.retention.take_turn(&mut self.sink, limits, storing)?),
+            false => Ok(()),
+        }
     }
 
     fn finish(&mut self) -> Result<(), SinkFault> {
-        Ok(self.finish()?)
+        Ok(self.sink.finish()?)
     }
 }

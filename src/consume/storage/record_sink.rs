@@ -4,6 +4,8 @@
 use std::time::Duration;
 
 use crate::config::SinkKind;
+#[cfg(feature = "delta")]
+use crate::consume::sink::lake::LakeFault;
 use crate::consume::sink::postgres::PostgresError;
 use crate::consume::sink::sqlite::SinkError;
 use crate::log::{Log, WithheldRules};
@@ -13,8 +15,13 @@ use super::{StorageError, StoredLimitsSource};
 
 /// An open database with its cursor in the log. All methods may block on a disk or a network.
 pub(in crate::consume) trait RecordSink: Send {
-    /// The first offset that is not stored yet.
+    /// The first offset that it has not taken yet.
     fn cursor(&self) -> Offset;
+
+    /// The first offset that is not stored: a sink may hold what it has taken until its next commit.
+    fn stored_cursor(&self) -> Offset {
+        self.cursor()
+    }
 
     /// The cursor as a loss of power would leave it: the sink never needs the log below this.
     fn durable_cursor(&self) -> Offset;
@@ -109,6 +116,10 @@ pub enum SinkFault {
     /// `records.db`.
     #[error(transparent)]
     Sqlite(#[from] SinkError),
+    /// The Delta lake.
+    #[cfg(feature = "delta")]
+    #[error(transparent)]
+    Lake(#[from] LakeFault),
     /// PostgreSQL.
     #[error(transparent)]
     Postgres(#[from] PostgresError),
@@ -119,6 +130,8 @@ impl SinkFault {
     pub fn is_damage(&self) -> bool {
         match self {
             Self::Sqlite(error) => error.is_damage(),
+            #[cfg(feature = "delta")]
+            Self::Lake(_) => false,
             Self::Postgres(_) => false,
         }
     }
@@ -127,6 +140,8 @@ impl SinkFault {
     pub fn is_clean_rollback(&self) -> bool {
         match self {
             Self::Sqlite(error) => error.is_clean_rollback(),
+            #[cfg(feature = "delta")]
+            Self::Lake(_) => false,
             Self::Postgres(_) => false,
         }
     }
@@ -136,6 +151,8 @@ impl SinkFault {
         match self {
             Self::Sqlite(SinkError::Database(error)) => error.remedy(),
             Self::Sqlite(SinkError::CursorMoved { .. }) | Self::Postgres(_) => "it is tried again",
+            #[cfg(feature = "delta")]
+            Self::Lake(fault) => fault.remedy(),
         }
     }
 }

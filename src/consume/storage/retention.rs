@@ -5,8 +5,7 @@ use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crate::consume::sink::retention::{PruneStep, StoredLimits};
-use crate::consume::sink::sqlite::{SinkError, SqliteSink};
+use crate::consume::sink::retention::{PrunableStore, PruneStep, StoredLimits};
 use crate::limits::{RETENTION_INTERVAL, RETENTION_TURN_MAX, TRIM_INTERVAL};
 use crate::message::{DatasourceId, now_micros};
 
@@ -57,12 +56,12 @@ impl RetentionTurns {
     ///
     /// # Errors
     /// Those of the sink.
-    pub(super) fn take_turn(
+    pub(super) fn take_turn<S: PrunableStore>(
         &mut self,
-        sink: &mut SqliteSink,
+        sink: &mut S,
         limits: &StoredLimitsSource,
         storing: Duration,
-    ) -> Result<(), SinkError> {
+    ) -> Result<(), S::Fault> {
         let begun = Instant::now();
         if self.stage == RetentionStage::Waiting {
             if self.next_look.is_some_and(|at| begun < at) {
@@ -103,7 +102,7 @@ impl RetentionTurns {
     }
 
     /// One transaction. Returns whether there may be more to do.
-    fn step(&mut self, sink: &mut SqliteSink) -> Result<bool, SinkError> {
+    fn step<S: PrunableStore>(&mut self, sink: &mut S) -> Result<bool, S::Fault> {
         match self.stage {
             RetentionStage::Pages => return sink.give_back_some(),
             RetentionStage::Samples => return self.trim(sink),
@@ -137,7 +136,7 @@ impl RetentionTurns {
         }
     }
 
-    fn trim(&mut self, sink: &mut SqliteSink) -> Result<bool, SinkError> {
+    fn trim<S: PrunableStore>(&mut self, sink: &mut S) -> Result<bool, S::Fault> {
         let Some((scope, topic)) = self.trimming.last_mut() else {
             self.stage = RetentionStage::Pages;
             return Ok(true);

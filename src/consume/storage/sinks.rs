@@ -6,6 +6,8 @@ use std::time::{Duration, Instant};
 
 use futures_util::future::join_all;
 
+#[cfg(feature = "delta")]
+use super::lake_place::DeltaPlace;
 use super::postgres_place::PostgresPlace;
 use super::record_sink::SinkPlace;
 use super::sqlite_place::SqlitePlace;
@@ -68,6 +70,11 @@ impl StorageSinks {
                 SinkKind::Postgres => {
                     Box::new(PostgresPlace::new(&config.postgres, config.samples, is_shared))
                 }
+                #[cfg(feature = "delta")]
+                SinkKind::Delta => Box::new(DeltaPlace::new(dir, &config.delta, log.clone(), is_shared)),
+                // The settings have been checked.
+                #[cfg(not(feature = "delta"))]
+                SinkKind::Delta => continue,
             };
             consumers.push(StorageConsumer::start(place, config.nice, log.clone())?);
         }

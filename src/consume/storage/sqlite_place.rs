@@ -145,6 +145,33 @@ pub fn repair(dir: &Path, log: &dyn Log, apply: bool) -> Result<Option<String>, 
     }))
 }
 
+/// Sets aside what `records.db` in a data directory has from `end` on, because the log goes on there from an earlier state.
+/// Returns what to tell the operator, if there was anything.
+///
+/// # Errors
+/// [`StorageError::Sink`].
+pub fn set_back_records(dir: &Path, end: Offset) -> Result<Option<String>, StorageError> {
+    let path = dir.join(RECORDS_FILE_NAME);
+    if !path.exists() {
+        return Ok(None);
+    }
+    let mut sink = match SqliteSink::open(&path) {
+        // The start makes another one from the log.
+        Err(damage) if damage.is_damage() => return Ok(None),
+        opened => opened?,
+    };
+    if sink.cursor() <= end {
+        return Ok(None);
+    }
+    let records = sink.count_from(end)?;
+    let aside = sink.set_aside_from(end, &path)?;
+    Ok(Some(format!(
+        "{RECORDS_FILE_NAME} was ahead of the log, which goes on at offset {end} from an earlier state: its {records} \
+         records from there on are set aside in {} (tables records and quarantine)",
+        aside.display()
+    )))
+}
+
 /// Opens `records.db`. One that is damaged is set aside, and so is what it has behind `log_end`, the end of the log at
 /// the start: then also returns what to tell the operator. `is_ordered` is that of [`ahead::put_right`].
 ///

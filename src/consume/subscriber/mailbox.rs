@@ -15,6 +15,7 @@ use futures_util::task::AtomicWaker;
 use crate::limits::MAILBOX_BYTES_MAX;
 use crate::log::{Batch, RecordPlace};
 use crate::message::Offset;
+use crate::scheduler::polite_lock;
 use crate::shares::{ShareCharge, ShareCount, TenantShare};
 
 /// Places in one batch, with what they take of a tenant's share until the last subscriber has dealt with them.
@@ -271,7 +272,7 @@ impl Mailbox {
     }
 
     fn state(&self) -> MutexGuard<'_, MailboxState> {
-        self.state.lock()
+        polite_lock(&self.state)
     }
 }
 

@@ -28,6 +28,7 @@ use crate::limits::{
 use crate::log::{Batch, Log, RecordPlace};
 use crate::message::{DatasourceId, Offset};
 use crate::processor::ProcessorTime;
+use crate::scheduler::{polite_read, polite_write};
 
 /// How long the thread sleeps at most when nobody wakes it.
 const ROUTER_SLEEP_MAX: Duration = Duration::from_secs(3600);
@@ -95,7 +96,7 @@ pub(super) enum SubscriberRoute {
 
 impl RouterState {
     fn routes(&self) -> RwLockReadGuard<'_, RoutingTable> {
-        self.routes.read()
+        polite_read(&self.routes)
     }
 
     /// Marks the batch as routed. The thread and the log's writer may both do so for one batch.
@@ -105,7 +106,7 @@ impl RouterState {
     }
 
     fn routes_mut(&self) -> RwLockWriteGuard<'_, RoutingTable> {
-        self.routes.write()
+        polite_write(&self.routes)
     }
 }
 

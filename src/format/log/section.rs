@@ -2,6 +2,7 @@
 //! time). A front fills one per read of its socket, so that what the messages share is stored once.
 
 use std::cell::Cell;
+use std::time::Instant;
 
 use super::frame::FrameFlags;
 use super::label::LabelTable;
@@ -19,6 +20,8 @@ pub struct Section {
     pub lease: Lease,
     /// Ends when the datasource is deleted, for messages of a key that outlives it.
     datasource_lease: Option<Lease>,
+    /// From then on the section is left out.
+    kept_before: Option<Instant>,
     /// The transport they came over.
     pub transport: Transport,
     /// A hash of the client they came from, or 0 if that is unknown.
@@ -59,6 +62,7 @@ impl Section {
             key_id,
             lease,
             datasource_lease: None,
+            kept_before: None,
             transport,
             publisher,
             received_at,
@@ -82,10 +86,17 @@ impl Section {
         self.datasource_lease = Some(datasource);
     }
 
-    /// Whether its key and its datasource are still valid.
+    /// Has the section left out from this time on, also where it waits then.
+    pub fn keep_before(&mut self, time: Instant) {
+        self.kept_before = Some(time);
+    }
+
+    /// Whether its key and its datasource are still valid, and its time has not come.
     #[inline]
     pub fn holds(&self) -> bool {
-        self.lease.holds() && self.datasource_lease.as_ref().is_none_or(Lease::holds)
+        self.lease.holds()
+            && self.datasource_lease.as_ref().is_none_or(Lease::holds)
+            && self.kept_before.is_none_or(|time| Instant::now() < time)
     }
 
     /// Gives the section an id: it is kept only if none of its ids is known.

@@ -1,5 +1,5 @@
-//! Credentials: the API key that a request carries, in `Authorization` or `X-API-Key`, and the
-//! [`Caller`] that it identifies. A handler that takes a `Caller` runs only for a key that is valid at
+//! Credentials: the API key that a request carries, in `Authorization` or `X-API-Key`, or the session of the dashboard that
+//! its cookie names, and the [`Caller`] that it identifies. A handler that takes a `Caller` runs only for a key that is valid at
 //! this moment, and before any of the body has been read.
 
 use std::sync::Arc;
@@ -8,9 +8,9 @@ use axum::extract::{FromRequestParts, Query};
 use axum::http::request::Parts;
 use axum::http::{HeaderMap, Uri};
 
-use super::HttpFrontState;
 use super::answer::RequestMemory;
 use super::server::HttpPeer;
+use super::{HttpFrontState, dashboard};
 use crate::auth::{Actor, Grant, GrantDenial, Scope};
 use crate::front::credentials;
 use crate::front::problem::Problem;
@@ -54,7 +54,14 @@ impl FromRequestParts<Arc<HttpFrontState>> for Caller {
     type Rejection = Problem;
 
     async fn from_request_parts(parts: &mut Parts, shared: &Arc<HttpFrontState>) -> Result<Self, Problem> {
-        Self::identify(parts, shared, presented_key(&parts.headers)).await
+        let key = presented_key(&parts.headers);
+        if matches!(key, Err(GrantDenial::NoKey))
+            && let Some((grant, session)) = dashboard::page_grant(parts, shared)
+        {
+            parts.extensions.insert(session.digest);
+            return Self::admit(parts, shared, grant).await;
+        }
+        Self::identify(parts, shared, key).await
     }
 }
 
@@ -74,6 +81,14 @@ impl Caller {
             other => other.into(),
         })?;
         let grant = authorizer.identify_from(key, from)?;
+        Self::admit(parts, shared, grant).await
+    }
+
+    /// Lets a request in whose key has been looked up.
+    pub(super) async fn admit(parts: &Parts, shared: &HttpFrontState, grant: Grant) -> Result<Self, Problem> {
+        let Some(peer) = parts.extensions.get::<HttpPeer>() else {
+            return Err(Problem::internal(&"a request without the address it came from"));
+        };
         let intake = &shared.parts.intake;
         let (is_first, account) = peer.keys.enter(grant.key(), || intake.memory_account(&grant));
         if is_first {
@@ -89,13 +104,13 @@ impl Caller {
         if let Some(memory) = parts.extensions.get::<RequestMemory>() {
             memory.charge_to_key(charge);
         }
-        authorizer.registry().note_use(grant.key(), Some(&peer.client), now_micros(), None);
+        shared.registry().note_use(grant.key(), Some(&peer.client), now_micros(), None);
         Ok(Self(grant, peer.clone()))
     }
 }
 
 /// The one key that the headers carry.
-fn presented_key(headers: &HeaderMap) -> Result<&[u8], GrantDenial> {
+pub(super) fn presented_key(headers: &HeaderMap) -> Result<&[u8], GrantDenial> {
     // Both names are in lower case, as the lookup expects.
     let places = [credentials::AUTHORIZATION_HEADER, credentials::X_API_KEY_HEADER].into_iter();
     let values = places.flat_map(|name| headers.get_all(name).iter().map(move |value| (name, value)));

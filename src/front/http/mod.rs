@@ -26,6 +26,7 @@ mod leaks;
 mod lent;
 mod lent_socket;
 mod limits;
+mod live;
 mod long_answer;
 mod manage;
 mod messages;
@@ -35,6 +36,7 @@ mod persistence;
 mod presented;
 mod probes;
 mod problem;
+mod problem_pages;
 mod quarantine;
 mod query;
 mod records;
@@ -75,6 +77,7 @@ use self::answer::RequestMemory;
 use self::arrival::HttpPort;
 use self::body::BodyLimits;
 use self::credentials::Caller;
+use self::dashboard::browser_sessions::BrowserSessions;
 use self::server::{HttpCrowd, HttpPeer, ServedRoutes};
 use self::stream::StreamReaders;
 use crate::auth::failures::AuthFailures;
@@ -194,6 +197,8 @@ pub async fn serve(listeners: HttpListeners, parts: HttpFrontParts, drain: Cance
         }),
         limiting: Mutex::new(()),
         streams: StreamReaders::new(config.stream_heartbeat(), Duration::from_millis(config.body_ms_max)),
+        live_places: live::LivePlaces::default(),
+        browser_sessions: BrowserSessions::default(),
         drain: drain.clone(),
         keep_alive: persistence::keep_alive_value(config.keep_alive_s_max),
         parts,
@@ -243,6 +248,10 @@ struct HttpFrontState {
     setting_schemas: Mutex<()>,
     /// The streams that are open.
     streams: Arc<StreamReaders>,
+    /// Who watches what happens.
+    live_places: live::LivePlaces,
+    /// Who has signed in on the dashboard.
+    browser_sessions: BrowserSessions,
     /// Held from where quarantine is read until what is sent again of it is in the log, so that it is sent again once.
     redriving: tokio::sync::Mutex<()>,
     drain: CancellationToken,
@@ -395,14 +404,23 @@ fn routes() -> Vec<(Method, &'static str, MethodRouter<Arc<HttpFrontState>>)> {
         route(post.clone(), "/v1/datasources/{datasource}/keys", keys::create),
         route(get.clone(), "/v1/datasources/{datasource}/keys", keys::list),
         route(patch, "/v1/datasources/{datasource}/keys/{key_id}", limits::patch_key_limits),
-        route(delete, "/v1/datasources/{datasource}/keys/{key_id}", keys::revoke),
+        route(delete.clone(), "/v1/datasources/{datasource}/keys/{key_id}", keys::revoke),
         route(post.clone(), "/v1/datasources/{datasource}/keys/{key_id}/rotate", keys::rotate),
         route(get.clone(), "/v1/datasources/{datasource}/records", records::records),
         route(get.clone(), "/v1/datasources/{datasource}/latest", query::latest),
         route(get.clone(), "/v1/datasources/{datasource}/series", series::series),
         route(get.clone(), "/v1/datasources/{datasource}/stream", stream::read),
         route(get.clone(), "/v1/datasources/{datasource}/sessions", sessions::list),
+        route(
+            post.clone(),
+            "/v1/datasources/{datasource}/sessions/{client_id}/disconnect",
+            sessions::disconnect,
+        ),
         route(get.clone(), "/v1/connect", endpoints::show),
+        route(post.clone(), "/v1/session", dashboard::session::begin),
+        route(get.clone(), "/v1/session", dashboard::session::show),
+        route(delete, "/v1/session", dashboard::session::end),
+        route(get.clone(), "/v1/live", live::watch),
         route(get.clone(), "/v1/refusals", refusals::list),
         route(get.clone(), "/v1/audit", audit::list),
         route(get.clone(), "/v1/sinks", sinks::list),
@@ -416,13 +434,15 @@ fn routes() -> Vec<(Method, &'static str, MethodRouter<Arc<HttpFrontState>>)> {
         route(get.clone(), "/readyz", probes::ready),
         route(get.clone(), "/metrics", probes::metrics),
         route(get.clone(), "/openapi.json", openapi),
+        route(get.clone(), "/problems/{kind}", problem_pages::show),
+        route(get.clone(), "/dashboard/{version}/{file}", dashboard::file),
         route(get, "/", dashboard::page),
     ]
 }
 
 /// The routes that are for devices and readers. All others are the administration's: where it has a listener of its own,
 /// they are not found at any other.
-const DEVICE_ROUTES: [(Method, &str); 18] = [
+const DEVICE_ROUTES: [(Method, &str); 19] = [
     (Method::POST, "/v1/ingest/{datasource}"),
     (Method::POST, "/v1/ingest/{datasource}/{*topic}"),
     (Method::POST, "/api/v2/write"),
@@ -441,6 +461,7 @@ const DEVICE_ROUTES: [(Method, &str); 18] = [
     (Method::GET, "/livez"),
     (Method::GET, "/readyz"),
     (Method::GET, "/openapi.json"),
+    (Method::GET, "/problems/{kind}"),
 ];
 
 /// Whether a route is one of those.

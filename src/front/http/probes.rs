@@ -18,8 +18,9 @@ pub(super) async fn live() -> &'static str {
     "alive\n"
 }
 
+/// Whether messages can be taken and made durable, and what is wrong.
 #[derive(Serialize)]
-struct Readiness {
+pub(super) struct Readiness {
     status: &'static str,
     /// Why no message can be taken.
     reasons: Vec<String>,
@@ -33,6 +34,11 @@ struct Readiness {
 /// need no NATS. A store that cannot be opened is warned of until it is. Keys whose end is not durable are dead all the same. Records that are lost to damage, and files
 /// that were set aside, are warned of until the next start.
 pub(super) async fn ready(State(shared): State<Arc<HttpFrontState>>) -> Response {
+    readiness_of(&shared).into_response()
+}
+
+/// Whether this gateway is ready.
+pub(super) fn readiness_of(shared: &HttpFrontState) -> Readiness {
     let parts = &shared.parts;
     let draining = shared.drain.is_cancelled().then(|| "the gateway is shutting down".to_owned());
     let reasons: Vec<String> = parts.log.trouble().into_iter().chain(draining).collect();
@@ -54,16 +60,22 @@ pub(super) async fn ready(State(shared): State<Arc<HttpFrontState>>) -> Response
     let log = parts.log.warning();
     let warnings = [registry, rules, log].into_iter().chain(sinks);
     let warnings = warnings.chain([nats.or_else(callout), egress, sessions, retained, lost]);
-    readiness_response(reasons, warnings.chain(sinks_aside).chain(aside).flatten().collect())
+    Readiness::new(reasons, warnings.chain(sinks_aside).chain(aside).flatten().collect())
+}
+
+impl Readiness {
+    pub(super) fn new(reasons: Vec<String>, warnings: Vec<String>) -> Self {
+        let status = if reasons.is_empty() { "ready" } else { "unready" };
+        Self { status, reasons, warnings }
+    }
 }
 
 /// The answer of `/readyz`.
-pub(super) fn readiness_response(reasons: Vec<String>, warnings: Vec<String>) -> Response {
-    let (code, status) = match reasons.is_empty() {
-        true => (StatusCode::OK, "ready"),
-        false => (StatusCode::SERVICE_UNAVAILABLE, "unready"),
-    };
-    (code, Json(Readiness { status, reasons, warnings })).into_response()
+impl IntoResponse for Readiness {
+    fn into_response(self) -> Response {
+        let code = if self.reasons.is_empty() { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
+        (code, Json(self)).into_response()
+    }
 }
 
 /// `GET /metrics`: every metric, in Prometheus' text format.

@@ -4,13 +4,15 @@
 //! A message is sent again under the authority of the admin who asks, and becomes a record of the key
 //! that it first came with. It is kept once for ever, however often and by however many it is asked for at once: the
 //! record in the log names the offset that it was redriven from, storage notes that, and a page is read when storage
-//! has everything that is in the log, in the only redrive of this gateway. Between the gateways of a cluster the
-//! deduplication window tells. A message that turns out to be let in already, itself or as a corrected one with its
+//! has everything that is in the log, in the only redrive of this gateway. Between the gateways of a cluster JetStream
+//! tells: what another gateway has redriven is on the page or came into the stream after the page was begun, and of
+//! that the id is known for the whole window. So what is read on a page is published within half of that, or not at
+//! all. A message that turns out to be let in already, itself or as a corrected one with its
 //! id, gets a mark in the log, which storage notes as well.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use axum::Json;
 use axum::extract::{Query as QueryString, Request, State};
@@ -23,14 +25,14 @@ use super::credentials::Caller;
 use super::page_stream::{self, JsonItems, PageFrame, PageSource};
 use super::query::{self, page_limit, time_parameter};
 use super::{HttpFrontState, PathParameters, keys, run_blocking, run_in_turn, run_reading};
-use crate::auth::{AuditEvent, Datasource, Scope};
+use crate::auth::{AuditEvent, Datasource, GrantDenial, Scope};
 use crate::consume::quarantine::QuarantineQuery;
 use crate::consume::quarantine::leaks::LeakError;
 use crate::consume::quarantine::page::{LeakedRecords, QuarantinedRecord};
 use crate::consume::query::{PageBudget, QueryError, RecordsReader};
 use crate::consume::render::Rfc3339;
 use crate::front::problem::Problem;
-use crate::intake::RedriveOutcome;
+use crate::intake::{RedriveOutcome, Refusal};
 use crate::limits::{
     PAYLOAD_BYTES_MAX, QUERY_PIECE_BYTES, QUERY_RECORDS_MAX, REDRIVE_PAGE_RECORDS, REDRIVE_RECORDS_MAX,
     VALIDATION_ERRORS_MAX,
@@ -173,6 +175,7 @@ pub(super) async fn redrive(
         // Storage notes what was sent again. A redrive that it has not seen yet would be repeated here, and ids are not
         // known for ever.
         let turn = shared.redriving.lock().await;
+        let before = shared.parts.log.shared_id_window().map(|window| Instant::now() + window / 2);
         await_stored_up_to_now(&shared).await.map_err(Problem::after_body_read)?;
         let (asked, reader) = (query.clone(), stored.clone());
         let page = run_in_turn(&shared, &caller, move || {
@@ -182,7 +185,7 @@ pub(super) async fn redrive(
         })
         .await;
         let page = page.map_err(Problem::after_body_read)?;
-        redrive_page(&shared, &caller, &datasource, &page.records, &mut answer).await?;
+        redrive_page(&shared, &caller, &datasource, (&page.records, before), &mut answer).await?;
         drop(turn);
         answer.more = page.next.is_some();
         query.after_offset = page.next;
@@ -204,12 +207,13 @@ pub(super) async fn redrive(
     Ok(Json(answer).into_response())
 }
 
-/// Sends a page of messages through intake again, as one draft, and counts in `answer` what became of them.
+/// Sends a page of messages through intake again, as one draft, before its time is over if it has one, and counts in
+/// `answer` what became of them.
 async fn redrive_page(
     shared: &HttpFrontState,
     caller: &Caller,
     datasource: &Datasource,
-    page: &[QuarantinedRecord],
+    (page, before): (&[QuarantinedRecord], Option<Instant>),
     answer: &mut RedriveResponse,
 ) -> Result<(), Problem> {
     let intake = &shared.parts.intake;
@@ -222,7 +226,7 @@ async fn redrive_page(
         if left_out.withholds(&record) {
             continue;
         }
-        match draft.redrive(&caller.0, datasource, &record)? {
+        match draft.redrive(&caller.0, datasource, &record, before)? {
             RedriveOutcome::Added => added.push(record),
             RedriveOutcome::Fails(reason) => {
                 answer.failing += 1;
@@ -244,7 +248,15 @@ async fn redrive_page(
                 answer.duplicates += 1;
                 superseded.push((record, earlier.first()));
             }
-            _ => return Err(Problem::from(crate::auth::GrantDenial::Revoked).after_body_read()),
+            SectionOutcome::KeyDead if before.is_some_and(|before| before <= Instant::now()) => {
+                let words =
+                    "It took so long that another gateway may have redriven the rest; asking again is safe.";
+                return Err(Problem::new(Cause::StorageBehind, words).after_body_read());
+            }
+            other => {
+                let refusal = Refusal::from_outcome(&other).unwrap_or(GrantDenial::Revoked.into());
+                return Err(Problem::from(refusal).after_body_read());
+            }
         }
     }
     if superseded.is_empty() {

@@ -45,10 +45,11 @@ use super::stranger_pace::StrangerPace;
 use crate::auth::usage::KeyClient;
 use crate::config;
 use crate::front::connection_table::{ConnectionTable, EvictedStranger, TableEntry};
+use crate::front::early_key;
 use crate::front::listen_sockets::ListenSockets;
 use crate::front::peer_stream::PeerStream;
 use crate::front::proxied::{ProxyHeaderError, ProxyTrust, forwarded_address, is_forwarded_https};
-use crate::limits::{EARLY_REQUESTS_MAX, HTTP_HEADER_BYTES_MAX, HTTP2_STREAMS_MAX};
+use crate::limits::{ACCEPTS_PER_TURN_MAX, EARLY_REQUESTS_MAX, HTTP_HEADER_BYTES_MAX, HTTP2_STREAMS_MAX};
 use crate::message::Transport;
 use crate::observe::cause::Cause;
 use crate::observe::refusals::{RefusalNote, Refusals};
@@ -266,8 +267,12 @@ pub(super) async fn accept_on(
         drain: drain.clone(),
     });
     let mut crowded_until = Instant::now();
+    let mut accepts = 0_u32;
     loop {
-        crowd.processor.give_way().await;
+        accepts = accepts.wrapping_add(1);
+        if accepts.is_multiple_of(ACCEPTS_PER_TURN_MAX) {
+            crowd.processor.give_way().await;
+        }
         let (stream, peer) = accept(listener).await;
         let entry = (!port.is_proxied(peer)).then(|| Arc::new(crowd.enter(peer.ip())));
         let permit = match crowd.permits.clone().try_acquire_owned() {
@@ -276,15 +281,23 @@ pub(super) async fn accept_on(
         };
         while connections.try_join_next().is_some() {}
         let (server, payer) = (server.clone(), TaskPayer::stranger(&crowd.processor));
-        connections.spawn(FairTask::new(payer.clone(), async move {
-            let header_max = Duration::from_millis(server.config.header_ms_max);
-            let until = (header_max, &server.drain);
-            let arriving = Box::pin(server.port.arrive(stream, peer, entry, &server.crowd, until));
-            if let Some(arrived) = arriving.await {
-                server.serve_connection(arrived, payer).await;
+        connections.spawn(async move {
+            if let Some(entry) = &entry
+                && !server.greet((&stream, peer), entry, &payer).await
+            {
+                return;
             }
-            drop(permit);
-        }));
+            FairTask::new(payer.clone(), async move {
+                let header_max = Duration::from_millis(server.config.header_ms_max);
+                let until = (header_max, &server.drain);
+                let arriving = Box::pin(server.port.arrive(stream, peer, entry, &server.crowd, until));
+                if let Some(arrived) = arriving.await {
+                    server.serve_connection(arrived, payer).await;
+                }
+                drop(permit);
+            })
+            .await;
+        });
     }
 }
 
@@ -360,6 +373,13 @@ struct ConnectionServer {
 }
 
 impl ConnectionServer {
+    /// Lets a client with a key past the strangers that stand in line. `false` if the connection has to make room.
+    async fn greet(&self, from: (&TcpStream, SocketAddr), entry: &TableEntry, payer: &TaskPayer) -> bool {
+        let Some(front) = self.routes.front.as_ref().filter(|_| self.port.tls.is_none()) else { return true };
+        let (intake, processor) = (&front.parts.intake, &self.crowd.processor);
+        early_key::greet(from, entry, intake.authorizer(), (processor, payer)).await
+    }
+
     /// Serves one connection to its end.
     async fn serve_connection(&self, arrived: ArrivedConnection, payer: Arc<TaskPayer>) {
         let ArrivedConnection { stream, peer, entry } = arrived;

@@ -21,8 +21,9 @@ struct SinkList {
     log_end: Offset,
 }
 
+/// A sink, as the API shows it.
 #[derive(Serialize)]
-struct SinkView {
+pub(super) struct SinkView {
     sink: &'static str,
     is_read: bool,
     is_writer: bool,
@@ -62,9 +63,14 @@ pub(super) async fn list(
     caller: Caller,
 ) -> Result<Response, Problem> {
     caller.require_gateway_admin()?;
+    let (sinks, log_end) = sinks_and_end(&shared);
+    Ok(Json(SinkList { sinks, log_end }).into_response())
+}
+
+/// The sinks, and the offset that the next record gets.
+pub(super) fn sinks_and_end(shared: &HttpFrontState) -> (Vec<SinkView>, Offset) {
     let states = shared.parts.storage.as_ref().map(|storage| storage.states()).unwrap_or_default();
     // Read after the cursors, so that none is ahead of it.
     let log_end = shared.parts.log.next_offset();
-    let sinks = states.into_iter().map(|state| SinkView::new(state, log_end)).collect();
-    Ok(Json(SinkList { sinks, log_end }).into_response())
+    (states.into_iter().map(|state| SinkView::new(state, log_end)).collect(), log_end)
 }

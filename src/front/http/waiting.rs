@@ -13,7 +13,7 @@ use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use super::arrival::HttpPort;
-use super::probes::{self, readiness_response};
+use super::probes::{self, Readiness};
 use super::server::{self, HttpCrowd, ServedRoutes};
 use crate::config;
 use crate::front::listen_sockets::ListenSockets;
@@ -53,7 +53,7 @@ pub async fn serve_until_ready<T>(
 }
 
 async fn unready(State(reason): State<UnreadyReason>) -> Response {
-    readiness_response(vec![reason()], Vec::new())
+    Readiness::new(vec![reason()], Vec::new()).into_response()
 }
 
 async fn unavailable(State(reason): State<UnreadyReason>) -> Response {

@@ -83,6 +83,9 @@ impl StopReason {
             StopReason::Close(CloseReason::Drain) => {
                 say(ReasonCode::ServerShuttingDown, "the gateway is shutting down")
             }
+            StopReason::Close(CloseReason::Kicked) => {
+                say(ReasonCode::AdministrativeAction, "an administrator has closed the connection")
+            }
             StopReason::Silent => {
                 say(ReasonCode::KeepAliveTimeout, "nothing was heard for one and a half keep-alives")
             }

@@ -202,7 +202,9 @@ impl Handshake<'_> {
         if let Some(will) = &mut will {
             // A client that was let in with a will has one, whatever becomes of the gateway.
             let session = session.is_durable().then_some(session.uid);
-            will.keep(&self.front.subscribers.store, session).await;
+            let bytes = will.stored_bytes();
+            let kept = will.keep(&self.front.subscribers.store, session);
+            self.front.intake.processor().pace_disk(grant.key(), bytes, kept).await;
         }
         let answer = self.write_connack(resumed, &limits)?;
         debug!(
@@ -400,6 +402,7 @@ fn close_reason(why: CloseReason) -> (ReasonCode, &'static str) {
         CloseReason::KeyDead => (ReasonCode::NotAuthorized, "the API key is no longer valid"),
         CloseReason::TakenOver => (ReasonCode::ServerBusy, "the client connected again"),
         CloseReason::Drain => (ReasonCode::ServerUnavailable, "the gateway is shutting down"),
+        CloseReason::Kicked => (ReasonCode::ServerBusy, "an administrator has closed the connection"),
     }
 }
 

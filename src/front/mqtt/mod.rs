@@ -54,12 +54,13 @@ use crate::config;
 use crate::consume::subscriber::Subscribers;
 use crate::consume::subscriber::sessions::StoredSessions;
 use crate::front::connection_table::{ConnectionTable, EvictedStranger, TableEntry};
+use crate::front::early_key;
 use crate::front::listen_sockets::ListenSockets;
 use crate::front::peer_stream::PeerStream;
 use crate::front::proxied::{ProxyHeaderError, ProxyTrust, peek_proxy_header, read_proxy_header};
 use crate::front::tls::Tls;
 use crate::intake::Intake;
-use crate::limits::TLS_HANDSHAKE_BYTES;
+use crate::limits::{ACCEPTS_PER_TURN_MAX, TLS_HANDSHAKE_BYTES};
 use crate::message::{DatasourceId, Transport};
 use crate::observe::cause::Cause;
 use crate::observe::refusals::RefusalNote;
@@ -74,7 +75,7 @@ use websocket::WebSocket;
 const DEADLINE_GRACE: Duration = Duration::from_millis(100);
 
 pub use sessions::claims::ClientClaims;
-pub use sessions::standing::SessionStanding;
+pub use sessions::standing::{SessionStanding, StandingWish};
 
 /// The state that all connections share.
 pub(super) struct MqttFront {
@@ -123,15 +124,20 @@ impl Acceptor {
     }
 
     /// Where the sessions under keys of this scope stand: those of clients that come after one, at most `count`, and
-    /// whether there are more. With `still`, only subscribers that stand still.
+    /// whether there are more.
     pub fn standings(
         &self,
         scope: &DatasourceId,
         after: Option<&str>,
         count: usize,
-        still: bool,
+        wish: StandingWish,
     ) -> (Vec<SessionStanding>, bool) {
-        self.front.sessions.standings(scope, after, count, still)
+        self.front.sessions.standings(scope, after, count, wish)
+    }
+
+    /// Closes the connection of a client under keys of this scope, if this gateway has one. Its session stays.
+    pub fn kick(&self, scope: &DatasourceId, client_id: &str) -> bool {
+        self.front.sessions.kick(scope, client_id)
     }
 
     /// Enters a connection among the strangers. If there are too many, the oldest makes room, and is reported.
@@ -289,10 +295,18 @@ impl Admission {
     fn serve_tcp(self, tcp: TcpStream) {
         let Self { front, connections, permit, stranger, peer, connect_by } = self;
         let payer = TaskPayer::stranger(front.intake.processor());
-        connections.spawn(FairTask::new(payer.clone(), async move {
-            connection::run(&front, ClientStream::Tcp(tcp), stranger, peer, connect_by, &payer).await;
-            drop(permit);
-        }));
+        connections.spawn(async move {
+            let intake = &front.intake;
+            let (authorizer, processor) = (intake.authorizer(), intake.processor());
+            if !early_key::greet((&tcp, peer), &stranger, authorizer, (processor, &payer)).await {
+                return;
+            }
+            let serving = FairTask::new(payer.clone(), async move {
+                connection::run(&front, ClientStream::Tcp(tcp), stranger, peer, connect_by, &payer).await;
+                drop(permit);
+            });
+            serving.await;
+        });
     }
 
     fn serve_tls(self, tcp: TcpStream, tls: Arc<Tls>) {
@@ -410,9 +424,12 @@ async fn accept_connections(
     acceptor: &Acceptor,
     serve: impl Fn(Admission, TcpStream) + Clone + Send + 'static,
 ) {
-    let mut warned = false;
+    let (mut warned, mut accepts) = (false, 0_u32);
     loop {
-        acceptor.front.intake.processor().give_way().await;
+        accepts = accepts.wrapping_add(1);
+        if accepts.is_multiple_of(ACCEPTS_PER_TURN_MAX) {
+            acceptor.front.intake.processor().give_way().await;
+        }
         let (tcp, peer) = match listener.accept().await {
             Ok(accepted) => accepted,
             Err(error) => {

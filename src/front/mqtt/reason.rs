@@ -18,7 +18,7 @@ pub(super) fn refusal_reason_code(refusal: &Refusal) -> ReasonCode {
         }
         Refusal::Conflict(IdConflict::MessageId(_)) => ReasonCode::ImplementationSpecificError,
         Refusal::Conflict(IdConflict::Exchange) => ReasonCode::PacketIdentifierInUse,
-        Refusal::Exchanges => ReasonCode::QuotaExceeded,
+        Refusal::Exchanges | Refusal::Ids => ReasonCode::QuotaExceeded,
         Refusal::Asked(asked) => refusal_reason_code(&asked.refusal),
         Refusal::Limited(limited) => match limited.limit {
             Limit::PayloadBytes => ReasonCode::PacketTooLarge,

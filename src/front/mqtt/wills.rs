@@ -134,8 +134,15 @@ impl MqttWill {
         Ok(Self { grant, who, content, _memory: memory, delay_s, copy, has_copies })
     }
 
+    /// About how many bytes its copy in the store takes.
+    pub(super) fn stored_bytes(&self) -> usize {
+        let StoredWill { topic, payload, properties, .. } = &*self.content;
+        topic.len() + payload.len() + properties.len() + WILL_BYTES
+    }
+
     /// Keeps a copy in the store for as long as there is the will, for a client whose session has this number if it
-    /// outlives the connection. Resolves when the copy is on the disk, or cannot be written now.
+    /// outlives the connection. Nothing is written before the future is polled, which resolves when the copy is on the disk,
+    /// or cannot be written now.
     pub(super) fn keep(
         &mut self,
         store: &SessionStore,
@@ -144,8 +151,9 @@ impl MqttWill {
         Arc::make_mut(&mut self.content).session = session;
         self.has_copies = true;
         self.copy = Some(WillCopy { store: store.clone(), id: Some(self.content.id) });
-        let written = store.write(vec![SessionStoreChange::PutWill(self.content.clone())]);
+        let (store, content) = (store.clone(), self.content.clone());
         async move {
+            let written = store.write(vec![SessionStoreChange::PutWill(content)]);
             // The store reports it. The will is published all the same, unless the gateway is killed.
             let _ = written.await;
         }

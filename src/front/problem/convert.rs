@@ -1,5 +1,7 @@
 //! Which problem each error is.
 
+use std::time::Duration;
+
 use serde_json::json;
 
 use super::Problem;
@@ -128,11 +130,26 @@ impl From<RegistryError> for Problem {
     }
 }
 
+/// When to come again if PostgreSQL is away.
+const STORE_AWAY_RETRY_AFTER: Duration = Duration::from_secs(5);
+
 impl From<QueryError> for Problem {
     fn from(error: QueryError) -> Self {
         match error {
             QueryError::Filter(_) => Self::new(Cause::Malformed, error.to_string()),
-            QueryError::Database(_) => {
+            QueryError::PostgresAway => {
+                let words = "The stored records are in PostgreSQL, which does not answer now. Messages are let in as \
+                             ever, and are stored once it is back: see /readyz.";
+                Self::new(Cause::StoreAway, words).with_retry_after(STORE_AWAY_RETRY_AFTER)
+            }
+            QueryError::PostgresBusy => {
+                Self::new(Cause::StoreBusy, "All connections to PostgreSQL are in use by other reads.")
+            }
+            QueryError::Postgres(ref fault) if fault.is_canceled() => {
+                let words = "PostgreSQL has not answered within the time that a read has.";
+                Self::new(Cause::StoreBusy, words)
+            }
+            QueryError::Database(_) | QueryError::Postgres(_) | QueryError::PostgresUnfit(_) => {
                 tracing::error!(%error, "a query of stored records failed");
                 Self::new(Cause::Unavailable, "The stored records cannot be read now: see /readyz.")
             }

@@ -2,7 +2,7 @@
 //! (`application/problem+json`). Here and in `convert` alone an error becomes a status, a type that a program
 //! can switch on, and words for the person who sent it.
 //!
-//! `type` is a stable reference, `/problems/too_large`: an identifier to compare, not a page to fetch. Its
+//! `type` is a stable reference, `/problems/too_large`: an identifier to compare, and a page for people. Its
 //! last part is the slug of a [`ProblemKind`]. `title` goes with the type, `detail` with the one request.
 //! Further members carry what a client can act on: `limit`, `retry_after_seconds`, `scope`, `line`,
 //! `column`, `pointer`, `errors`.

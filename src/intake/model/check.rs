@@ -146,7 +146,40 @@ impl ModelRun {
         let noted: HashSet<Offset> = rows(noted).into_iter().map(|(offset, _)| offset).collect();
         let missed: Vec<_> = self.superseded.difference(&noted).collect();
         assert!(missed.is_empty(), "not noted as let in: {missed:?}");
+        check_values(&stored, records);
     }
+}
+
+/// The numbers and the newest values that storage has are those of what was let in, at its event time or when it was
+/// received.
+fn check_values(stored: &rusqlite::Connection, records: &[RecordRef<'_>]) {
+    let let_in =
+        |record: &&RecordRef<'_>| matches!(RecordKind::of(record), RecordKind::LetIn | RecordKind::Redriven);
+    let is_number = |record: &&RecordRef<'_>| !text_of(record).contains(": \"");
+    let value = |record: &RecordRef<'_>| i64::try_from(number_of(record)).expect("few");
+    let offset = |record: &RecordRef<'_>| record.offset.cast_signed();
+    let samples = records
+        .iter()
+        .filter(let_in)
+        .filter(is_number)
+        .map(|record| (offset(record), value(record), record.event_at.unwrap_or(record.received_at)));
+    let rows = |sql: &str| {
+        let mut rows = stored.prepare(sql).expect("a view");
+        let row = |row: &rusqlite::Row<'_>| Ok((row.get(0)?, row.get(1)?, row.get(2)?));
+        rows.query_map([], row).expect("rows").collect::<Result<Vec<(i64, i64, i64)>, _>>().expect("rows")
+    };
+    let found =
+        rows("SELECT \"offset\", CAST(value AS INTEGER), at_us FROM samples WHERE key = 'n' ORDER BY 1");
+    assert_eq!(found, samples.collect::<Vec<_>>(), "samples");
+    let newest = TENANTS
+        .iter()
+        .filter_map(|tenant| records.iter().filter(let_in).rfind(|record| record.datasource == *tenant));
+    let mut newest: Vec<_> =
+        newest.map(|record| (offset(record), value(record), record.received_at)).collect();
+    newest.sort_unstable();
+    let found =
+        rows("SELECT \"offset\", CAST(value AS INTEGER), received_us FROM latest WHERE key = 'n' ORDER BY 1");
+    assert_eq!(found, newest, "latest");
 }
 
 fn text_of(record: &RecordRef<'_>) -> String {

@@ -18,6 +18,8 @@ use crate::log::{Batch, Log, SectionOutcome};
 use crate::message::{DatasourceId, KeyId, Offset, RecordFlags, RecordRef, TimeMicros, Transport};
 use crate::observe::metrics::Metrics;
 use crate::seeded_random::SeededRandom;
+use crate::time::Rfc3339;
+use crate::values::EVENT_TIME_PROPERTY;
 
 pub(super) const TENANTS: [&str; 2] = ["press-4", "oven"];
 /// One connection for the first tenant would leave nothing to overtake.
@@ -222,7 +224,12 @@ impl ModelRun {
             let message = self.message(number).clone();
             let key = self.random.below(2);
             let grant = self.grant(&self.keys[tenant][key].1.clone());
-            let properties = message.id.as_deref().map_or(Vec::new(), message_id_property);
+            let mut properties = message.id.as_deref().map_or(Vec::new(), message_id_property);
+            // Near and far from now, so that it counts or does not.
+            if self.random.percent(30) {
+                let at = self.clock + i64::try_from(self.random.below(20)).expect("small") * 600_000_000_000;
+                properties.extend(user_property(EVENT_TIME_PROPERTY, &Rfc3339(at).to_string()));
+            }
             let pushed = draft.push(
                 &grant,
                 None,
@@ -419,7 +426,7 @@ impl ModelRun {
         for record in batches.iter().flat_map(Batch::records) {
             let is_parked = RecordKind::of(&record) == RecordKind::Parked;
             if is_parked && record.datasource == TENANTS[tenant] && self.random.percent(30) {
-                let redriven = draft.redrive(&admin, &datasource, &record).expect("may");
+                let redriven = draft.redrive(&admin, &datasource, &record, None).expect("may");
                 assert!(matches!(redriven, RedriveOutcome::Added));
                 added.push(record);
             }
@@ -468,9 +475,14 @@ impl RecordKind {
 
 /// The user property that a client sends an id in, in wire form.
 fn message_id_property(id: &str) -> Vec<u8> {
+    user_property(MESSAGE_ID_PROPERTY, id)
+}
+
+/// A user property in wire form.
+fn user_property(name: &str, value: &str) -> Vec<u8> {
     let text =
         |text: &str| [&u16::try_from(text.len()).expect("short").to_be_bytes()[..], text.as_bytes()].concat();
-    [&[0x26][..], &text(MESSAGE_ID_PROPERTY), &text(id)].concat()
+    [&[0x26][..], &text(name), &text(value)].concat()
 }
 
 /// Everything in a log from an offset on.

@@ -31,6 +31,7 @@ use super::JetstreamLogShared;
 use super::message::{SharedIdContent, encode_message, encode_question, message_id_of};
 use super::once::Generation;
 use super::open::{PendingAppend, PendingAppends, PendingMessage, SectionProgress};
+use super::open_exchanges::KeptExchange;
 use super::own::OwnRunCollector;
 use super::read::shared_id_content_at;
 use crate::log::nats_message::origin_headers;
@@ -184,7 +185,7 @@ impl JetstreamAppender {
         }
         if !self.waiting.is_empty() && self.got_on_at + FOLLOWER_STALL_MAX <= now {
             // Without the follower, fences before these records may be unknown; without the registry too, a key's end.
-            match self.shared.may_be_behind() {
+            match self.shared.obstacle().is_some() {
                 true => {
                     self.got_on_at = now;
                     self.give_up_waiting(now);
@@ -220,7 +221,9 @@ impl JetstreamAppender {
             let dead = section.records() == 0 || !section.holds();
             let is_full = !dead && !self.may_open_exchanges(&section);
             let dead = dead || is_full;
-            let once = self.once_id_of(&section).filter(|_| !dead);
+            let known = if dead { None } else { self.find_kept(&mut section) };
+            let is_known = known.is_some();
+            let once = self.once_id_of(&section).filter(|_| !dead && !is_known);
             if let Some((id, Some(generation))) = once
                 && generation.is_stale()
             {
@@ -232,17 +235,22 @@ impl JetstreamAppender {
                 }));
             }
             let once = once.map(|(id, generation)| (id, generation.map(|generation| generation.number)));
-            let asks = !dead && !section.asked().is_empty();
+            let asks = !dead && !is_known && !section.asked().is_empty();
             let records = if dead { 0 } else { section.records() };
-            let kept = if section.is_question() { 0 } else { records };
+            let kept = if section.is_question() || is_known { 0 } else { records };
+            let with_ids = if once.is_some() { kept as usize } else { 0 };
+            let is_over = with_ids > 0 && !self.shared.ids.try_take(&section.datasource, with_ids);
+            let asks = asks || is_over;
             left += kept as usize + usize::from(asks);
             // The first of several records with one id tells whether all are known. Questions come before it.
             let at_once = if once.is_some() { kept.min(1) } else { kept };
-            let place = |record| PendingMessage { append, section: nth, record, again: false, asks };
+            let place =
+                |record| PendingMessage { append, section: nth, record, again: false, asks, after: 0 };
             self.queue.extend((0..if asks { 1 } else { at_once }).map(place));
             let content = SharedIdContent { records, digest: section.content_digest() };
             let asked = section.asked().iter().map(|id| (*id, self.generation_of(*id).map(|g| g.number)));
-            let asked = asked.collect();
+            // Who may bring no new id asks for its own last: a repetition brings none.
+            let asked = asked.chain(once.filter(|_| is_over)).collect();
             let places = if dead { Vec::new() } else { section.places() };
             let offsets = vec![0; records as usize];
             let headers = match dead {
@@ -260,12 +268,36 @@ impl JetstreamAppender {
                 duplicates: 0,
                 content,
                 asked,
-                found: is_full.then_some(SectionOutcome::ExchangesFull),
+                found: known.or(is_full.then_some(SectionOutcome::ExchangesFull)),
                 dead,
+                new_ids: if is_over { 0 } else { with_ids },
+                is_over,
             });
         }
         self.open.push(PendingAppend { sections: progress, left, error: None, give_up_at, reply });
         self.answer_if_settled(append);
+    }
+
+    /// What was kept before of a section whose exchange has been open for longer than JetStream may know its id.
+    fn find_kept(&self, section: &mut Section) -> Option<SectionOutcome> {
+        let exchanges = section.once().chain(section.asked().iter().copied()).filter(|id| id.is_exchange());
+        let find = |id| self.shared.exchanges.find(id, self.generation_of(id).map(|g| g.number));
+        // What lay beyond an earlier state from which the log went on is no longer there.
+        let is_there = |kept: &KeptExchange| {
+            let end = self.shared.history.get().and_then(|history| history.end_since(kept.epoch));
+            end.is_none_or(|end| kept.first < end)
+        };
+        let kept = exchanges.filter_map(find).find(is_there)?;
+        let earlier = Offsets::consecutive(kept.first, kept.content.records);
+        let content = SharedIdContent { records: section.records(), digest: section.content_digest() };
+        match kept.content.is_same(content) {
+            true if section.asked().is_empty() => Some(SectionOutcome::Duplicate(earlier)),
+            true => Some(SectionOutcome::Known(earlier)),
+            false if section.asked().is_empty() || section.is_question() => {
+                Some(SectionOutcome::Conflict { earlier, in_exchange: true })
+            }
+            false => None,
+        }
     }
 
     /// Whether the datasource of a section may open its exchanges; if so, they count.
@@ -287,12 +319,13 @@ impl JetstreamAppender {
 
     /// Publishes queued messages, as many as may be in flight.
     async fn publish_queued(&mut self) {
+        let after = self.shared.tail.next_offset();
         while self.blocked.is_none() && self.publisher.in_flight() < PUBLISHES_IN_FLIGHT_MAX {
             let Some(place) = self.refused.pop_first().or_else(|| self.queue.pop_front()) else { return };
-            if self.shared.may_be_behind() {
+            let place = PendingMessage { after, ..place };
+            if let Some(obstacle) = self.shared.obstacle() {
                 self.refused.insert(place);
-                let words = "this gateway has lost NATS and may not know yet which keys are dead";
-                self.blocked = Some((AppendError::Away(words.into()), Instant::now() + PUBLISH_RETRY_PAUSE));
+                self.blocked = Some((obstacle, Instant::now() + PUBLISH_RETRY_PAUSE));
                 return;
             }
             let Some(open) = self.open.get_mut(place.append) else { continue };
@@ -337,6 +370,11 @@ impl JetstreamAppender {
 
     /// Records that a message is stored.
     fn settle_stored(&mut self, place: PendingMessage, ack: JetstreamAck) {
+        if ack.sequence < place.after && !ack.duplicate && !place.asks {
+            self.shared.gate.note_lower_ack(ack.sequence, place.after);
+            let words = "the log has become another one, or an earlier state of it";
+            return self.settle_refused(place, PublishError::Unknown(words.to_owned()));
+        }
         let Some(open) = self.open.get_mut(place.append) else { return };
         let progress = &mut open.sections[place.section as usize];
         if place.asks {
@@ -410,6 +448,7 @@ impl JetstreamAppender {
             record,
             again: false,
             asks: false,
+            after: 0,
         }));
     }
 
@@ -423,6 +462,11 @@ impl JetstreamAppender {
         if !progress.asked.is_empty() {
             self.refused.insert(first);
             return;
+        }
+        if progress.is_over {
+            progress.found = Some(SectionOutcome::IdsFull);
+            let stands_for = progress.stands_for(place);
+            return self.count_settled(place.append, stands_for);
         }
         if !progress.section.is_question() {
             let records = progress.section.records();
@@ -472,6 +516,11 @@ impl JetstreamAppender {
                 return self.count_settled(place.append, stands_for);
             }
         };
+        if place.asks && progress.asks_own_id() {
+            // It is there, and the section is published as if there was room: what is missing of it comes in.
+            progress.is_over = false;
+            return self.ask_next(place);
+        }
         let is_same = found.is_none_or(|found| found.is_same(progress.content));
         let earlier =
             Offsets::consecutive(first, found.map_or(progress.content.records, |found| found.records));
@@ -526,9 +575,10 @@ impl JetstreamAppender {
     /// Answers an append if it is settled.
     fn answer_if_settled(&mut self, append: u64) {
         let Some(open) = self.open.take_settled(append) else { return };
+        open.settle_ids(&self.shared.ids);
         let last = open.last_offset();
         if open.error.is_some() || last < self.shared.tail.next_offset() {
-            open.answer(&self.shared.fences);
+            open.answer(&self.shared);
         } else {
             if self.waiting.is_empty() {
                 self.got_on_at = Instant::now();
@@ -561,7 +611,7 @@ impl JetstreamAppender {
             if let Some(mut open) = self.waiting.remove(&place) {
                 let words = "this gateway has lost NATS and does not know whether a key had ended before";
                 open.error = Some(AppendError::Unknown(words.into()));
-                open.answer(&self.shared.fences);
+                open.answer(&self.shared);
             }
         }
         self.pass_barriers();
@@ -572,7 +622,7 @@ impl JetstreamAppender {
         while let Some(first) = self.waiting.first_entry()
             && first.key().0 < next_offset
         {
-            first.remove().answer(&self.shared.fences);
+            first.remove().answer(&self.shared);
         }
         self.pass_barriers();
     }

@@ -5,8 +5,9 @@
 //! A check before publishing cannot do that alone: a gateway, or a nats-server, that was paused has messages in its
 //! queues and sockets, and they come in when it goes on, long after the key was dead everywhere else.
 //!
-//! A fence is in the stream for as long as the records around it. What is older waits in no socket: nats-server closes
-//! connections that do not answer for minutes.
+//! A fence is in the stream for as long as the records around it, and is remembered for as long as that, and for an hour
+//! at least ([`KeyFences::forget_below`]): the stream's size bounds their number. What is older waits in no socket:
+//! nats-server closes connections that do not answer for minutes.
 
 use parking_lot::RwLock;
 use std::collections::HashMap;
@@ -30,18 +31,26 @@ use crate::subject::SubjectSpace;
 const FENCE_TOKEN: &str = "$fence";
 /// The pause before a fence is put into the stream again.
 const FENCE_RETRY_PAUSE: Duration = Duration::from_millis(200);
+/// How long a fence is remembered although retention has removed it from the stream.
+const FENCE_KEPT_MIN: Duration = Duration::from_secs(3_600);
 /// How much longer than its window JetStream may know an id.
 const FORGOTTEN_ID_MARGIN: Duration = Duration::from_secs(5);
 
 /// The fences of the stream, and what they have shut out.
 pub(super) struct KeyFences {
-    places: RwLock<HashMap<KeyId, Offset>>,
+    places: RwLock<HashMap<KeyId, KeyFence>>,
     /// How many there are: while there is none, nothing is looked up.
     count: AtomicUsize,
     /// How many messages the follower has found behind a fence.
     shut_out: AtomicU64,
     /// Those messages, which are then removed from the stream.
     removals: mpsc::UnboundedSender<(Offset, Instant)>,
+}
+
+/// Where a key ends, and since when this gateway knows it.
+struct KeyFence {
+    at: Offset,
+    since: Instant,
 }
 
 impl KeyFences {
@@ -55,8 +64,19 @@ impl KeyFences {
     /// Notes that a key ends at an offset. Of several fences of a key the first counts.
     pub(super) fn raise(&self, key_id: KeyId, at: Offset) {
         let mut places = self.places.write();
-        let place = places.entry(key_id).or_insert(at);
-        *place = at.min(*place);
+        let fence = places.entry(key_id).or_insert_with(|| KeyFence { at, since: Instant::now() });
+        fence.at = at.min(fence.at);
+        self.count.store(places.len(), Ordering::Release);
+    }
+
+    /// Forgets fences that retention has removed from the stream, with all that was received before them, if they are old.
+    pub(super) fn forget_below(&self, first: Offset) {
+        self.forget_old(first, FENCE_KEPT_MIN);
+    }
+
+    fn forget_old(&self, first: Offset, kept_min: Duration) {
+        let mut places = self.places.write();
+        places.retain(|_, fence| fence.at >= first || fence.since.elapsed() < kept_min);
         self.count.store(places.len(), Ordering::Release);
     }
 
@@ -68,7 +88,7 @@ impl KeyFences {
     /// Whether a message of the key at this offset is behind its fence. One atomic load while there is no fence.
     pub(super) fn is_behind(&self, key_id: KeyId, offset: Offset) -> bool {
         self.count.load(Ordering::Acquire) > 0
-            && self.places.read().get(&key_id).is_some_and(|fence| offset > *fence)
+            && self.places.read().get(&key_id).is_some_and(|fence| offset > fence.at)
     }
 
     /// Whether a message of the stream is behind the fence of its key.
@@ -162,6 +182,10 @@ pub(super) async fn remove_shut_out(
 ) {
     while let Some((offset, seen)) = removed.recv().await {
         sleep_until(seen + window + FORGOTTEN_ID_MARGIN).await;
+        if shared.gate.is_in_doubt() {
+            // What is there now may be another message.
+            continue;
+        }
         // Another gateway may have done it; readers pass it over also if it stays.
         let _ = shared.stream.delete(offset).await;
     }
@@ -180,6 +204,11 @@ mod tests {
         fences.raise(a, 12);
         assert!(!fences.is_behind(a, 6) && fences.is_behind(a, 8) && fences.is_behind(a, 13));
         assert!(!fences.is_behind(b, 8));
+        fences.raise(b, 20);
+        fences.forget_below(20);
+        assert!(fences.is_behind(a, 21), "it is young");
+        fences.forget_old(20, Duration::ZERO);
+        assert!(!fences.is_behind(a, 21) && fences.is_behind(b, 21), "the stream still has this one");
     }
 
     #[test]

@@ -9,6 +9,7 @@ use headgate_bridge_nats::stream::{StoredMessage, StreamFollower};
 use tracing::warn;
 
 use super::JetstreamLogShared;
+use super::exchange_rows::note_exchange;
 use super::fences::fenced_key;
 use super::own::AloneMode;
 use crate::log::nats_message::{ParsedTimeCache, decode_record};
@@ -25,19 +26,24 @@ pub(super) struct JetstreamLogFollower {
     follower: StreamFollower,
     own: AloneMode,
     stored: Vec<StoredMessage>,
+    /// The follower's consumer whose stream was found to be the one that was followed.
+    confirmed_feed: u64,
 }
 
 impl JetstreamLogFollower {
     /// A task that begins where the tail ends.
     pub(super) fn new(shared: Arc<JetstreamLogShared>, follower: StreamFollower, own: AloneMode) -> Self {
-        Self { shared, follower, own, stored: Vec::new() }
+        Self { shared, follower, own, stored: Vec::new(), confirmed_feed: 0 }
     }
 
     /// Runs until it is aborted.
     pub(super) async fn run(mut self) {
         loop {
             tokio::select! {
-                message = self.follower.next(), if !self.own.is_alone() => self.take_messages(message),
+                message = self.follower.next(), if !self.own.is_alone() => {
+                    self.confirm_feed().await;
+                    self.take_messages(message);
+                }
                 () = self.own.wake() => {}
             }
             while let Some(run) = self.own.next_run(self.next_offset()) {
@@ -61,12 +67,23 @@ impl JetstreamLogFollower {
         self.shared.tail.next_offset()
     }
 
+    /// Before anything of another consumer is taken: waits until the stream is known to be the one that was followed.
+    async fn confirm_feed(&mut self) {
+        let feed = self.follower.feeds();
+        if self.confirmed_feed != feed {
+            self.shared.gate.confirm().await;
+            self.confirmed_feed = feed;
+        }
+    }
+
     /// Takes a message and all that have come with it, up to where the gateway's own records continue.
     fn take_messages(&mut self, message: StoredMessage) {
         let end = self.own.continues_at();
         let (mut bytes, mut message) = (0, Some(message));
+        // A consumer that ends meanwhile has no successor before the next turn.
         while let Some(stored) = message.take_if(|stored| stored.sequence < end) {
             bytes += stored.payload.len();
+            note_exchange(&self.shared, &stored);
             self.stored.push(stored);
             if self.stored.len() < FOLLOW_BATCH_MESSAGES_MAX && bytes < FOLLOW_BATCH_BYTES_MAX {
                 message = self.follower.try_next();

@@ -11,6 +11,7 @@
 //!   generations.
 //! - Sharing (`share.rs`): shared places in the log, where each record goes to one reader.
 //! - Retention (`retention.rs`): by the gateways, because only they know what is stored.
+//! - One history (`history.rs`): whether the stream is the one that this gateway has followed.
 //! - Watching (`watch.rs`): settings, servers that are behind, and the time, which is the servers'.
 //!
 //! # Promises, where they differ from the embedded log's
@@ -27,8 +28,11 @@
 //!   knows counts as kept by this append, even if it was there before.
 
 mod append;
+mod exchange_rows;
 mod fences;
 mod follow;
+mod history;
+mod id_allowance;
 mod message;
 mod once;
 mod open;
@@ -52,9 +56,14 @@ use tokio::task::JoinHandle;
 use tracing::warn;
 
 use self::append::{AppenderCommand, JetstreamAppender, JetstreamSubmission};
+use self::exchange_rows::{
+    ExchangeRows, StaleRows, exchanges_bucket_settings, find_open_exchanges, write_exchange_rows,
+    write_last_rows,
+};
 use self::fences::{KeyFences, fence_keys, load_fences, remove_shut_out};
 use self::follow::JetstreamLogFollower;
-use self::once::{ExchangeGenerations, once_bucket_settings};
+use self::id_allowance::IdAllowance;
+use self::once::{ExchangeGenerations, RELEASE_MEMORY, once_bucket_settings};
 use self::open_exchanges::OpenExchanges;
 use self::own::{OwnAppends, own};
 use self::retention::{StreamRetention, cursors_bucket_settings};
@@ -73,6 +82,7 @@ use crate::subject::{SubjectError, SubjectSpace, check_topic_has_subject};
 use crate::trouble::TroubleCell;
 
 pub use headgate_bridge_nats::stream::SharedPlace;
+pub use history::{HistoryGate, HistorySetBack, LogHistory};
 pub use watch::timed_report;
 
 pub use share::{DeliveredRecord, SHARED_KEEP_INTERVAL, ShareError, SharedPlaces, SharedRecords};
@@ -86,7 +96,7 @@ pub struct JetstreamLog {
     commands: mpsc::UnboundedSender<AppenderCommand>,
     appender: Mutex<Option<JoinHandle<()>>>,
     follower: JoinHandle<()>,
-    others: [JoinHandle<()>; 4],
+    others: [JoinHandle<()>; 5],
     /// Runs the reads of blocking threads.
     runtime: Handle,
 }
@@ -96,16 +106,26 @@ struct JetstreamLogShared {
     stream: JetstreamStream,
     /// The connection for following the stream.
     following: Nats,
+    /// For how long JetStream knows ids.
+    id_window: Duration,
     /// Whether the stream has several replicas.
     is_replicated: bool,
-    once: ExchangeGenerations,
-    exchanges: OpenExchanges,
+    once: Arc<ExchangeGenerations>,
+    exchanges: Arc<OpenExchanges>,
+    ids: IdAllowance,
+    rows: ExchangeRows,
+    stale_rows: StaleRows,
     tail: Tail,
     own: OwnAppends,
     listener: OnceLock<BatchListener>,
     holds: Holds,
     withheld: Arc<WithheldRules>,
     fences: KeyFences,
+    gate: HistoryGate,
+    /// For how long the release of an exchange is known, at least.
+    exchange_memory: Duration,
+    /// The epochs of the log, once they are known.
+    history: OnceLock<LogHistory>,
     /// Whether a key may have died without this gateway knowing it yet.
     may_be_behind: OnceLock<Box<dyn Fn() -> bool + Send + Sync>>,
     /// The oldest offset, as far as is known.
@@ -129,15 +149,28 @@ struct JetstreamLogShared {
 }
 
 impl JetstreamLogShared {
-    /// Whether a key may have died without this gateway knowing it yet.
-    fn may_be_behind(&self) -> bool {
-        self.may_be_behind.get().is_some_and(|may_be_behind| may_be_behind())
+    /// Why nothing may be published now: the stream may be another one than was followed, or a key may have died without
+    /// this gateway knowing it yet.
+    fn obstacle(&self) -> Option<AppendError> {
+        if self.gate.is_in_doubt() {
+            return Some(AppendError::OtherHistory(self.gate.words()));
+        }
+        let is_behind = self.may_be_behind.get().is_some_and(|may_be_behind| may_be_behind());
+        let words = "this gateway has lost NATS and may not know yet which keys are dead";
+        is_behind.then(|| AppendError::Away(words.into()))
+    }
+
+    /// The epoch of the log, as far as it is known.
+    fn epoch(&self) -> u64 {
+        self.history.get().map_or(0, |history| history.epoch)
     }
 
     fn note_state(&self, state: &StreamState) {
         // An untouched stream begins at 1, and no record is missing below that.
         let first = if state.first <= 1 { 0 } else { state.first };
-        self.first_offset.fetch_max(first, Ordering::AcqRel);
+        if self.first_offset.fetch_max(first, Ordering::AcqRel) < first {
+            self.fences.forget_below(first);
+        }
         self.bytes.store(state.bytes, Ordering::Relaxed);
     }
 }
@@ -159,19 +192,42 @@ impl JetstreamLog {
         let (settings, replicas) = (stream_settings(config), config.nats.stream.replicas);
         let window = settings.duplicate_window;
         let stream = JetstreamStream::open(nats, &settings).await?;
-        let once = ExchangeGenerations::open(nats, replicas, window).await?;
+        let exchanges = Arc::new(OpenExchanges::new(config.intake.exchanges_per_datasource_max, window));
+        let (stale_rows, to_remove) = mpsc::unbounded_channel();
+        let once = ExchangeGenerations::open(nats, replicas, window, {
+            let (exchanges, stale_rows) = (exchanges.clone(), stale_rows.clone());
+            move |id, generation| {
+                if let Some(revision) = exchanges.close_earlier(id, generation) {
+                    let _ = stale_rows.send((id, revision));
+                }
+            }
+        });
+        let once = Arc::new(once.await?);
+        let removal = (stale_rows.clone(), to_remove);
+        let rows = ExchangeRows::open(nats, replicas, exchanges.clone(), once.clone(), removal).await?;
         let state = stream.state().await?;
         let (fences, removed) = KeyFences::new();
         let shared = Arc::new(JetstreamLogShared {
+            id_window: window,
             is_replicated: replicas > 1,
             once,
-            exchanges: OpenExchanges::new(config.intake.exchanges_per_datasource_max, window),
+            exchanges,
+            ids: IdAllowance::new(
+                config.intake.dedup_ids_per_datasource_max,
+                config.intake.dedup_ids_max,
+                window,
+            ),
+            rows,
+            stale_rows,
             tail: Tail::new(state.last + 1),
             own: OwnAppends::default(),
             listener: OnceLock::new(),
             holds: Holds::new(),
             withheld: Arc::default(),
             fences,
+            gate: HistoryGate::default(),
+            exchange_memory: window + RELEASE_MEMORY,
+            history: OnceLock::new(),
             may_be_behind: OnceLock::new(),
             first_offset: AtomicU64::new(0),
             bytes: AtomicU64::new(0),
@@ -209,6 +265,7 @@ impl JetstreamLog {
             tokio::spawn(watch_stream_state(shared.clone())),
             tokio::spawn(watch_reports(shared.clone(), managed_streams(config))),
             tokio::spawn(remove_shut_out(shared.clone(), removed, window)),
+            tokio::spawn(write_exchange_rows(shared.clone())),
         ];
         let (appender, runtime) = (Mutex::new(Some(appender)), Handle::current());
         Ok(Self { shared, commands, appender, follower, others, runtime })
@@ -223,6 +280,31 @@ impl JetstreamLog {
     /// acknowledges nothing that it has not read back.
     pub fn set_behind_check(&self, may_be_behind: impl Fn() -> bool + Send + Sync + 'static) {
         let _ = self.shared.may_be_behind.set(Box::new(may_be_behind));
+    }
+
+    /// The gate that is closed while the stream may be another one than this gateway has followed.
+    pub fn gate(&self) -> &HistoryGate {
+        &self.shared.gate
+    }
+
+    /// Finds the QoS 2 exchanges that a kill of all gateways has left open, in what was stored since this gateway followed
+    /// the stream last.
+    ///
+    /// # Errors
+    /// [`LogOpenError::Away`].
+    pub async fn find_open_exchanges(&self, followed_at: TimeMicros) -> Result<(), LogOpenError> {
+        let known_for = self.shared.exchange_memory;
+        Ok(find_open_exchanges(&self.shared, followed_at, known_for).await?)
+    }
+
+    /// Sets the epochs of the log. Only the first call counts.
+    pub fn set_history(&self, history: LogHistory) {
+        let _ = self.shared.history.set(history);
+    }
+
+    /// The connection over which it appends.
+    pub fn nats(&self) -> &Nats {
+        self.shared.stream.nats()
     }
 
     /// Runs a read on the runtime and blocks until it ends.
@@ -250,12 +332,13 @@ fn stream_settings(config: &Config) -> JetstreamSettings {
 }
 
 /// The stream and the buckets of the log, as the configuration has them; the stream is the first.
-pub fn managed_streams(config: &Config) -> [ManagedStream; 3] {
+pub fn managed_streams(config: &Config) -> [ManagedStream; 4] {
     let (settings, replicas) = (stream_settings(config), config.nats.stream.replicas);
     [
         (&settings).into(),
         (&once_bucket_settings(replicas, settings.duplicate_window)).into(),
         (&cursors_bucket_settings(replicas)).into(),
+        (&exchanges_bucket_settings(replicas)).into(),
     ]
 }
 
@@ -293,8 +376,18 @@ impl Log for JetstreamLog {
 
     fn release(&self, ids: Vec<OnceId>, give_up_at: Instant) -> PendingCommit {
         let (reply, committed) = oneshot::channel();
-        self.shared.exchanges.close(&ids);
-        self.shared.once.release(ids, give_up_at, reply);
+        let rows = self.shared.exchanges.close(&ids);
+        if rows.is_empty() {
+            self.shared.once.release(ids, give_up_at, reply);
+            return committed;
+        }
+        let shared = self.shared.clone();
+        self.runtime.spawn(async move {
+            match shared.rows.remove(&rows, give_up_at).await {
+                Ok(()) => shared.once.release(ids, give_up_at, reply),
+                Err(error) => _ = reply.send(Err(AppendError::Away(error.to_string().into()))),
+            }
+        });
         committed
     }
 
@@ -325,12 +418,21 @@ impl Log for JetstreamLog {
         Box::pin(async move { drop(fenced.await) })
     }
 
+    fn shared_id_window(&self) -> Option<Duration> {
+        Some(self.shared.id_window)
+    }
+
     fn fenced_records(&self) -> u64 {
         self.shared.fences.shut_out_count()
     }
 
     fn sync(&self) -> LogFuture<'_, Result<(), AppendError>> {
-        Box::pin(self.shared.once.sync())
+        Box::pin(async move {
+            let rows = async {
+                self.shared.rows.sync().await.map_err(|error| AppendError::Away(error.to_string().into()))
+            };
+            tokio::try_join!(self.shared.once.sync(), rows).map(drop)
+        })
     }
 
     fn first_offset(&self) -> Offset {
@@ -370,6 +472,9 @@ impl Log for JetstreamLog {
     }
 
     fn read(&self, from: Offset, bytes_max: usize) -> Result<Vec<Batch>, LogReadError> {
+        if let Some(doubt) = self.doubt() {
+            return Err(LogReadError::Away(doubt.into()));
+        }
         match self.read_recent(from, bytes_max) {
             Some(batches) => Ok(batches),
             None => self.block_on_read(read::read_from_servers(self.shared.clone(), from, bytes_max)),
@@ -380,6 +485,9 @@ impl Log for JetstreamLog {
         // A stream has no message at 0.
         if from == 0 && self.first_offset() == 0 && self.next_offset() == 1 {
             return Some(vec![Batch::nothing_below(1)]);
+        }
+        if self.shared.gate.is_closed() {
+            return None;
         }
         self.shared.tail.read(from, bytes_max)
     }
@@ -412,9 +520,22 @@ impl Log for JetstreamLog {
     fn trouble(&self) -> Option<String> {
         let shared = &self.shared;
         let nats = shared.stream.nats().trouble().or_else(|| shared.following.trouble());
-        nats.or_else(|| shared.stream_trouble.current())
+        nats.or_else(|| shared.gate.doubt())
+            .or_else(|| shared.stream_trouble.current())
             .or_else(|| shared.append_trouble.current())
             .or_else(|| shared.clock_trouble.current())
+    }
+
+    fn is_in_doubt(&self) -> bool {
+        self.shared.gate.is_in_doubt()
+    }
+
+    fn doubt(&self) -> Option<String> {
+        self.shared.gate.doubt()
+    }
+
+    fn history(&self) -> Option<&LogHistory> {
+        self.shared.history.get()
     }
 
     fn warning(&self) -> Option<String> {
@@ -430,6 +551,7 @@ impl Log for JetstreamLog {
             {
                 warn!("the log's appender has failed");
             }
+            write_last_rows(&self.shared).await;
             // Stopped so that consumers can end: later records of other gateways wait for the next start.
             self.follower.abort();
         })

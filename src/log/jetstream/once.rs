@@ -21,9 +21,9 @@
 //! asks whether its id is known, with a message that JetStream never stores.
 //!
 //! Unlike in the log of one gateway, a message that has an id and is part of an exchange is known by its id alone, an
-//! exchange is known only as long as JetStream knows ids, and there is no bound of message ids for a datasource: JetStream
-//! keeps the ids of all of them for their time, and nobody's are pushed out. Open exchanges are bounded
-//! (`open_exchanges.rs`).
+//! exchange that stays open has a row ([`exchange_rows`](super::exchange_rows)). JetStream keeps the ids of all datasources
+//! for their time, and nobody's are pushed out: who brings new ones faster than they leave is refused
+//! (`id_allowance.rs`). Open exchanges are bounded too (`open_exchanges.rs`).
 //!
 //! Several messages may share one id: all but the first add their number in the section to it. The first is
 //! published alone. The others follow only if the first was new, or if an earlier attempt may have ended
@@ -50,6 +50,8 @@ const ONCE_BUCKET_NAME: &str = "headgate-once";
 const GENERATION_FRESH_MAX: Duration = Duration::from_secs(60);
 /// How long a row stays beyond the window: [`GENERATION_FRESH_MAX`], and the difference between clocks.
 const GENERATION_GRACE: Duration = Duration::from_secs(120);
+/// How long the release of an exchange is known beyond the window, at least.
+pub(super) const RELEASE_MEMORY: Duration = GENERATION_FRESH_MAX;
 /// Rows that are written together.
 const RELEASE_ROWS_MAX: usize = 500;
 /// How long the first reading of the bucket may take.
@@ -112,11 +114,16 @@ enum GenerationWork {
 }
 
 impl ExchangeGenerations {
-    /// Opens the bucket and reads it.
+    /// Opens the bucket and reads it. `released` is called with each id and its generation, again and again.
     ///
     /// # Errors
     /// [`KvError`].
-    pub(super) async fn open(nats: &Nats, replicas: usize, window: Duration) -> Result<Self, KvError> {
+    pub(super) async fn open(
+        nats: &Nats,
+        replicas: usize,
+        window: Duration,
+        released: impl Fn(OnceId, u64) + Send + Sync + 'static,
+    ) -> Result<Self, KvError> {
         let bucket = KvBucket::open(nats, &once_bucket_settings(replicas, window)).await?;
         let known = Arc::new(RwLock::new(HashMap::new()));
         let mut watch = bucket.watch();
@@ -126,6 +133,13 @@ impl ExchangeGenerations {
         let watcher = known.clone();
         let watching = tokio::spawn(async move {
             loop {
+                for row in &update.rows {
+                    let number =
+                        row.value.as_deref().and_then(|value| Generation::decode(value, row.revision));
+                    if let (Some(id), Some(generation)) = (OnceId::from_hex(&row.key), number) {
+                        released(id, generation.number);
+                    }
+                }
                 apply_update(&watcher, update);
                 update = watch.next().await;
             }

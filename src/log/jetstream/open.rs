@@ -5,9 +5,11 @@ use std::time::Instant;
 
 use headgate_bridge_nats::HeaderMap;
 
+use super::JetstreamLogShared;
 use super::append::AppendReply;
-use super::fences::KeyFences;
+use super::id_allowance::IdAllowance;
 use super::message::SharedIdContent;
+use super::open_exchanges::KeptExchange;
 use crate::log::{AppendError, CommitOutcome, Offsets, OnceId, Section, SectionOutcome};
 use crate::message::Offset;
 
@@ -29,6 +31,8 @@ pub(super) struct PendingMessage {
     pub(super) again: bool,
     /// Whether it is no record, but the question whether the section's first asked id is known.
     pub(super) asks: bool,
+    /// The offset that was the next one when it was published: the stream cannot put it before that.
+    pub(super) after: Offset,
 }
 
 /// An append that is not settled.
@@ -60,6 +64,10 @@ pub(super) struct SectionProgress {
     /// What was found instead of keeping it.
     pub(super) found: Option<SectionOutcome>,
     pub(super) dead: bool,
+    /// How many new ids its datasource was charged for.
+    pub(super) new_ids: usize,
+    /// Its datasource may bring no new id: it is kept only if its own is known.
+    pub(super) is_over: bool,
 }
 
 impl PendingAppends {
@@ -115,13 +123,22 @@ impl PendingAppend {
         self.sections.iter().flat_map(|progress| &progress.offsets).max().copied().unwrap_or_default()
     }
 
+    /// Gives back the ids of what did not come into the stream now.
+    pub(super) fn settle_ids(&self, ids: &IdAllowance) {
+        for progress in self.sections.iter().filter(|progress| progress.new_ids > 0) {
+            let stored = progress.offsets.iter().filter(|offset| **offset > 0).count();
+            let is_new = stored.saturating_sub(progress.duplicates);
+            ids.give_back(&progress.section.datasource, progress.new_ids.saturating_sub(is_new));
+        }
+    }
+
     /// Answers its caller. What is behind the fence of its key is not kept.
-    pub(super) fn answer(self, fences: &KeyFences) {
+    pub(super) fn answer(self, shared: &JetstreamLogShared) {
         let Self { sections, error, reply, .. } = self;
         let _ = reply.send(match error {
             Some(error) => Err(error),
             None => {
-                let outcomes = sections.into_iter().map(|progress| progress.outcome(fences)).collect();
+                let outcomes = sections.into_iter().map(|progress| progress.outcome(shared)).collect();
                 Ok(CommitOutcome { outcomes })
             }
         });
@@ -138,19 +155,42 @@ impl SectionProgress {
         if self.once.is_some() && place.record == 0 { self.offsets.len() } else { 1 }
     }
 
+    /// Whether the next id that it asks for is its own.
+    pub(super) fn asks_own_id(&self) -> bool {
+        self.is_over && self.asked.len() == 1
+    }
+
     /// The outcome of the section.
-    fn outcome(self, fences: &KeyFences) -> SectionOutcome {
-        let is_behind = |offset: &Offset| fences.shuts_out(&self.section, *offset);
+    fn outcome(self, shared: &JetstreamLogShared) -> SectionOutcome {
+        let is_behind = |offset: &Offset| shared.fences.shuts_out(&self.section, *offset);
         let is_dead = self.dead || self.offsets.iter().any(is_behind);
         match self.found {
             Some(SectionOutcome::ExchangesFull) => SectionOutcome::ExchangesFull,
             _ if is_dead => SectionOutcome::KeyDead,
             Some(found) => found,
             None if self.section.is_question() => SectionOutcome::Unknown,
-            None if self.duplicates == self.offsets.len() => {
-                SectionOutcome::Duplicate(Offsets::from_each(&self.offsets))
+            None => {
+                self.note_exchanges(shared);
+                let offsets = Offsets::from_each(&self.offsets);
+                match self.duplicates == self.offsets.len() {
+                    true => SectionOutcome::Duplicate(offsets),
+                    false => SectionOutcome::Kept(offsets),
+                }
             }
-            None => SectionOutcome::Kept(Offsets::from_each(&self.offsets)),
+        }
+    }
+
+    /// Notes the exchanges that it has opened: they may stay open.
+    fn note_exchanges(&self, shared: &JetstreamLogShared) {
+        let Some(first) = self.offsets.first().copied() else { return };
+        for id in self.section.once().filter(|id| id.is_exchange()) {
+            let generation = match self.once {
+                Some((once, generation)) if once == id => generation,
+                _ => shared.once.generation(id).map(|generation| generation.number),
+            };
+            let (content, epoch) = (self.content, shared.epoch());
+            let kept = KeptExchange { generation, first, content, epoch };
+            shared.exchanges.note_own(&self.section.datasource, id, kept);
         }
     }
 }

@@ -28,6 +28,9 @@ pub(super) async fn read_from_servers(
     from: Offset,
     bytes_max: usize,
 ) -> Result<Vec<Batch>, LogReadError> {
+    if shared.gate.is_in_doubt() {
+        return Err(LogReadError::Away(shared.gate.words()));
+    }
     let end = shared.tail.next_offset();
     let messages_max = (bytes_max / STREAM_MESSAGE_BYTES_MIN).max(1);
     for _ in 0..LAGGING_SERVER_RETRY.0 {

@@ -105,6 +105,9 @@ impl StreamRetention {
                 () = self.shared.room_wanted.notified() => sleep(RETENTION_WANTED_DELAY).await,
             }
             due = Instant::now() + RETENTION_INTERVAL;
+            if self.shared.gate.is_in_doubt() {
+                continue;
+            }
             if let Err(error) = self.announce_cursor().await {
                 warn!(%error, "retention cannot tell the other nodes how far this node's consumers are");
                 continue;

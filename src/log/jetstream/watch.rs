@@ -38,7 +38,7 @@ pub(super) async fn watch_stream_state(shared: Arc<JetstreamLogShared>) {
 }
 
 /// Asks at intervals for the settings of the log's stream and buckets, for the servers that are behind, and for the time.
-pub(super) async fn watch_reports(shared: Arc<JetstreamLogShared>, streams: [ManagedStream; 3]) {
+pub(super) async fn watch_reports(shared: Arc<JetstreamLogShared>, streams: [ManagedStream; 4]) {
     let nats = shared.stream.nats().clone();
     // A server that is behind for a moment is nothing to warn of.
     let mut behind_before: Vec<String> = Vec::new();

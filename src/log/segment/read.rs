@@ -11,6 +11,7 @@ use headgate_format::log::find_crc_frame;
 
 use crate::log::frame::{FRAME_HEADER_BYTES, FRAME_MARK_BYTES, FrameHeader, LogFormatVersion};
 use crate::message::{Offset, TimeMicros};
+use crate::scheduler::polite_lock;
 
 /// File bytes between two entries of the sparse index.
 const INDEX_STEP_BYTES: u64 = 256 << 10;
@@ -231,7 +232,7 @@ impl Segment {
     pub(in crate::log) fn seek(&self, offset: Offset) -> Result<SeekOutcome, FrameError> {
         self.build_index()?;
         let start = {
-            let index = self.index.lock();
+            let index = polite_lock(&self.index);
             let marks = index.as_deref().unwrap_or_default();
             let at = marks.partition_point(|mark| mark.first_offset <= offset);
             at.checked_sub(1).map(|at| marks[at])
@@ -261,7 +262,7 @@ impl Segment {
     /// `time`: no record before it was received at or after `time`.
     pub(in crate::log) fn offset_at(&self, time: TimeMicros) -> Result<Offset, FrameError> {
         self.build_index()?;
-        let index = self.index.lock();
+        let index = polite_lock(&self.index);
         let marks = index.as_deref().unwrap_or_default();
         // A mark covers its own frame only; frames before the next mark may be newer.
         let at = marks.partition_point(|mark| mark.time_max < time);
@@ -269,7 +270,7 @@ impl Segment {
     }
 
     fn build_index(&self) -> Result<(), FrameError> {
-        let mut guard = self.index.lock();
+        let mut guard = polite_lock(&self.index);
         if guard.is_some() {
             return Ok(());
         }

@@ -333,6 +333,23 @@ fn nothing_comes_in_under_a_lease_that_has_ended() {
     assert_eq!(read_all(&log, 0).expect("readable"), numbered(0..1));
 }
 
+/// Another gateway may have redriven the same by then.
+#[test]
+fn what_is_to_be_kept_before_a_time_is_left_out_after_it_also_if_it_waited_until_then() {
+    let dir = tempfile::tempdir().expect("temporary directory");
+    let log = open(dir.path(), &config()).expect("opens");
+    let before = |time: Instant| {
+        let mut section = section(&[b"a"], &Lease::new());
+        section.keep_before(time);
+        section
+    };
+    let late = before(Instant::now());
+    assert!(!late.holds());
+    let appended = log.append(vec![late, before(later())], later());
+    let committed = appended.blocking_recv().expect("the writer answers").expect("kept");
+    assert_eq!(committed.outcomes, [SectionOutcome::KeyDead, kept(0, 1)]);
+}
+
 #[test]
 fn retention_removes_what_no_consumer_holds_and_holds_back_what_one_does() {
     let dir = TempDir::new().expect("temporary directory");

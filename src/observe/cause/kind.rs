@@ -12,7 +12,6 @@ macro_rules! problem_kinds {
 
         impl ProblemKind {
             /// Every kind, in the order of `openapi.json`.
-            #[cfg(test)]
             pub const ALL: &[ProblemKind] = &[$(ProblemKind::$kind,)*];
 
             /// The HTTP status.

@@ -22,7 +22,6 @@ macro_rules! causes {
 
         impl Cause {
             /// Every cause, in the order of `openapi.json`.
-            #[cfg(test)]
             pub const ALL: &[Cause] = &[$(Cause::$cause,)*];
 
             /// Its name in metrics, `/v1/refusals` and logs; it never changes.
@@ -102,6 +101,8 @@ causes! {
         "it uses more topics than its limit allows: use fewer, or raise the limit";
     Exchanges "exchanges" TooManyRequests:
         "its clients publish with QoS 2 and do not release: have them end their sessions, or raise intake.exchanges_per_datasource_max";
+    LimitIds "limit_ids" TooManyRequests:
+        "its datasource brings more message ids or QoS 2 messages than the cluster remembers: give fewer messages an id, send bulk data without, or raise intake.dedup_ids_per_datasource_max and intake.dedup_ids_max";
     LimitSessions "limit_sessions" OverLimit:
         "its datasource has as many lasting MQTT sessions as its limit allows: use a clean session, end old ones, or raise the limit";
     LimitSubscriptions "limit_subscriptions" OverLimit:
@@ -148,6 +149,8 @@ causes! {
         "the log is away: see /readyz, and whether NATS and the stream's leader are there";
     LogUnknown "log_unknown" Unavailable:
         "the log is away: see /readyz, and whether NATS and the stream's leader are there";
+    LogHistory "log_history" Unavailable:
+        "the cluster's log or registry is not the one that this gateway has followed: /readyz says what happened, and which command decides";
     ShuttingDown "shutting_down" Unavailable:
         "the gateway was shutting down; it comes again by itself";
 
@@ -216,6 +219,10 @@ causes! {
         "the registry cannot be changed while NATS is away: see /readyz, and ask again";
     StorageBehind "storage_behind" Unavailable:
         "storage has not caught up: see /readyz, and ask again; what was asked for holds";
+    StoreAway "store_away" Unavailable:
+        "PostgreSQL, which reads are answered from, does not answer now: see /readyz and 'headgate sinks', and ask again; messages are let in meanwhile, and nothing is lost";
+    StoreBusy "store_busy" Unavailable:
+        "PostgreSQL has too much to read at once, or takes too long for this: ask again, for a shorter range or one topic";
     BackupFailed "backup_failed" Unavailable:
         "no backup could be begun, and nothing of it is left: put right what the words name, and ask again";
     Unavailable "unavailable" Unavailable:

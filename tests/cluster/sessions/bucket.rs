@@ -33,8 +33,8 @@ impl Keeper {
             }
             tokio::time::sleep(Duration::from_millis(10)).await;
         };
-        let lookup = SessionLookup::new(cells.clone());
-        let (store, lost) = SessionStore::in_bucket(cells, node).expect("a thread");
+        let lookup = SessionLookup::new(cells.clone(), bucket::CursorSetBacks::default());
+        let (store, lost) = SessionStore::in_bucket(cells, node, || false).expect("a thread");
         Self { store, lost, lookup }
     }
 

@@ -47,6 +47,10 @@ pub struct KvWatch {
     feed: Option<PushFeed>,
     /// When the bucket was created; another time means another bucket.
     created: Option<i128>,
+    /// Whether it follows no other bucket than the first.
+    is_strict: bool,
+    /// The last logged reason why it cannot be watched.
+    said: Option<KvError>,
     /// Rows received that do not complete a state yet.
     rows: Vec<KvRow>,
     /// The revision of the newest row received.
@@ -103,12 +107,20 @@ pub struct KvWatchProgress {
 }
 
 impl KvBucket {
+    /// Watches all rows of this very bucket: one that replaces it is never read, and while it is in its place the watch
+    /// has nothing and is not current.
+    pub fn watch_strictly(&self) -> KvWatch {
+        KvWatch { is_strict: true, ..self.watch() }
+    }
+
     /// Watches all rows.
     pub fn watch(&self) -> KvWatch {
         KvWatch {
             bucket: self.clone(),
             feed: None,
             created: None,
+            is_strict: false,
+            said: None,
             rows: Vec::new(),
             position: 0,
             handed_out: 0,
@@ -155,10 +167,17 @@ impl KvWatch {
                     _ = connections.changed() => continue,
                 };
                 match begun {
-                    Ok(true) => return self.hand_out(),
-                    Ok(false) => {}
+                    Ok(is_state) => {
+                        self.said = None;
+                        if is_state {
+                            return self.hand_out();
+                        }
+                    }
                     Err(error) => {
-                        tracing::warn!(bucket = self.bucket.name, %error, "the bucket cannot be watched; trying again");
+                        if self.said.as_ref() != Some(&error) {
+                            tracing::warn!(bucket = self.bucket.name, %error, "the bucket cannot be watched; trying again");
+                            self.said = Some(error);
+                        }
                         sleep(KV_RETRY_PAUSE).await;
                     }
                 }
@@ -180,6 +199,10 @@ impl KvWatch {
         let info = bucket.stream.get_info().await.map_err(|error| bucket.away_error(&error))?;
         let created = info.created.unix_timestamp_nanos();
         if self.created.is_some_and(|earlier| earlier != created) {
+            if self.is_strict {
+                self.pulse.caught_up.store(false, Ordering::Release);
+                return Err(KvError::Refused(format!("bucket {name}: another one is in its place")));
+            }
             tracing::warn!(bucket = name, "another bucket replaced this one; reading all of it");
             (self.position, self.handed_out, self.loaded) = (0, 0, false);
             self.pulse.caught_up.store(false, Ordering::Release);

@@ -24,6 +24,8 @@ pub struct StreamFollower {
     /// The first sequence that was not handed out yet.
     next: StreamSequence,
     feed: Option<PushFeed>,
+    /// How many feeds there have been.
+    feeds: u64,
     /// The name of the feed's consumer.
     consumer: String,
     /// The last logged reason why it cannot follow.
@@ -39,6 +41,7 @@ impl JetstreamStream {
             nats: nats.clone(),
             next: from.max(1),
             feed: None,
+            feeds: 0,
             consumer: String::new(),
             trouble: None,
         }
@@ -74,6 +77,11 @@ impl StreamFollower {
             }
         }
         None
+    }
+
+    /// How many consumers it has made. With each the stream may have become another one, or an earlier state of it.
+    pub fn feeds(&self) -> u64 {
+        self.feeds
     }
 
     /// Stops the delivery until [`StreamFollower::next`] is called again.
@@ -119,6 +127,7 @@ impl StreamFollower {
         let opened = PushFeed::open(&self.nats, &stream.handle, from, connections);
         let (feed, info) = stream.await_answer(opened).await?.map_err(|error| stream.away_error(&error))?;
         (self.feed, self.consumer) = (Some(feed), info.name);
+        self.feeds += 1;
         Ok(())
     }
 

@@ -1,17 +1,21 @@
-//! The settings of streams and buckets that belong to a whole cluster: whoever starts finds out how they differ from
-//! its own, and changes nothing. They are changed on purpose alone ([`ManagedStream::change`]).
+//! The streams and buckets that belong to a whole cluster. Whoever starts finds out how their settings differ from its
+//! own, and changes nothing: they are changed on purpose alone ([`ManagedStream::change`]). Each is marked with whose it
+//! is ([`StreamMark`]), and a report says how far it is ([`StreamExtent`]).
 
 use std::fmt;
 use std::time::Duration;
 
 use async_nats::jetstream::context::{Context, UpdateStreamErrorKind};
 use async_nats::jetstream::response::Response;
-use async_nats::jetstream::stream::{ClusterInfo, Config};
+use async_nats::jetstream::stream::{Config, Info, LastRawMessageErrorKind};
 use async_nats::jetstream::{self, ErrorCode};
+use bytes::Bytes;
 use serde::Deserialize;
 use tokio::time::timeout;
 
-use super::{JetstreamSettings, STREAM_ANSWER_WAIT_MAX, StreamError, stream_error_of_jetstream};
+use super::{
+    JetstreamSettings, STREAM_ANSWER_WAIT_MAX, StreamError, StreamSequence, stream_error_of_jetstream,
+};
 use crate::connection::Nats;
 use crate::kv::{KvBucketSettings, kv_stream_config};
 
@@ -62,21 +66,67 @@ impl fmt::Display for SettingDifference {
     }
 }
 
+/// Where in a stream's metadata its mark is.
+const MARK_ID: &str = "headgate-log";
+const MARK_EPOCH: &str = "headgate-epoch";
+
 /// What a stream's leader says of it.
 #[derive(Debug, Clone, Deserialize)]
 pub struct StreamReport {
-    config: Config,
-    #[serde(default)]
-    cluster: Option<ClusterInfo>,
+    #[serde(flatten)]
+    info: Info,
     /// The clock of the server that answered, RFC 3339; `None` from a server older than 2.10.
     #[serde(default, rename = "ts")]
     pub time: Option<String>,
 }
 
+/// Which stream this is, and how far it is. Times are nanoseconds since the Unix epoch, by the servers' clock.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct StreamExtent {
+    /// When the stream was created.
+    pub created: i64,
+    /// The sequence of its oldest message.
+    pub first: StreamSequence,
+    /// The sequence of the newest message that it ever had.
+    pub last: StreamSequence,
+    /// When that message was stored.
+    pub last_at: i64,
+    /// How many messages it has.
+    pub messages: u64,
+}
+
+/// Whose stream it is: in its metadata.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct StreamMark {
+    /// The identity of the log.
+    pub id: String,
+    /// The epoch of the log in which the stream was marked.
+    pub epoch: u64,
+}
+
 impl StreamReport {
+    /// Which stream it is, and how far.
+    pub fn extent(&self) -> StreamExtent {
+        let state = &self.info.state;
+        StreamExtent {
+            created: nanos(self.info.created.unix_timestamp_nanos()),
+            first: state.first_sequence,
+            last: state.last_sequence,
+            last_at: nanos(state.last_timestamp.unix_timestamp_nanos()),
+            messages: state.messages,
+        }
+    }
+
+    /// Whose stream it is; `None` for one that is not marked.
+    pub fn mark(&self) -> Option<StreamMark> {
+        let metadata = &self.info.config.metadata;
+        let (id, epoch) = (metadata.get(MARK_ID)?.clone(), metadata.get(MARK_EPOCH)?.parse().ok()?);
+        Some(StreamMark { id, epoch })
+    }
+
     /// The servers that do not have all of it at this moment, in words.
     pub fn peers_behind(&self) -> Vec<String> {
-        let peers = self.cluster.iter().flat_map(|cluster| &cluster.replicas);
+        let peers = self.info.cluster.iter().flat_map(|cluster| &cluster.replicas);
         peers
             .filter_map(|peer| match (peer.offline, peer.current) {
                 (true, _) => Some(format!("{} is offline", peer.name)),
@@ -131,7 +181,7 @@ impl ManagedStream {
 
     /// In what it differs from what is wanted.
     pub fn differences(&self, report: &StreamReport) -> Vec<SettingDifference> {
-        let (is, wanted) = (&report.config, &self.wanted);
+        let (is, wanted) = (&report.info.config, &self.wanted);
         let settings: &[Setting] = match self.kind {
             StreamKind::Stream => &STREAM_SETTINGS,
             StreamKind::Bucket => &BUCKET_SETTINGS,
@@ -148,7 +198,7 @@ impl ManagedStream {
     /// # Errors
     /// [`StreamError::Away`]; [`StreamError::Refused`] if JetStream cannot: too few servers, too little room.
     pub async fn change(&self, nats: &Nats, report: &StreamReport) -> Result<(), StreamError> {
-        let (is, wanted) = (report.config.clone(), self.wanted.clone());
+        let (is, wanted) = (report.info.config.clone(), self.wanted.clone());
         let num_replicas = wanted.num_replicas;
         let changed = match self.kind {
             StreamKind::Stream => {
@@ -163,6 +213,79 @@ impl ManagedStream {
                 Config { num_replicas, max_age, subject_delete_marker_ttl, duplicate_window, ..is }
             }
         };
+        self.update(nats, changed).await
+    }
+
+    /// Marks it as that of a log. The rest of its configuration stays as it is.
+    ///
+    /// # Errors
+    /// Those of [`ManagedStream::change`].
+    pub async fn set_mark(
+        &self,
+        nats: &Nats,
+        report: &StreamReport,
+        mark: &StreamMark,
+    ) -> Result<(), StreamError> {
+        let mut changed = report.info.config.clone();
+        changed.metadata.insert(MARK_ID.to_owned(), mark.id.clone());
+        changed.metadata.insert(MARK_EPOCH.to_owned(), mark.epoch.to_string());
+        self.update(nats, changed).await
+    }
+
+    /// When the message at a sequence was stored, in nanoseconds since the Unix epoch, from the leader; `None` if there is
+    /// none (any more).
+    ///
+    /// # Errors
+    /// [`StreamError::Away`].
+    pub async fn stored_at(&self, nats: &Nats, sequence: StreamSequence) -> Result<Option<i64>, StreamError> {
+        let away = |detail: &dyn fmt::Display| {
+            StreamError::Away(nats.trouble().unwrap_or_else(|| format!("{}: {detail}", self.what)))
+        };
+        let handle =
+            context(nats).get_stream_no_info(&self.wanted.name).await.map_err(|error| away(&error))?;
+        let asked = timeout(STREAM_ANSWER_WAIT_MAX, handle.get_raw_message(sequence)).await;
+        match asked.map_err(|_| away(&"JetStream does not answer"))? {
+            Ok(message) => Ok(Some(nanos(message.time.unix_timestamp_nanos()))),
+            Err(error) if error.kind() == LastRawMessageErrorKind::NoMessageFound => Ok(None),
+            Err(error) => Err(away(&error)),
+        }
+    }
+
+    /// The newest message on a subject, and its sequence, from the leader; `None` if there is none, or no such stream.
+    ///
+    /// # Errors
+    /// [`StreamError::Away`].
+    pub async fn newest_on(
+        &self,
+        nats: &Nats,
+        subject: &str,
+    ) -> Result<Option<(Bytes, StreamSequence)>, StreamError> {
+        let away = |detail: &dyn fmt::Display| {
+            StreamError::Away(nats.trouble().unwrap_or_else(|| format!("{}: {detail}", self.what)))
+        };
+        let handle =
+            context(nats).get_stream_no_info(&self.wanted.name).await.map_err(|error| away(&error))?;
+        let asked = timeout(STREAM_ANSWER_WAIT_MAX, handle.get_last_raw_message_by_subject(subject)).await;
+        match asked.map_err(|_| away(&"JetStream does not answer"))? {
+            Ok(message) => Ok(Some((message.payload, message.sequence))),
+            Err(error) => match error.kind() {
+                LastRawMessageErrorKind::NoMessageFound => Ok(None),
+                LastRawMessageErrorKind::JetStream(error)
+                    if error.error_code() == ErrorCode::STREAM_NOT_FOUND =>
+                {
+                    Ok(None)
+                }
+                _ => Err(away(&error)),
+            },
+        }
+    }
+
+    /// What it is called in JetStream.
+    pub fn name(&self) -> &str {
+        &self.wanted.name
+    }
+
+    async fn update(&self, nats: &Nats, changed: Config) -> Result<(), StreamError> {
         context(nats).update_stream(changed).await.map(drop).map_err(|error| {
             let text = format!("{}: {error}", self.what);
             match error.kind() {
@@ -172,6 +295,17 @@ impl ManagedStream {
             }
         })
     }
+}
+
+impl fmt::Display for ManagedStream {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.what)
+    }
+}
+
+/// 0 for a time that is none, as that of the last message of a stream that had none.
+fn nanos(nanos: i128) -> i64 {
+    i64::try_from(nanos).unwrap_or(0)
 }
 
 fn context(nats: &Nats) -> Context {

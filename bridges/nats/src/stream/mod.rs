@@ -28,7 +28,7 @@ use crate::pushed::AckPlace;
 pub use ack::PublishError;
 pub(crate) use ack::{AckInbox, PublishAnswer};
 pub use follower::StreamFollower;
-pub use managed::{ManagedStream, SettingDifference, StreamReport};
+pub use managed::{ManagedStream, SettingDifference, StreamExtent, StreamMark, StreamReport};
 pub use open::{JetstreamSettings, StreamPurpose};
 pub(crate) use open::{open_stream, stream_error_of_jetstream};
 pub use publisher::{JetstreamAck, OutgoingMessage, StreamPublisher};

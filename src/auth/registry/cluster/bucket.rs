@@ -12,6 +12,7 @@ use super::super::error::RegistryError;
 use super::super::replica::{RegistryReplica, RegistryRevision};
 use super::super::rows::RegistryRow;
 use super::super::usage::KeyUsage;
+use super::history::HISTORY_ROW_NAME;
 use super::usage::KeyUsageCells;
 use crate::limits::{CATCH_UP_MAX, REVOCATION_WAIT_MAX};
 use crate::message::KeyId;
@@ -99,6 +100,7 @@ pub(super) fn parse_update(update: &KvUpdate) -> Result<Vec<(RegistryRevision, R
     for row in &update.rows {
         match RegistryRow::parse(&row.key, row.value.as_deref()) {
             Ok(Some(parsed)) => rows.push((row.revision, parsed)),
+            Ok(None) if row.key == HISTORY_ROW_NAME => {}
             Ok(None) => tracing::warn!(row = row.key, "the cluster's registry has a row of an unknown kind"),
             Err(detail) => {
                 return Err(RegistryError::Cluster(format!(

@@ -48,7 +48,7 @@ impl Registry {
             KeyUsageCells::open(nats, replicas).await.map_err(|error| KvError::Away(error.to_string()))
         });
         let usages = usages.await?;
-        let mut watch = bucket.watch();
+        let mut watch = bucket.watch_strictly();
         let first = watch.next().await;
         let rows: Vec<_> = parse_update(&first)?.into_iter().map(|(_, row)| row).collect();
         ensure_rows_format(&bucket, &rows).await?;
@@ -77,7 +77,7 @@ impl Registry {
 }
 
 /// What the registry's bucket is to be like.
-fn registry_bucket_settings(replicas: usize) -> KvBucketSettings {
+pub fn registry_bucket_settings(replicas: usize) -> KvBucketSettings {
     KvBucketSettings { name: REGISTRY_BUCKET.to_owned(), replicas, age_max: None, writes: KvWrites::Batched }
 }
 

@@ -29,10 +29,12 @@
 
 mod bucket;
 mod follower;
+mod history;
 mod join;
 mod usage;
 
-#[cfg(feature = "testing")]
 pub use bucket::REGISTRY_BUCKET;
 pub use follower::RegistryFollower;
-pub use join::{JoinedRegistry, managed_streams};
+pub(crate) use history::replace_file;
+pub use history::{HISTORY_ROW_NAME, RegistryCopy, RegistryMending};
+pub use join::{JoinedRegistry, managed_streams, registry_bucket_settings};

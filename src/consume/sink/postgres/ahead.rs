@@ -3,7 +3,7 @@
 
 use super::{PostgresError, PostgresSink};
 use crate::consume::sink::schema::{offset_from_sql, sql_offset};
-use crate::log::Log;
+use crate::log::{Log, LogHistory};
 use crate::message::{Offset, now_micros};
 
 /// See [`PostgresSink::put_right`].
@@ -53,6 +53,35 @@ pub(super) fn put_right(
     said.map(Some)
 }
 
+/// Sets aside what is stored from where a later epoch of the log has begun. Of the gateways that share the tables the first
+/// one does it. Returns what to tell the operator, if there was anything.
+///
+/// # Errors
+/// [`PostgresError`].
+pub(super) fn follow_epochs(
+    sink: &mut PostgresSink,
+    history: &LogHistory,
+) -> Result<Option<String>, PostgresError> {
+    let now = sql_offset(history.epoch);
+    sink.connection.run(&format!(
+        "CREATE TABLE IF NOT EXISTS log_epoch (id int PRIMARY KEY CHECK (id = 0), epoch bigint NOT NULL);
+         INSERT INTO log_epoch VALUES (0, {now}) ON CONFLICT DO NOTHING"
+    ))?;
+    let stored = sink.connection.query_one("SELECT epoch FROM log_epoch", &[])?;
+    let stored = offset_from_sql(stored.get(0));
+    if stored >= history.epoch {
+        return Ok(None);
+    }
+    let end = history.end_since(stored).filter(|end| *end < sink.cursor);
+    sink.connection.set_answer_wait_max(super::RECONCILE_WAIT_MAX);
+    // A crash in between sets aside once more, and finds nothing.
+    let said = end.map(|end| set_aside(sink, end)).transpose();
+    sink.connection.reset_answer_wait_max();
+    let said = said?;
+    sink.connection.run(&format!("UPDATE log_epoch SET epoch = {now} WHERE epoch < {now}"))?;
+    Ok(said)
+}
+
 /// Moves the records from `end` on into tables of their own, and the cursor back to `end`, in one transaction.
 fn set_aside(sink: &mut PostgresSink, end: Offset) -> Result<String, PostgresError> {
     let name = format!("set_aside_{}", now_micros() / 1_000_000);
@@ -70,13 +99,16 @@ fn set_aside(sink: &mut PostgresSink, end: Offset) -> Result<String, PostgresErr
              INSERT INTO moved SELECT log_offset, topic_id FROM entries WHERE log_offset >= {from};
              DELETE FROM entries WHERE log_offset >= {from};
              DELETE FROM quarantined WHERE log_offset >= {from};
-             DELETE FROM sample_values WHERE log_offset >= {from};
+             DELETE FROM sample_rows WHERE log_offset >= {from};
              DELETE FROM withheld_samples WHERE log_offset >= {from};
+             DELETE FROM time_index WHERE first_offset >= {from};
+             UPDATE retention SET removed_below = {from} WHERE removed_below > {from};
              UPDATE quarantined SET redriven_offset = NULL WHERE redriven_offset >= {from};
              UPDATE sink SET next_offset = {from}, durable_offset = {from}"
         ))?;
         sink.forget_moved_values()
     })?;
+    sink.sizes.clear();
     (sink.cursor, sink.durable_cursor) = (end, end);
     let said = format!(
         "the schema {} was ahead of the log, which ends at offset {end}: its records from there on are set aside in the tables \

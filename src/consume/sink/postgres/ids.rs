@@ -1,4 +1,4 @@
-//! A cache of the row ids of datasources, topics, origins and series in PostgreSQL, so that a record costs a few look-ups in
+//! A cache of the row ids of datasources, topics, origins and sets of keys in PostgreSQL, so that a record costs a few look-ups in
 //! memory and no question to the server.
 
 use std::borrow::Cow;
@@ -30,7 +30,7 @@ pub(super) struct RememberedNames {
     datasources: HashMap<Box<str>, (i32, IdsByName)>,
     origins: HashMap<(KeyId, Transport), IdsByName>,
     /// By topic.
-    series: HashMap<i32, IdsByName>,
+    key_sets: HashMap<(i32, KeySetDigest), i32>,
     remembered: usize,
 }
 
@@ -94,56 +94,48 @@ impl PostgresSink {
         Ok(RecordNameIds { datasource, topic, origin })
     }
 
-    /// Learns the row ids of those of a topic's keys that are not remembered, with one statement: a record may have
-    /// hundreds that nobody has seen before.
-    pub(super) fn learn_series(&mut self, topic: i32, keys: &[&str]) -> Result<(), PostgresError> {
-        let known = self.names.series.get(&topic);
-        let is_unknown = |key: &&str| known.is_none_or(|known| !known.contains_key(*key));
-        let unknown: Vec<&str> = keys.iter().copied().filter(is_unknown).collect();
-        if unknown.is_empty() {
-            return Ok(());
-        }
-        let texts: Vec<String> = unknown.iter().map(|key| text_of(key).into_owned()).collect();
-        let rows = self.connection.query(
-            "WITH wanted AS (SELECT DISTINCT key FROM unnest($2::text[]) AS w (key)),
-             found AS (SELECT s.id, s.key FROM series s JOIN wanted w ON w.key = s.key WHERE s.topic_id = $1::int),
-             made AS (INSERT INTO series (topic_id, key) SELECT $1::int, w.key FROM wanted w
-                 WHERE NOT EXISTS (SELECT FROM found f WHERE f.key = w.key)
-                 ON CONFLICT (topic_id, key) DO UPDATE SET key = excluded.key RETURNING id, key)
-             SELECT id, key FROM found UNION ALL SELECT id, key FROM made",
-            &[&topic, &texts],
-        )?;
-        let ids: HashMap<String, i32> = rows.iter().map(|row| (row.get(1), row.get(0))).collect();
-        if self.names.remembered + unknown.len() > REMEMBERED_NAMES_MAX {
-            self.names.clear();
-        }
-        self.names.remembered += unknown.len();
-        let series = self.names.series.entry(topic).or_default();
-        for (key, text) in unknown.into_iter().zip(&texts) {
-            if let Some(id) = ids.get(text) {
-                series.insert(key.into(), *id);
-            }
-        }
-        Ok(())
+    /// The row id of a set of a topic's keys, if it is remembered.
+    pub(super) fn known_key_set(&self, topic: i32, digest: KeySetDigest) -> Option<i32> {
+        self.names.key_sets.get(&(topic, digest)).copied()
     }
 
-    /// The row id of a topic's samples under a key.
-    pub(super) fn series_id(&mut self, topic: i32, key: &str) -> Result<i32, PostgresError> {
-        if let Some(id) = self.names.series.get(&topic).and_then(|keys| keys.get(key)) {
-            return Ok(*id);
-        }
-        self.names.make_room();
+    /// The row id of a set of a topic's keys. Inserts one that the database does not have.
+    pub(super) fn learn_key_set<'k>(
+        &mut self,
+        topic: i32,
+        digest: KeySetDigest,
+        keys: impl Iterator<Item = &'k str>,
+    ) -> Result<i32, PostgresError> {
+        let keys: Vec<Cow<'_, str>> = keys.map(text_of).collect();
+        let keys: Vec<&str> = keys.iter().map(|key| &**key).collect();
         let row = self.connection.query_one(
-            "WITH found AS (SELECT id FROM series WHERE topic_id = $1::int AND key = $2::text),
-             made AS (INSERT INTO series (topic_id, key) SELECT $1::int, $2::text
+            "WITH found AS (SELECT id FROM key_sets WHERE topic_id = $1::int AND digest = $2::bytea),
+             made AS (INSERT INTO key_sets (topic_id, digest, keys) SELECT $1::int, $2::bytea, $3::text[]
                  WHERE NOT EXISTS (SELECT FROM found)
-                 ON CONFLICT (topic_id, key) DO UPDATE SET key = excluded.key RETURNING id)
+                 ON CONFLICT (topic_id, digest) DO UPDATE SET digest = excluded.digest RETURNING id)
              SELECT id FROM found UNION ALL SELECT id FROM made",
-            &[&topic, &text_of(key)],
+            &[&topic, &&digest.0[..], &keys],
         )?;
         let id = row.get(0);
-        self.names.series.entry(topic).or_default().insert(key.into(), id);
+        self.names.make_room();
+        self.names.key_sets.insert((topic, digest), id);
         Ok(id)
+    }
+}
+
+/// By what a set of keys is found: a digest of them in their order.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(super) struct KeySetDigest([u8; 32]);
+
+impl KeySetDigest {
+    /// That of these keys.
+    pub(super) fn of<'k>(keys: impl Iterator<Item = &'k str>) -> Self {
+        let mut hasher = blake3::Hasher::new();
+        for key in keys {
+            hasher.update(&(key.len() as u64).to_le_bytes());
+            hasher.update(key.as_bytes());
+        }
+        Self(*hasher.finalize().as_bytes())
     }
 }
 
@@ -165,7 +157,7 @@ pub(super) fn ensure_topic(
 }
 
 /// A text as PostgreSQL takes it: it has no NUL, which is shown as its picture.
-pub(super) fn text_of(text: &str) -> Cow<'_, str> {
+pub(in crate::consume) fn text_of(text: &str) -> Cow<'_, str> {
     match text.contains('\0') {
         false => Cow::Borrowed(text),
         true => Cow::Owned(text.replace('\0', "\u{2400}")),

@@ -101,24 +101,22 @@ impl PostgresSink {
             ),
             &[&to],
         )?;
-        for samples in ["sample_values", "withheld_samples"] {
-            let of_moved = format!(
-                "{samples} v, moved m, series s, topics t, topics n
-                 WHERE v.log_offset = m.log_offset AND s.id = v.series_id AND t.id = s.topic_id
-                     AND n.topic = t.topic AND n.datasource_id = $1"
-            );
+        for samples in ["sample_rows", "withheld_samples"] {
+            let of_moved = "v.log_offset = m.log_offset AND k.id = v.key_set_id AND t.id = v.topic_id
+                 AND n.topic = t.topic AND n.datasource_id = $1";
             self.connection.execute(
                 &format!(
-                    "INSERT INTO series (topic_id, key) SELECT DISTINCT n.id, s.key FROM {of_moved} ON CONFLICT DO NOTHING"
+                    "INSERT INTO key_sets (topic_id, digest, keys) SELECT DISTINCT n.id, k.digest, k.keys
+                     FROM {samples} v, moved m, key_sets k, topics t, topics n WHERE {of_moved} ON CONFLICT DO NOTHING"
                 ),
                 &[&to],
             )?;
             self.connection.execute(
                 &format!(
-                    "UPDATE {samples} u SET series_id = ns.id FROM {of_moved} AND ns.topic_id = n.id AND ns.key = s.key
-                         AND u.ctid = v.ctid"
-                )
-                .replace("topics n\n", "topics n, series ns\n"),
+                    "UPDATE {samples} v SET topic_id = n.id, key_set_id = s.id
+                     FROM moved m, key_sets k, topics t, topics n, key_sets s
+                     WHERE {of_moved} AND s.topic_id = n.id AND s.digest = k.digest"
+                ),
                 &[&to],
             )?;
         }
@@ -134,7 +132,7 @@ impl PostgresSink {
     }
 
     /// The row of the incarnation with this scope, if it has one.
-    fn row_id_of_scope(&self, scope: &DatasourceId) -> Result<Option<i32>, PostgresError> {
+    pub(super) fn row_id_of_scope(&self, scope: &DatasourceId) -> Result<Option<i32>, PostgresError> {
         let (id, incarnation) = scope.of_scope();
         let rows = self.connection.query(
             "SELECT id FROM datasources WHERE incarnation = $3 AND datasource IN ($1, $2)",
@@ -176,7 +174,7 @@ impl PostgresSink {
     ) -> Result<bool, PostgresError> {
         let (_, incarnation) = scope.of_scope();
         let Some(row) = self.row_id_of_scope(scope)? else { return Ok(true) };
-        for (table, samples) in [("entries", "sample_values"), ("quarantined", "withheld_samples")] {
+        for (table, samples) in [("entries", "sample_rows"), ("quarantined", "withheld_samples")] {
             self.make_moved()?;
             let gone = self.connection.execute(
                 &format!(
@@ -203,8 +201,9 @@ impl PostgresSink {
         }
         for statement in [
             "DELETE FROM latest_values WHERE topic_id IN (SELECT id FROM topics WHERE datasource_id = $1)",
-            "DELETE FROM series WHERE topic_id IN (SELECT id FROM topics WHERE datasource_id = $1)",
+            "DELETE FROM key_sets WHERE topic_id IN (SELECT id FROM topics WHERE datasource_id = $1)",
             "DELETE FROM topics WHERE datasource_id = $1",
+            "DELETE FROM retention WHERE datasource_id = $1",
             "DELETE FROM datasources WHERE id = $1",
         ] {
             self.connection.execute(statement, &[&row])?;

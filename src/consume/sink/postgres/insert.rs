@@ -1,17 +1,20 @@
 //! The rows of new records in PostgreSQL: each in `entries` or in quarantine, with its samples and the newest values that
 //! it brings.
 
-use headgate_bridge_postgres::{CopyRows, PostgresConnection};
+use std::collections::BTreeMap;
+
+use headgate_bridge_postgres::{CopyRows, PendingCopy, PostgresConnection, PostgresTime};
 
 use super::ids::{RecordNameIds, text_of};
 use super::json_fit::{JsonFit, fit_of};
 use super::{PostgresError, PostgresSink};
+use crate::consume::sink::ids::RowIds;
 use crate::consume::sink::incarnations::shown_name;
-use crate::consume::sink::newest::NewestValues;
+use crate::consume::sink::newest::{NewestValues, read_members};
 use crate::consume::sink::quarantined::{CAUSE_KEY, CAUSE_LIMIT, CAUSE_SCHEMA};
-use crate::consume::sink::schema::sql_offset;
+use crate::consume::sink::schema::{TIME_INDEX_OFFSETS, sql_offset};
 use crate::log::{RecordNote, WithheldSnapshot};
-use crate::message::{Offset, RecordFlags, RecordRef};
+use crate::message::{Offset, RecordFlags, RecordRef, TimeMicros};
 
 /// What a payload that no other reason explains is noted with.
 const REFUSED_NOTE: &str = "PostgreSQL has refused it";
@@ -36,14 +39,25 @@ impl PayloadForm {
     }
 }
 
-/// The rows of one transaction.
-struct NewRows<'a> {
+/// Records whose rows are made while those of the records before are copied.
+const COPIED_AT_ONCE_RECORDS: usize = 4096;
+
+/// Rows that are copied together.
+#[derive(Default)]
+struct NewRows {
     entries: CopyRows,
     quarantined: CopyRows,
     samples: CopyRows,
     /// Of records in quarantine because of a leaked key.
     withheld_samples: CopyRows,
+}
+
+/// What the records of one transaction change beside their rows.
+#[derive(Default)]
+struct NewFacts<'a> {
     newest: NewestValues<'a>,
+    /// The oldest and the newest time of each line of `time_index`, by its first offset.
+    times: BTreeMap<Offset, (TimeMicros, TimeMicros)>,
     /// Quarantined records that were let in, each with the offset of what was.
     let_in: Vec<(Offset, Offset)>,
 }
@@ -60,34 +74,91 @@ impl PostgresSink {
             return Ok(());
         }
         let left_out = self.left_out.clone().unwrap_or_default();
-        let mut rows = NewRows {
-            entries: CopyRows::new(),
-            quarantined: CopyRows::new(),
-            samples: CopyRows::new(),
-            withheld_samples: CopyRows::new(),
-            newest: NewestValues::default(),
-            let_in: Vec::new(),
-        };
-        for record in records {
-            self.add_rows(&mut rows, record, &left_out, is_plain)?;
+        let mut facts = NewFacts::default();
+        let mut pending = Vec::new();
+        let mut copied = Ok(());
+        for part in records.chunks(COPIED_AT_ONCE_RECORDS) {
+            let mut rows = NewRows::default();
+            copied = part
+                .iter()
+                .try_for_each(|record| self.add_rows(&mut rows, &mut facts, record, &left_out, is_plain));
+            // In any case: a copy that comes after the end of the transaction would stay.
+            let finished = self.finish_copies(&mut pending);
+            // What is wrong with a copy is why nothing else is done after it.
+            copied = finished.and(copied);
+            if copied.is_err() {
+                break;
+            }
+            self.begin_copies(rows, &mut pending);
         }
-        self.write_rows(rows)
+        self.finish_copies(&mut pending).and(copied)?;
+        self.write_facts(facts)
+    }
+
+    fn begin_copies(&self, rows: NewRows, pending: &mut Vec<PendingCopy>) {
+        const HEAD: &str = "log_offset, received_at, event_at, datasource_id, topic_id, origin_id";
+        const PAYLOAD: &str = "payload, payload_bytes, payload_note, payload_size";
+        const REASON: &str = "properties, publisher, flags, cause, keyword, pointer, detail, schema_version";
+        const SAMPLES: &str = "time, log_offset, topic_id, key_set_id, numbers";
+        for (table, columns, rows) in [
+            ("entries", format!("{HEAD}, {PAYLOAD}"), rows.entries),
+            ("quarantined", format!("{HEAD}, {PAYLOAD}, {REASON}"), rows.quarantined),
+            ("sample_rows", SAMPLES.to_owned(), rows.samples),
+            ("withheld_samples", SAMPLES.to_owned(), rows.withheld_samples),
+        ] {
+            if rows.rows() > 0 {
+                let copy = format!("COPY {table} ({columns}) FROM STDIN WITH (FORMAT binary)");
+                pending.push(self.connection.begin_copy(copy, rows));
+            }
+        }
+    }
+
+    /// Waits for all of them; the first error counts.
+    fn finish_copies(&self, pending: &mut Vec<PendingCopy>) -> Result<(), PostgresError> {
+        let mut finished = Ok(());
+        for copy in pending.drain(..) {
+            match self.connection.finish_copy(copy) {
+                // Of several one has failed, and the others could not be made in its transaction any more.
+                Err(fault) if fault.is_of_value() => finished = Err(fault),
+                failed => finished = finished.and(failed),
+            }
+        }
+        Ok(finished?)
+    }
+
+    fn write_facts(&self, facts: NewFacts<'_>) -> Result<(), PostgresError> {
+        if !facts.let_in.is_empty() {
+            let (offsets, by): (Vec<i64>, Vec<i64>) =
+                facts.let_in.iter().map(|(offset, by)| (sql_offset(*offset), sql_offset(*by))).unzip();
+            self.connection.execute(
+                "UPDATE quarantined q SET redriven_offset = l.by FROM unnest($1::bigint[], $2::bigint[]) AS l (log_offset, by)
+                 WHERE q.log_offset = l.log_offset",
+                &[&offsets, &by],
+            )?;
+        }
+        self.write_times(&facts.times)?;
+        self.write_newest(facts.newest)
     }
 
     fn add_rows<'a>(
         &mut self,
-        rows: &mut NewRows<'a>,
+        rows: &mut NewRows,
+        facts: &mut NewFacts<'a>,
         record: &RecordRef<'a>,
         left_out: &WithheldSnapshot,
         is_plain: bool,
     ) -> Result<(), PostgresError> {
         let Some(ids) = self.ids_of_record(record, left_out)? else { return Ok(()) };
+        let at = record.received_at;
+        let times = facts.times.entry(record.offset - record.offset % TIME_INDEX_OFFSETS).or_insert((at, at));
+        *times = (times.0.min(at), times.1.max(at));
         if record.flags.contains(RecordFlags::QUARANTINED.with(RecordFlags::REDRIVEN)) {
             if let Some(RecordNote::Superseded { offset, by }) = RecordNote::decode(record.note) {
-                rows.let_in.push((offset, by));
+                facts.let_in.push((offset, by));
             }
             return Ok(());
         }
+        self.sizes.add(ids.datasource, record.payload.len());
         let is_leaked = left_out.covers(record.datasource, record.key_id, record.received_at, record.offset);
         let text = std::str::from_utf8(record.payload).ok();
         if record.flags.contains(RecordFlags::QUARANTINED) || is_leaked {
@@ -98,23 +169,30 @@ impl PostgresSink {
                     row.null();
                     row.bytes(record.payload);
                     row.null();
+                    add_size(row, record.payload);
                 }
             });
             return match is_leaked && !record.flags.contains(RecordFlags::QUARANTINED) {
-                true => self.add_samples(&mut rows.withheld_samples, record, ids.topic),
+                true => self.add_samples(&mut rows.withheld_samples, record, ids.topic, text, None),
                 false => Ok(()),
             };
         }
         if record.flags.contains(RecordFlags::REDRIVEN)
             && let Some(RecordNote::Redriven { offset, .. }) = RecordNote::decode(record.note)
         {
-            rows.let_in.push((offset, record.offset));
+            facts.let_in.push((offset, record.offset));
         }
-        rows.entries.begin(9);
+        rows.entries.begin(10);
         add_head(&mut rows.entries, record, ids);
         add_payload(&mut rows.entries, record.payload, text, self.form, is_plain);
-        rows.newest.observe_payload(i64::from(ids.topic), record, text.filter(|text| !text.contains('\0')));
-        self.add_samples(&mut rows.samples, record, ids.topic)
+        let mut members = Vec::new();
+        let is_object = text.is_some_and(|text| read_members(text, &mut members));
+        let of_object = is_object.then_some(&*members);
+        self.add_samples(&mut rows.samples, record, ids.topic, text, of_object)?;
+        let text = text.filter(|text| !text.contains('\0'));
+        let row = RowIds { datasource: i64::from(ids.datasource), topic: i64::from(ids.topic), origin: 0 };
+        facts.newest.observe(row, record, text, is_object.then_some(&mut members));
+        Ok(())
     }
 
     fn ids_of_record(
@@ -133,36 +211,18 @@ impl PostgresSink {
         self.name_ids(record, &name, incarnation).map(Some)
     }
 
-    fn write_rows(&mut self, rows: NewRows<'_>) -> Result<(), PostgresError> {
-        let copy = |table: &str, columns: &str, rows: CopyRows| match rows.rows() {
-            0 => Ok(()),
-            _ => {
-                let copy = format!("COPY {table} ({columns}) FROM STDIN WITH (FORMAT binary)");
-                self.connection.copy_in(&copy, rows)
-            }
-        };
-        const HEAD: &str = "log_offset, received_at, event_at, datasource_id, topic_id, origin_id";
-        const PAYLOAD: &str = "payload, payload_bytes, payload_note";
-        copy("entries", &format!("{HEAD}, {PAYLOAD}"), rows.entries)?;
-        copy(
-            "quarantined",
-            &format!(
-                "{HEAD}, {PAYLOAD}, properties, publisher, flags, cause, keyword, pointer, detail, schema_version"
-            ),
-            rows.quarantined,
+    fn write_times(&self, times: &BTreeMap<Offset, (TimeMicros, TimeMicros)>) -> Result<(), PostgresError> {
+        let firsts: Vec<i64> = times.keys().map(|first| sql_offset(*first)).collect();
+        let (oldest, newest): (Vec<_>, Vec<_>) =
+            times.values().map(|(oldest, newest)| (PostgresTime(*oldest), PostgresTime(*newest))).unzip();
+        self.connection.execute(
+            "INSERT INTO time_index (first_offset, oldest, newest)
+             SELECT * FROM unnest($1::bigint[], $2::timestamptz[], $3::timestamptz[])
+             ON CONFLICT (first_offset) DO UPDATE SET oldest = least(time_index.oldest, excluded.oldest),
+                 newest = greatest(time_index.newest, excluded.newest)",
+            &[&firsts, &oldest, &newest],
         )?;
-        copy("sample_values", "time, log_offset, value, series_id", rows.samples)?;
-        copy("withheld_samples", "time, log_offset, value, series_id", rows.withheld_samples)?;
-        if !rows.let_in.is_empty() {
-            let (offsets, by): (Vec<i64>, Vec<i64>) =
-                rows.let_in.iter().map(|(offset, by)| (sql_offset(*offset), sql_offset(*by))).unzip();
-            self.connection.execute(
-                "UPDATE quarantined q SET redriven_offset = l.by FROM unnest($1::bigint[], $2::bigint[]) AS l (log_offset, by)
-                 WHERE q.log_offset = l.log_offset",
-                &[&offsets, &by],
-            )?;
-        }
-        self.write_newest(rows.newest)
+        Ok(())
     }
 }
 
@@ -189,6 +249,7 @@ fn add_payload(row: &mut CopyRows, payload: &[u8], text: Option<&str>, form: Pay
             }
             row.null();
             row.null();
+            add_size(row, payload);
             return;
         }
         Some((_, JsonFit::Beyond(why))) => Some(why),
@@ -197,6 +258,12 @@ fn add_payload(row: &mut CopyRows, payload: &[u8], text: Option<&str>, form: Pay
     row.null();
     row.bytes(payload);
     add_text(row, note);
+    add_size(row, payload);
+}
+
+/// How many bytes were sent, which the column of JSON payloads may have written in another way.
+fn add_size(row: &mut CopyRows, payload: &[u8]) {
+    row.int4(i32::try_from(payload.len()).unwrap_or(i32::MAX));
 }
 
 fn add_quarantined(
@@ -210,7 +277,7 @@ fn add_quarantined(
         Some(RecordNote::Quarantined(reason)) => (CAUSE_SCHEMA, Some(reason)),
         _ => (CAUSE_KEY, None),
     };
-    row.begin(17);
+    row.begin(18);
     add_head(row, record, ids);
     add_payload(row);
     row.bytes(record.properties);

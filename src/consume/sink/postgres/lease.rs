@@ -42,6 +42,7 @@ impl PostgresSink {
             }
             return self.take_place(owner.as_deref());
         }
+        self.leased_at = None;
         self.read_cursor()?;
         if !self.is_shared && self.started_at.elapsed() > OWN_LEASE_WAIT {
             return Err(PostgresError::OtherOwner { schema: self.schema.clone() });
@@ -60,6 +61,7 @@ impl PostgresSink {
         self.read_cursor()?;
         if taken == 1 {
             self.names.clear();
+            self.sizes.clear();
             self.left_out = None;
             self.leased_at = Some(Instant::now());
         }

@@ -20,6 +20,7 @@ mod json_fit;
 mod lease;
 mod newest;
 mod quarantined;
+mod retention;
 mod samples;
 pub(in crate::consume) mod schema;
 
@@ -28,11 +29,13 @@ use std::time::{Duration, Instant};
 use headgate_bridge_postgres::{PostgresConnection, PostgresFault};
 
 use self::ids::RememberedNames;
+pub(in crate::consume) use self::ids::text_of;
 use self::insert::PayloadForm;
+use self::retention::CountedSizes;
 use super::schema::{offset_from_sql, sql_offset};
 use crate::config::{ConfigError, PostgresConfig};
 use crate::log::{IncarnationStep, Log, WithheldChange, WithheldRules, WithheldSnapshot};
-use crate::message::{DatasourceId, Offset, RecordRef, TimeMicros};
+use crate::message::{DatasourceId, Offset, RecordRef};
 use crate::values::SampleReader;
 
 /// How long the server may take to follow a rule about what is left out, which may be about all that is stored.
@@ -67,6 +70,14 @@ pub enum PostgresError {
         /// Their format.
         found: i32,
         /// The newest that is known.
+        newest: i32,
+    },
+    /// The tables are not there, or of an earlier format: whoever writes makes them.
+    #[error("the schema {schema} has no tables of format {newest} yet: storage makes them")]
+    NotMade {
+        /// The schema.
+        schema: String,
+        /// The newest format.
         newest: i32,
     },
     /// Another gateway, with another log, writes into the same schema.
@@ -126,9 +137,8 @@ pub(in crate::consume) struct PostgresSink {
     /// The incarnation that a purge has begun to remove.
     purging: Option<DatasourceId>,
     names: RememberedNames,
+    sizes: CountedSizes,
     reader: SampleReader,
-    /// The samples of the present record: its row ids and what they are.
-    sampled: Vec<(i32, f64, Option<TimeMicros>)>,
 }
 
 impl PostgresSink {
@@ -142,9 +152,12 @@ impl PostgresSink {
         is_shared: bool,
         started_at: Instant,
     ) -> Result<Self, PostgresError> {
-        let connection = PostgresConnection::open(&config.settings()?)?;
+        let mut connection = PostgresConnection::open(&config.settings()?)?;
         connection.run(SESSION_SETTINGS)?;
+        // Tables of an earlier format may be large.
+        connection.set_answer_wait_max(RECONCILE_WAIT_MAX);
         schema::open_schema(&connection, &config.schema, config.json.as_str())?;
+        connection.reset_answer_wait_max();
         let form = PayloadForm::of_table(&connection)?;
         let name = format!("{:016x}", rand::random::<u64>());
         let mut sink = Self {
@@ -162,8 +175,8 @@ impl PostgresSink {
             left_out: None,
             purging: None,
             names: RememberedNames::default(),
+            sizes: CountedSizes::default(),
             reader: SampleReader::default(),
-            sampled: Vec::new(),
         };
         sink.read_cursor()?;
         Ok(sink)
@@ -195,6 +208,7 @@ impl PostgresSink {
             Err(error) => {
                 // Ids that it has inserted do not exist.
                 self.names.clear();
+                self.sizes.clear();
                 // What it was that failed is what is told; without a connection there is nothing to roll back.
                 let _ = self.connection.run("ROLLBACK");
                 Err(error)
@@ -212,6 +226,11 @@ impl PostgresSink {
 
     pub(in crate::consume) fn withheld_version(&self) -> u64 {
         self.withheld_version
+    }
+
+    /// Whether this gateway was the one that writes when that was last asked.
+    pub(in crate::consume) fn has_place(&self) -> bool {
+        self.leased_at.is_some()
     }
 
     pub(in crate::consume) fn has_rules(&self) -> bool {
@@ -323,6 +342,7 @@ impl PostgresSink {
             matches!(change, WithheldChange::Incarnation(_, _, IncarnationStep::Purged))
         };
         self.names.clear();
+        self.sizes.clear();
         // What comes before a purge has to be put right before it: it decides what belongs to the incarnation.
         for part in changes.chunk_by(|a, b| !is_purge(a) && !is_purge(b)) {
             if let [WithheldChange::Incarnation(datasource, incarnation, IncarnationStep::Purged)] = part {
@@ -382,6 +402,8 @@ impl PostgresSink {
         log: &dyn Log,
         log_end: Offset,
     ) -> Result<Option<String>, PostgresError> {
-        ahead::put_right(self, log, log_end)
+        let set_back = log.history().map(|history| ahead::follow_epochs(self, history)).transpose()?;
+        let put_right = ahead::put_right(self, log, log_end)?;
+        Ok(put_right.or(set_back.flatten()))
     }
 }

@@ -8,7 +8,7 @@ use crate::log::{WithheldChange, WithheldSnapshot};
 use crate::message::KeyId;
 
 /// The columns that a record has in both tables.
-const ENTRY_COLUMNS: &str = "log_offset, received_at, event_at, datasource_id, topic_id, origin_id, payload, payload_bytes, payload_note";
+const ENTRY_COLUMNS: &str = "log_offset, received_at, event_at, datasource_id, topic_id, origin_id, payload, payload_bytes, payload_note, payload_size";
 
 impl PostgresSink {
     /// Makes the tables follow changes of the rules but for purges, in the present transaction. `left_out` holds the
@@ -74,7 +74,7 @@ impl PostgresSink {
         )?;
         self.connection
             .execute("DELETE FROM entries WHERE log_offset IN (SELECT log_offset FROM moved)", &[])?;
-        self.move_samples("sample_values", "withheld_samples")?;
+        self.move_samples("sample_rows", "withheld_samples")?;
         self.forget_moved_values()
     }
 
@@ -109,7 +109,7 @@ impl PostgresSink {
         )?;
         self.connection
             .execute("DELETE FROM quarantined WHERE log_offset IN (SELECT log_offset FROM moved)", &[])?;
-        self.move_samples("withheld_samples", "sample_values")?;
+        self.move_samples("withheld_samples", "sample_rows")?;
         self.restore_moved_values()
     }
 
@@ -130,8 +130,8 @@ impl PostgresSink {
                 "WITH gone AS (
                      DELETE FROM {from} WHERE log_offset IN (SELECT log_offset FROM moved)
                          AND log_offset BETWEEN (SELECT min(log_offset) FROM moved) AND (SELECT max(log_offset) FROM moved)
-                     RETURNING time, log_offset, value, series_id)
-                 INSERT INTO {to} (time, log_offset, value, series_id) SELECT * FROM gone"
+                     RETURNING time, log_offset, topic_id, key_set_id, numbers)
+                 INSERT INTO {to} (time, log_offset, topic_id, key_set_id, numbers) SELECT * FROM gone"
             ),
             &[],
         )?;

@@ -1,45 +1,105 @@
-//! The samples of new records in PostgreSQL: a row for each number in a payload.
+//! The samples of new records in PostgreSQL: a row for those of a record that are of one time, which is mostly all of them.
+//! A row for each number would cost several times what the record itself does, with the indexes that a chart needs. What
+//! the numbers stand for is in `key_sets`: records of one topic mostly have the same keys in the same order.
+
+use std::collections::HashSet;
 
 use headgate_bridge_postgres::CopyRows;
 
+use super::ids::{KeySetDigest, text_of};
 use super::{PostgresError, PostgresSink};
 use crate::consume::sink::schema::sql_offset;
-use crate::message::RecordRef;
+use crate::message::{RecordRef, TimeMicros};
+use crate::values::samples::{JsonMember, Sample};
 
 impl PostgresSink {
-    /// Adds the rows of a record's samples.
+    /// Adds the rows of a record's samples. `text` is its payload if that is text, `members` are those of the JSON object
+    /// that it is, if they are known.
     pub(super) fn add_samples(
         &mut self,
         rows: &mut CopyRows,
         record: &RecordRef<'_>,
         topic: i32,
+        text: Option<&str>,
+        members: Option<&[JsonMember<'_>]>,
     ) -> Result<(), PostgresError> {
         if !self.has_samples {
             return Ok(());
         }
         let mut reader = std::mem::take(&mut self.reader);
-        let mut sampled = std::mem::take(&mut self.sampled);
-        let found: Vec<_> =
-            reader.read(record.topic, record.content_type, record.payload, record.received_at).collect();
-        let keys: Vec<&str> = found.iter().map(|sample| sample.key).collect();
-        let mut added = self.learn_series(topic, &keys);
-        if added.is_ok() {
-            for sample in &found {
-                match self.series_id(topic, sample.key) {
-                    Ok(series) => sampled.push((series, sample.value, sample.at)),
-                    Err(error) => added = Err(error),
-                }
+        let found: Vec<_> = reader
+            .read_parsed(record.topic, record.content_type, text, members, record.received_at)
+            .collect();
+        let of_record = record.event_at.unwrap_or(record.received_at);
+        let time_of = |sample: &Sample<'_>| sample.at.unwrap_or(of_record);
+        let added = match found.first() {
+            None => Ok(()),
+            Some(first) if found.iter().all(|sample| sample.at == first.at) => {
+                self.add_row(rows, record, topic, time_of(first), &found)
             }
-        }
+            Some(_) => by_time(&found, time_of)
+                .into_iter()
+                .try_for_each(|(at, samples)| self.add_row(rows, record, topic, at, &samples)),
+        };
         drop(found);
-        for (series, value, at) in sampled.drain(..) {
-            rows.begin(4);
-            rows.timestamptz(at.or(record.event_at).unwrap_or(record.received_at));
-            rows.int8(sql_offset(record.offset));
-            rows.float8(value);
-            rows.int4(series);
-        }
-        (self.reader, self.sampled) = (reader, sampled);
+        self.reader = reader;
         added
     }
+
+    /// Adds the row of samples of one time; more than one if a key comes twice.
+    fn add_row(
+        &mut self,
+        rows: &mut CopyRows,
+        record: &RecordRef<'_>,
+        topic: i32,
+        at: TimeMicros,
+        samples: &[Sample<'_>],
+    ) -> Result<(), PostgresError> {
+        let digest = KeySetDigest::of(samples.iter().map(|sample| sample.key));
+        if let Some(id) = self.known_key_set(topic, digest) {
+            add_numbers(rows, record, (topic, id), at, samples);
+            return Ok(());
+        }
+        let mut seen = HashSet::new();
+        let (first, again): (Vec<_>, Vec<_>) =
+            samples.iter().copied().partition(|sample| seen.insert(text_of(sample.key)));
+        if again.is_empty() {
+            let id = self.learn_key_set(topic, digest, samples.iter().map(|sample| sample.key))?;
+            add_numbers(rows, record, (topic, id), at, samples);
+            return Ok(());
+        }
+        self.add_row(rows, record, topic, at, &first)?;
+        self.add_row(rows, record, topic, at, &again)
+    }
+}
+
+/// The samples of each time, in the order in which the times come first.
+fn by_time<'s, 'a>(
+    samples: &'s [Sample<'a>],
+    time_of: impl Fn(&Sample<'a>) -> TimeMicros,
+) -> Vec<(TimeMicros, Vec<Sample<'a>>)> {
+    let mut groups: Vec<(TimeMicros, Vec<Sample<'a>>)> = Vec::new();
+    for sample in samples {
+        let at = time_of(sample);
+        match groups.iter_mut().find(|(of, _)| *of == at) {
+            Some((_, group)) => group.push(*sample),
+            None => groups.push((at, vec![*sample])),
+        }
+    }
+    groups
+}
+
+fn add_numbers(
+    rows: &mut CopyRows,
+    record: &RecordRef<'_>,
+    (topic, key_set): (i32, i32),
+    at: TimeMicros,
+    samples: &[Sample<'_>],
+) {
+    rows.begin(5);
+    rows.timestamptz(at);
+    rows.int8(sql_offset(record.offset));
+    rows.int4(topic);
+    rows.int4(key_set);
+    rows.float8_array(samples.iter().map(|sample| sample.value));
 }

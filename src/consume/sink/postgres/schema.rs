@@ -10,8 +10,10 @@
 //! - `quarantine`: what is kept and not passed on, with its cause.
 //!
 //! The tables behind them have each repeating name once. A datasource that was deleted is called `press-4~1` in all of them.
-//! Rows of `entries` and `sample_values` come in the order of their offsets, so that a BRIN index, which costs next to
+//! Rows of `entries` and `sample_rows` come in the order of their offsets, so that a BRIN index, which costs next to
 //! nothing, finds a range of time or offsets.
+
+use std::cmp::Ordering;
 
 use headgate_bridge_postgres::PostgresConnection;
 
@@ -22,7 +24,7 @@ const SERVER_VERSION_MIN: i32 = 140_000;
 /// The lock under which the tables are made: of all that Headgate makes in one database, "hg" and a number.
 const MIGRATION_LOCK: i64 = 0x6867_0001;
 /// Turns format N into format N + 1.
-const MIGRATIONS: [&str; 1] = [CREATE_TABLES];
+const MIGRATIONS: [&str; 2] = [CREATE_TABLES, ADD_READING];
 
 /// Makes the tables in `schema`, or brings them up to date, and makes them those that names stand for in this connection.
 /// `json` is the type of JSON payloads in tables that are made anew.
@@ -60,17 +62,12 @@ fn migrate(connection: &PostgresConnection, schema: &str, json: &str) -> Result<
         connection.run(&format!("CREATE SCHEMA {}", quoted(schema)))?;
     }
     connection.run(&format!("SET LOCAL search_path = {}", quoted(schema)))?;
-    let known = connection.query(
-        "SELECT FROM pg_class WHERE relname = 'headgate_format' AND relnamespace = $1::text::regnamespace",
-        &[&quoted(schema)],
-    )?;
-    let found: i32 = match known.is_empty() {
-        true => 0,
-        false => connection.query_one("SELECT version FROM headgate_format", &[])?.get(0),
-    };
-    let newest = i32::try_from(MIGRATIONS.len()).unwrap_or(i32::MAX);
+    let (found, newest) = (format_of(connection, schema)?, newest_format());
     if found > newest {
         return Err(PostgresError::NewerFormat { found, newest });
+    }
+    if found < newest {
+        connection.run("SET LOCAL statement_timeout = '15min'")?;
     }
     for migration in MIGRATIONS.iter().skip(usize::try_from(found).unwrap_or(0)) {
         connection.run(&migration.replace("{json}", json))?;
@@ -81,10 +78,116 @@ fn migrate(connection: &PostgresConnection, schema: &str, json: &str) -> Result<
     Ok(())
 }
 
+/// Whether the tables in `schema` are of the format that this Headgate knows.
+///
+/// # Errors
+/// [`PostgresError::NotMade`], [`PostgresError::NewerFormat`]; the database's.
+pub(in crate::consume) fn check_format(
+    connection: &PostgresConnection,
+    schema: &str,
+) -> Result<(), PostgresError> {
+    let (found, newest) = (format_of(connection, schema)?, newest_format());
+    match found.cmp(&newest) {
+        Ordering::Less => Err(PostgresError::NotMade { schema: schema.to_owned(), newest }),
+        Ordering::Equal => Ok(()),
+        Ordering::Greater => Err(PostgresError::NewerFormat { found, newest }),
+    }
+}
+
+fn newest_format() -> i32 {
+    i32::try_from(MIGRATIONS.len()).unwrap_or(i32::MAX)
+}
+
+/// The format of the tables in `schema`; 0 without any.
+fn format_of(connection: &PostgresConnection, schema: &str) -> Result<i32, PostgresError> {
+    let known = connection.query(
+        "SELECT FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+         WHERE n.nspname = $1 AND c.relname = 'headgate_format'",
+        &[&schema],
+    )?;
+    if known.is_empty() {
+        return Ok(0);
+    }
+    let version = format!("SELECT version FROM {}.headgate_format", quoted(schema));
+    Ok(connection.query_one(&version, &[])?.get(0))
+}
+
 /// An identifier in quotes.
-fn quoted(name: &str) -> String {
+pub(in crate::consume) fn quoted(name: &str) -> String {
     format!("\"{}\"", name.replace('"', "\"\""))
 }
+
+/// Makes format 2 of format 1: what reads and retention need. What a row takes is not known of earlier ones.
+const ADD_READING: &str = r#"
+    ALTER TABLE entries ADD COLUMN payload_size int;
+    ALTER TABLE quarantined ADD COLUMN payload_size int;
+
+    -- The oldest and the newest time of receipt among 4096 offsets.
+    CREATE TABLE time_index (
+        first_offset bigint PRIMARY KEY,
+        oldest       timestamptz NOT NULL,
+        newest       timestamptz NOT NULL
+    );
+    INSERT INTO time_index
+    SELECT log_offset - log_offset % 4096, min(received_at), max(received_at)
+    FROM (SELECT log_offset, received_at FROM entries UNION ALL SELECT log_offset, received_at FROM quarantined) r
+    GROUP BY 1;
+
+    -- The offset below which retention has removed everything of a datasource.
+    CREATE TABLE retention (
+        datasource_id int PRIMARY KEY,
+        removed_below bigint NOT NULL
+    );
+
+    CREATE INDEX entries_event ON entries (topic_id, event_at, log_offset) WHERE event_at IS NOT NULL;
+    -- Which keys the numbers of a row of samples stand for, in their order. By a digest of them.
+    CREATE TABLE key_sets (
+        id       int GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+        topic_id int NOT NULL,
+        digest   bytea NOT NULL,
+        keys     text[] COLLATE "C" NOT NULL,
+        UNIQUE (topic_id, digest)
+    );
+    -- The samples of a record that are of one time. Room that retention has made is used again, so that rows are not in
+    -- the order of their offsets for ever.
+    CREATE TABLE sample_rows (
+        time       timestamptz NOT NULL,
+        log_offset bigint NOT NULL,
+        topic_id   int NOT NULL,
+        key_set_id int NOT NULL,
+        numbers    double precision[] NOT NULL
+    );
+    -- Those of records that are in quarantine because of a leaked key.
+    ALTER TABLE withheld_samples RENAME TO withheld_values;
+    CREATE TABLE withheld_samples (LIKE sample_rows);
+
+    -- Those of format 1 have a row each.
+    CREATE TEMP TABLE earlier ON COMMIT DROP AS
+    SELECT v.is_withheld, v.time, v.log_offset, s.topic_id, array_agg(s.key ORDER BY s.id) AS keys,
+        array_agg(v.value ORDER BY s.id) AS numbers
+    FROM (SELECT *, row_number() OVER (PARTITION BY is_withheld, series_id, log_offset, time) AS nth FROM (
+        SELECT false AS is_withheld, * FROM sample_values UNION ALL SELECT true, * FROM withheld_values) a) v
+    JOIN series s ON s.id = v.series_id GROUP BY v.is_withheld, v.nth, v.time, v.log_offset, s.topic_id;
+    INSERT INTO key_sets (topic_id, digest, keys)
+    SELECT DISTINCT topic_id, sha256(convert_to(keys::text, 'UTF8')), keys FROM earlier;
+    INSERT INTO sample_rows
+    SELECT e.time, e.log_offset, e.topic_id, k.id, e.numbers FROM earlier e
+    JOIN key_sets k ON k.topic_id = e.topic_id AND k.keys = e.keys WHERE NOT e.is_withheld ORDER BY e.log_offset;
+    INSERT INTO withheld_samples
+    SELECT e.time, e.log_offset, e.topic_id, k.id, e.numbers FROM earlier e
+    JOIN key_sets k ON k.topic_id = e.topic_id AND k.keys = e.keys WHERE e.is_withheld;
+
+    CREATE INDEX sample_rows_topic ON sample_rows (topic_id, time);
+    CREATE INDEX sample_rows_offset ON sample_rows (log_offset);
+    CREATE INDEX sample_rows_time ON sample_rows USING brin (time) WITH (pages_per_range = 32);
+    CREATE INDEX withheld_samples_offset ON withheld_samples (log_offset);
+
+    CREATE OR REPLACE VIEW samples AS
+    SELECT d.datasource, t.topic, n.key, s.time, n.value, s.log_offset
+    FROM sample_rows s JOIN key_sets k ON k.id = s.key_set_id JOIN topics t ON t.id = s.topic_id
+    JOIN datasources d ON d.id = t.datasource_id CROSS JOIN LATERAL unnest(k.keys, s.numbers) AS n (key, value);
+    DROP TABLE sample_values, withheld_values, series;
+"#;
 
 /// Makes format 1.
 const CREATE_TABLES: &str = r#"

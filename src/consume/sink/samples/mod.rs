@@ -9,6 +9,7 @@ use rusqlite::{Connection, OptionalExtension, params};
 
 use super::sample_chunk::{ChunkBase, ChunkSample, NewChunk, without_offsets};
 use super::schema::{offset_from_sql, sql_offset};
+use crate::limits::GATHERED_KEYS_MAX;
 use crate::message::{Offset, TimeMicros};
 use crate::values::SampleReader;
 use crate::values::samples::JsonMember;
@@ -47,6 +48,8 @@ pub(super) struct SampledRecord<'a> {
 pub(super) struct NewSamples {
     reader: SampleReader,
     topics: HashMap<i64, TopicSamples>,
+    /// How many topics and keys there have been.
+    gathered: usize,
     /// Chunks that are full, with their topics.
     full: Vec<(i64, TopicSamples)>,
 }
@@ -74,19 +77,27 @@ impl NewSamples {
         if samples.peek().is_none() {
             return;
         }
-        let topic = self
-            .topics
-            .entry(topic_id)
-            .or_insert_with(|| TopicSamples::begin(open.get(&topic_id).copied(), offset, record_at));
+        let gathered = &mut self.gathered;
+        let topic = self.topics.entry(topic_id).or_insert_with(|| {
+            *gathered += 1;
+            TopicSamples::begin(open.get(&topic_id).copied(), offset, record_at)
+        });
+        let keys = topic.chunk.keys();
         for (place, sample) in samples {
             let sample_at = sample.at.unwrap_or(record_at);
             topic.chunk.push(place, sample.key, ChunkSample { offset, at: sample_at, value: sample.value });
         }
+        *gathered += topic.chunk.keys() - keys;
         if topic.chunk.bytes() >= CHUNK_BYTES_MAX {
             // The next one is not to go to the open chunk: this one does.
             let next = TopicSamples::begin(None, offset, record_at);
             self.full.push((topic_id, std::mem::replace(topic, next)));
         }
+    }
+
+    /// Whether there is so much that it is to be written before more is added.
+    pub(super) fn is_full(&self) -> bool {
+        self.gathered >= GATHERED_KEYS_MAX
     }
 
     /// Writes the samples, in the transaction that `connection` is in, and remembers which chunks are open then.

@@ -37,12 +37,16 @@ const RETAINED_LOOK_INTERVAL_MIN: Duration = Duration::from_millis(10);
 /// below it. As often as storage does, because the log waits for the slower of the two.
 const RETAINED_SYNC_INTERVAL: Duration = Duration::from_secs(1);
 
+/// By how much the thread's priority is lower than usual: above that of the slow lane, whose clients wait for it too.
+const RETAINED_NICE: u8 = 5;
+
 const RETAINED_PROFILE: FollowerProfile = FollowerProfile {
     name: "retained",
     down: "retained messages are not up to date",
     up: "retained messages are kept up to date again",
     late: "retained messages did not finish by their deadline; the log has the rest",
     patient: true,
+    nice: RETAINED_NICE,
 };
 
 /// What the thread and those who ask about it share.

@@ -347,6 +347,36 @@ fn open_right(
     Ok((table, Some(said)))
 }
 
+/// Makes the `retained.db` in a data directory that of a log that goes on at `end` from an earlier state, and begins at
+/// `first`. Returns what to tell the operator, if there was anything beyond.
+///
+/// # Errors
+/// [`RetainedError::Database`].
+pub fn set_back_retained(dir: &Path, end: Offset, first: Offset) -> Result<Option<String>, RetainedError> {
+    let path = dir.join(RETAINED_FILE_NAME);
+    if !path.exists() {
+        return Ok(None);
+    }
+    let mut table = match RetainedTable::open(&path) {
+        // The start makes another one from the log.
+        Err(damage) if damage.is_damage() => return Ok(None),
+        opened => opened?,
+    };
+    if table.cursor() <= end {
+        return Ok(None);
+    }
+    let aside = new_file_aside(&path)?;
+    if let Err(error) = table.set_back(end, first.min(end), &aside) {
+        let _ = std::fs::remove_file(&aside);
+        return Err(SqliteError::from_sqlite(&error, &path).into());
+    }
+    Ok(Some(format!(
+        "{RETAINED_FILE_NAME} was ahead of the log, which goes on at offset {end} from an earlier state: a copy is set \
+         aside as {}, and retained messages are those of the log again",
+        aside.display()
+    )))
+}
+
 /// What to tell an operator of a `retained.db` that cannot be opened.
 fn unopened_words(error: &SqliteError) -> String {
     format!("{error}. New subscribers get no retained message meanwhile; {}", error.remedy())

@@ -128,12 +128,7 @@ impl StoredSessions {
     pub fn set_back(&mut self, end: Offset) -> Vec<SessionStoreChange> {
         let mut changes = Vec::new();
         for session in &mut self.sessions {
-            // A filter begins where the log ended then, which may be further on than the session's cursor.
-            let is_ahead = session.flights.sent.iter().any(|flight| flight.offset >= end);
-            if is_ahead || session.cursor > end || session.subscriptions.iter().any(|of| of.from > end) {
-                session.cursor = session.cursor.min(end);
-                session.flights.set_back(end);
-                session.subscriptions.iter_mut().for_each(|of| of.from = of.from.min(end));
+            if session.set_back(end) {
                 changes.push(SessionStoreChange::PutSession(session.clone()));
             }
         }
@@ -142,6 +137,21 @@ impl StoredSessions {
             changes.push(SessionStoreChange::PutGroup(group.clone()));
         }
         changes
+    }
+}
+
+impl StoredSession {
+    /// Moves what is behind the end of the log back to it. Returns whether anything was.
+    pub(in crate::consume::subscriber) fn set_back(&mut self, end: Offset) -> bool {
+        // A filter begins where the log ended then, which may be further on than the session's cursor.
+        let is_ahead = self.flights.sent.iter().any(|flight| flight.offset >= end);
+        let is_behind = is_ahead || self.cursor > end || self.subscriptions.iter().any(|of| of.from > end);
+        if is_behind {
+            self.cursor = self.cursor.min(end);
+            self.flights.set_back(end);
+            self.subscriptions.iter_mut().for_each(|of| of.from = of.from.min(end));
+        }
+        is_behind
     }
 }
 
@@ -284,9 +294,11 @@ impl SessionStore {
     pub fn in_bucket(
         cells: KvBucket,
         node: &str,
+        is_frozen: impl Fn() -> bool + Send + 'static,
     ) -> std::io::Result<(Self, tokio::sync::mpsc::UnboundedReceiver<LostSession>)> {
         let (lost, told) = tokio::sync::mpsc::unbounded_channel();
-        Ok((Self::start(Box::new(NodeSessions::new(cells, node, lost)), None, None)?, told))
+        let place = NodeSessions::new(cells, node, Box::new(is_frozen), lost);
+        Ok((Self::start(Box::new(place), None, None)?, told))
     }
 
     /// `error` is why the place could not be opened yet.

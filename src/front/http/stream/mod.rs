@@ -24,7 +24,6 @@ use axum::response::Response;
 use serde::Deserialize;
 
 use self::event::StreamForm;
-use self::reader::StreamBody;
 use self::source::{SourceParts, StreamSource};
 use super::credentials::Caller;
 use super::query::readable_scope;
@@ -38,7 +37,7 @@ use crate::log::LogReadError;
 use crate::message::{DatasourceId, Offset};
 use crate::observe::cause::Cause;
 
-pub(super) use reader::StreamReader;
+pub(super) use reader::{ChunkSource, StreamBody, StreamEnd, StreamReader};
 pub(super) use table::{ConnectionStreams, StreamReaders};
 
 /// Where a client that comes back says what it has had.
@@ -113,7 +112,8 @@ pub(super) async fn read(
     let mut response = Response::new(Body::empty());
     if method != Method::HEAD {
         let parts = open(&shared, &caller, scope, form, &filter, start).await?;
-        let reader = StreamReader::open(&shared.streams, &caller.1, version, StreamSource::new(parts));
+        let reader =
+            StreamReader::open(&shared.streams, &caller.1, version, Box::new(StreamSource::new(parts)));
         *response.body_mut() = Body::new(StreamBody::new(reader.clone()));
         response.extensions_mut().insert(reader);
     }

@@ -15,8 +15,8 @@ use hyper::body::Frame;
 use parking_lot::Mutex;
 
 use super::super::answer::AnswerHold;
+use super::super::request_clock::StreamUnderWay;
 use super::super::server::HttpPeer;
-use super::source::StreamSource;
 use super::table::{ConnectionStreams, StreamReaders};
 use crate::message::DatasourceId;
 
@@ -41,11 +41,13 @@ pub(in super::super) enum StreamEnd {
     LogUnreadable = 6,
     /// The client has gone.
     ClientLeft = 7,
+    /// The session of the dashboard is over.
+    SessionOver = 8,
 }
 
 impl StreamEnd {
     /// All of them.
-    const ALL: [Self; 7] = [
+    const ALL: [Self; 8] = [
         Self::KeyDead,
         Self::DatasourceDeleted,
         Self::ShuttingDown,
@@ -53,6 +55,7 @@ impl StreamEnd {
         Self::NotRead,
         Self::LogUnreadable,
         Self::ClientLeft,
+        Self::SessionOver,
     ];
 
     /// Its name, for programs.
@@ -65,11 +68,12 @@ impl StreamEnd {
             StreamEnd::NotRead => "not_read",
             StreamEnd::LogUnreadable => "log_unreadable",
             StreamEnd::ClientLeft => "client_left",
+            StreamEnd::SessionOver => "session_over",
         }
     }
 
     /// What it means for the client.
-    pub(super) fn words(self) -> &'static str {
+    pub(in super::super) fn words(self) -> &'static str {
         match self {
             StreamEnd::KeyDead => "The key was revoked or has expired.",
             StreamEnd::DatasourceDeleted => "The datasource was deleted.",
@@ -80,8 +84,27 @@ impl StreamEnd {
             StreamEnd::NotRead => "Nothing was taken for too long.",
             StreamEnd::LogUnreadable => "The log cannot be read now: connect again later.",
             StreamEnd::ClientLeft => "The client has gone.",
+            StreamEnd::SessionOver => "The session is over: sign in again.",
         }
     }
+}
+
+/// What the chunks of a stream come from.
+pub(in super::super) trait ChunkSource: Send {
+    /// Whose records it has.
+    fn scope(&self) -> &DatasourceId;
+
+    /// Holds these until it ends.
+    fn hold(&mut self, hold: AnswerHold);
+
+    /// Holds this until it ends: its connection is not idle.
+    fn note_under_way(&mut self, under_way: StreamUnderWay);
+
+    /// Counts its end.
+    fn note_end(&self, why: StreamEnd);
+
+    /// The next part of the stream; `None` behind its last one.
+    fn poll_chunk(&mut self, reader: &StreamReader, cx: &mut Context<'_>) -> Poll<Option<Vec<u8>>>;
 }
 
 /// One stream that is open.
@@ -112,7 +135,7 @@ pub(in super::super) struct StreamReader {
 
 enum StreamPlace {
     /// With what of its last chunk was not handed over.
-    Open(Box<StreamSource>, Bytes),
+    Open(Box<dyn ChunkSource>, Bytes),
     /// It has ended with an event that says why.
     Finished,
     /// It has ended without one: its client does not take any.
@@ -133,7 +156,7 @@ impl StreamReader {
         table: &Arc<StreamReaders>,
         peer: &HttpPeer,
         version: Version,
-        mut source: StreamSource,
+        mut source: Box<dyn ChunkSource>,
     ) -> Arc<Self> {
         source.note_under_way(peer.clock.begin_stream(version < Version::HTTP_2));
         let now_ms = table.now_ms();
@@ -142,7 +165,7 @@ impl StreamReader {
             connection: peer.clock.streams().clone(),
             number: table.next_number(),
             scope: source.scope().clone(),
-            place: Mutex::new(StreamPlace::Open(Box::new(source), Bytes::new())),
+            place: Mutex::new(StreamPlace::Open(source, Bytes::new())),
             told: AtomicU8::new(0),
             task: AtomicWaker::new(),
             unsent: AtomicUsize::new(0),
@@ -178,13 +201,13 @@ impl StreamReader {
     }
 
     /// Why it was told to end, if it was.
-    pub(super) fn told(&self) -> Option<StreamEnd> {
+    pub(in super::super) fn told(&self) -> Option<StreamEnd> {
         let told = self.told.load(Ordering::Acquire);
         StreamEnd::ALL.into_iter().find(|why| *why as u8 == told)
     }
 
     /// What was handed over and has not left the gateway, in bytes.
-    pub(super) fn unsent_bytes(&self) -> usize {
+    pub(in super::super) fn unsent_bytes(&self) -> usize {
         self.unsent.load(Ordering::Acquire)
     }
 
@@ -200,7 +223,7 @@ impl StreamReader {
     }
 
     /// Whether it is to say that it is there before its time.
-    pub(super) fn takes_probe(&self) -> bool {
+    pub(in super::super) fn takes_probe(&self) -> bool {
         self.is_probed.load(Ordering::Relaxed) && self.is_probed.swap(false, Ordering::AcqRel)
     }
 
@@ -285,10 +308,10 @@ impl Drop for StreamChunk {
 }
 
 /// The body of a stream's answer.
-pub(super) struct StreamBody(Arc<StreamReader>);
+pub(in super::super) struct StreamBody(Arc<StreamReader>);
 
 impl StreamBody {
-    pub(super) fn new(reader: Arc<StreamReader>) -> Self {
+    pub(in super::super) fn new(reader: Arc<StreamReader>) -> Self {
         Self(reader)
     }
 }

@@ -16,7 +16,7 @@ use super::super::HttpFrontState;
 use super::super::answer::AnswerHold;
 use super::super::request_clock::StreamUnderWay;
 use super::event::{StreamForm, record_bytes_max};
-use super::reader::{StreamEnd, StreamReader};
+use super::reader::{ChunkSource, StreamEnd, StreamReader};
 use crate::auth::{Grant, Scope};
 use crate::consume::subscriber::{FeedItem, MatchedRecords, OutputCover, SubscriberFeed};
 use crate::limits::{
@@ -46,7 +46,7 @@ pub(super) struct SourceParts {
 }
 
 /// Where a stream's chunks come from.
-pub(in super::super) struct StreamSource {
+pub(super) struct StreamSource {
     parts: SourceParts,
     datasource: DatasourceId,
     /// The matched records that are being written.
@@ -90,23 +90,22 @@ impl StreamSource {
             parts,
         }
     }
+}
 
-    pub(super) fn scope(&self) -> &DatasourceId {
+impl ChunkSource for StreamSource {
+    fn scope(&self) -> &DatasourceId {
         &self.parts.scope
     }
 
-    /// Holds these until it ends.
-    pub(super) fn hold(&mut self, hold: AnswerHold) {
+    fn hold(&mut self, hold: AnswerHold) {
         self.hold = Some(hold);
     }
 
-    /// Holds this until it ends.
-    pub(super) fn note_under_way(&mut self, under_way: StreamUnderWay) {
+    fn note_under_way(&mut self, under_way: StreamUnderWay) {
         self.under_way = Some(under_way);
     }
 
-    /// Counts its end.
-    pub(super) fn note_end(&self, why: StreamEnd) {
+    fn note_end(&self, why: StreamEnd) {
         if self.is_over {
             return;
         }
@@ -120,12 +119,7 @@ impl StreamSource {
         }
     }
 
-    /// The next part of the stream; `None` behind its last one.
-    pub(super) fn poll_chunk(
-        &mut self,
-        reader: &StreamReader,
-        cx: &mut Context<'_>,
-    ) -> Poll<Option<Vec<u8>>> {
+    fn poll_chunk(&mut self, reader: &StreamReader, cx: &mut Context<'_>) -> Poll<Option<Vec<u8>>> {
         if self.is_over {
             return Poll::Ready(None);
         }
@@ -167,7 +161,9 @@ impl StreamSource {
         }
         self.hand_over(reader, unsent, out, cx)
     }
+}
 
+impl StreamSource {
     /// Hands a chunk over, or waits if there is none. `unsent` bytes were not sent when it was begun.
     fn hand_over(
         &mut self,

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use tracing::warn;
 
 use super::{ClientEntry, Sessions};
+use crate::auth::connections::CloseReason;
 use crate::message::{DatasourceId, Offset, TimeMicros, now_micros};
 
 /// How many subscribers that have begun to stand still are said one by one each time; the others as a number.
@@ -20,6 +21,8 @@ pub struct SessionStanding {
     pub client_id: Arc<str>,
     /// Whether the client is connected to this gateway.
     pub is_connected: bool,
+    /// Whether it has subscribed to anything, or may have left messages to be sent.
+    pub is_subscriber: bool,
     /// Everything below was sent.
     pub cursor: Offset,
     /// How many messages the client has not acknowledged.
@@ -30,16 +33,28 @@ pub struct SessionStanding {
     pub expires_at: Option<TimeMicros>,
 }
 
+/// Which sessions are asked for beside those that are away, and those of subscribers that are connected.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum StandingWish {
+    /// No others.
+    #[default]
+    Subscribers,
+    /// Only subscribers that stand still.
+    StillSubscribers,
+    /// Also connected clients that have subscribed to nothing.
+    AllClients,
+}
+
 impl Sessions {
     /// The sessions under keys of this scope whose clients come after one, in the order of their identifiers: those
-    /// that are away, and those of subscribers that are connected. Only subscribers that stand still, with `still`.
-    /// At most `count`, and whether there are more.
+    /// that are away, and those of subscribers that are connected, or those of `wish`. At most `count`, and whether
+    /// there are more.
     pub(in super::super) fn standings(
         &self,
         scope: &DatasourceId,
         after: Option<&str>,
         count: usize,
-        still: bool,
+        wish: StandingWish,
     ) -> (Vec<SessionStanding>, bool) {
         let (routed, still_after) = (self.subscribers.router.routed_offset(), self.still_after);
         let (now, now_us) = (Instant::now(), now_micros());
@@ -51,7 +66,12 @@ impl Sessions {
                 continue;
             }
             let standing = entry.standing(client_id, routed, still_after, now, now_us);
-            if let Some(standing) = standing.filter(|of| !still || of.still_since.is_some()) {
+            let is_wanted = |of: &SessionStanding| match wish {
+                StandingWish::Subscribers => of.is_subscriber,
+                StandingWish::StillSubscribers => of.still_since.is_some(),
+                StandingWish::AllClients => true,
+            };
+            if let Some(standing) = standing.filter(is_wanted) {
                 found.insert(client_id.clone(), standing);
                 if found.len() > count + 1 {
                     found.pop_last();
@@ -60,6 +80,17 @@ impl Sessions {
         }
         let has_more = found.len() > count;
         (found.into_values().take(count).collect(), has_more)
+    }
+
+    /// Closes the connection of a client under keys of this scope, if it has one here. Its session stays.
+    pub(in super::super) fn kick(&self, scope: &DatasourceId, client_id: &str) -> bool {
+        let key = (scope.clone(), Arc::from(client_id));
+        let clients = self.lock_clients();
+        let connected = clients.entries.get(&key).and_then(|entry| entry.connected.as_ref());
+        let control = connected.map(|connected| connected.control.clone());
+        // Unlocked first: waking a task can drop it, and its guard locks the clients.
+        drop(clients);
+        control.inspect(|control| control.close(CloseReason::Kicked)).is_some()
     }
 
     /// Counts the subscribers that stand still, and says which have begun to.
@@ -108,9 +139,21 @@ impl ClientEntry {
             return Some(SessionStanding {
                 client_id,
                 is_connected: true,
+                is_subscriber: true,
                 cursor: mailbox.cursor(routed),
                 in_flight,
                 still_since: still.filter(|for_| *for_ >= still_after).map(|for_| now_us - micros(for_)),
+                expires_at: None,
+            });
+        }
+        if self.connected.is_some() {
+            return Some(SessionStanding {
+                client_id,
+                is_connected: true,
+                is_subscriber: false,
+                cursor: routed,
+                in_flight: 0,
+                still_since: None,
                 expires_at: None,
             });
         }
@@ -119,6 +162,7 @@ impl ClientEntry {
         Some(SessionStanding {
             client_id,
             is_connected: false,
+            is_subscriber: true,
             cursor: away.session.position,
             in_flight: u32::try_from(away.session.flights.len()).unwrap_or(u32::MAX),
             still_since: None,

@@ -37,12 +37,14 @@ use crate::message::{DatasourceId, TimeMicros};
 
 pub(super) mod node;
 mod rolls;
+mod set_backs;
 mod wills;
 
 pub use rolls::GroupRolls;
+pub use set_backs::CursorSetBacks;
 
 /// The bucket's name.
-const SESSIONS_BUCKET_NAME: &str = "headgate-sessions";
+pub const SESSIONS_BUCKET_NAME: &str = "headgate-sessions";
 /// How much longer a cell stays than the longest session: the longest time between two writes of a live
 /// session's cell, and a day of margin.
 const CELL_SPARE: Duration = Duration::from_secs(2 * 24 * 3_600);
@@ -103,12 +105,12 @@ pub struct FoundSession {
 
 /// Reads sessions of any node from the bucket. Cheap to clone.
 #[derive(Clone)]
-pub struct SessionLookup(KvBucket);
+pub struct SessionLookup(KvBucket, CursorSetBacks);
 
 impl SessionLookup {
-    /// A lookup in this bucket.
-    pub fn new(cells: KvBucket) -> Self {
-        Self(cells)
+    /// A lookup in this bucket. Cursors from before the log went on from an earlier state are set back.
+    pub fn new(cells: KvBucket, set_backs: CursorSetBacks) -> Self {
+        Self(cells, set_backs)
     }
 
     /// Reads a client's session, as it was last acknowledged.
@@ -133,6 +135,7 @@ impl SessionLookup {
         (nothing.moves, nothing.owner) = (moves, owner.clone().into_owned());
         let Some(session) = session else { return Ok(nothing) };
         let mut session = session.into_owned();
+        let mut written = revision;
         if (&session.datasource, &session.client_id) != (&nothing.datasource, &nothing.client_id) {
             return Ok(nothing);
         }
@@ -143,8 +146,11 @@ impl SessionLookup {
             let same = |moved: &CursorMove<'_>| moved.uid == session.uid && moved.revision == revision;
             if let Some(moved) = moved.into_iter().find(same) {
                 (session.cursor, session.flights) = (moved.cursor, moved.flights.into_owned());
+                // The cell has the filters, and is older.
+                written = revision.min(page.revision);
             }
         }
+        self.1.apply(&mut session, written);
         Ok(FoundSession { session: Some(session), ..nothing })
     }
 

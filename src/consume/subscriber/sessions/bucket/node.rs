@@ -46,6 +46,8 @@ pub(in super::super) struct NodeSessions {
     cells: KvBucket,
     runtime: Handle,
     node: String,
+    /// Whether nothing may be written, because the log may be another one than the sessions are of.
+    is_frozen: Box<dyn Fn() -> bool + Send>,
     mine: BTreeMap<ClientHash, OwnedClient>,
     clients: HashMap<u64, ClientHash>,
     /// The clients whose cells are to be written.
@@ -84,6 +86,7 @@ impl NodeSessions {
     pub(in super::super) fn new(
         cells: KvBucket,
         node: &str,
+        is_frozen: Box<dyn Fn() -> bool + Send>,
         lost: mpsc::UnboundedSender<LostSession>,
     ) -> Self {
         let connects = connect_count(&cells);
@@ -91,6 +94,7 @@ impl NodeSessions {
             cells,
             runtime: Handle::current(),
             node: node.to_owned(),
+            is_frozen,
             mine: BTreeMap::new(),
             clients: HashMap::new(),
             changed: BTreeSet::new(),
@@ -355,6 +359,10 @@ impl NodeSessions {
 impl SessionBackend for NodeSessions {
     fn write(&mut self, pending: &PendingSessionChanges) -> Result<(), SessionStoreError> {
         self.apply_pending(pending);
+        if (self.is_frozen)() {
+            let words = "the log may be another one than this gateway has followed: see /readyz";
+            return Err(SessionStoreError::Bucket(words.into()));
+        }
         let runtime = self.runtime.clone();
         let written = runtime.block_on(async {
             self.wills.write(&self.cells, &self.node).await?;

@@ -1,0 +1,211 @@
+//! The registry when the cluster goes on from an earlier state of itself: a copy of it that each gateway keeps
+//! ([`RegistryCopy`]), and what is put right in the bucket before anybody reads it ([`RegistryMending`]).
+//!
+//! The copy has datasources, keys (digests only) and rules; not the audit. A key that it knows as dead never becomes alive
+//! again, whatever state the bucket is put back to.
+
+use std::collections::HashMap;
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+
+use bytes::Bytes;
+use headgate_bridge_nats::kv::{KvPut, KvRow};
+use headgate_bridge_nats::{KvBucket, KvError};
+use serde::{Deserialize, Serialize};
+
+use super::super::Registry;
+use super::super::error::RegistryError;
+use super::super::rows::{REGISTRY_ROWS_FORMAT, RegistryRow};
+use crate::message::Offset;
+
+/// The row of the registry's bucket that says whose it is; it is no row of the registry.
+pub const HISTORY_ROW_NAME: &str = "history";
+/// The file with a gateway's copy of the cluster's registry, in its data directory.
+const REGISTRY_COPY_FILE: &str = "registry-copy.json";
+/// Rows that are put right in one batch.
+const MENDED_ROWS_PER_BATCH: usize = 500;
+/// Keys that are copied while changes wait.
+const COPIED_KEYS_PER_PAGE: usize = 1_000;
+
+/// What a gateway knew of the registry, so that it can be published again.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct RegistryCopy {
+    /// The revision of the bucket that it is of.
+    pub revision: u64,
+    /// Name and value of each row.
+    rows: Vec<(String, String)>,
+}
+
+/// Why a copy cannot be read or written.
+#[derive(Debug, thiserror::Error)]
+#[error("the copy of the registry in {}: {detail}", .path.display())]
+pub struct RegistryCopyError {
+    path: PathBuf,
+    detail: String,
+}
+
+/// What is put right in the bucket. The rows are published together with [`RegistryMending::publish`].
+#[derive(Debug, Default)]
+pub struct RegistryMending {
+    puts: Vec<KvPut>,
+    /// How many keys are alive in the bucket, when it is put right.
+    pub live_keys: usize,
+    /// How many keys end that the bucket has as alive.
+    pub ended_keys: usize,
+    /// How many rows come from the copy.
+    pub restored_rows: usize,
+    /// How many rows named an offset behind the log's end.
+    pub set_back_rows: usize,
+}
+
+impl Registry {
+    /// A copy of all but the audit. Changes may be made between its pages of keys; the copy is of a revision before them.
+    ///
+    /// # Errors
+    /// [`RegistryError::Database`].
+    pub fn copy_cluster_rows(&self) -> Result<RegistryCopy, RegistryError> {
+        let (revision, mut rows) = {
+            let database = self.lock_database();
+            (database.applied(), database.rows_but_keys()?)
+        };
+        rows.push(RegistryRow::Format(REGISTRY_ROWS_FORMAT));
+        let mut copy = RegistryCopy { revision, rows: Vec::new() };
+        copy.extend(&rows);
+        let mut after = None;
+        loop {
+            let page = self.lock_database().key_rows_after(after, COPIED_KEYS_PER_PAGE)?;
+            copy.extend(&page);
+            after = match page.last() {
+                Some(RegistryRow::Key(digest, _)) => Some(*digest),
+                _ => return Ok(copy),
+            };
+        }
+    }
+
+    /// The newest revision of the cluster's registry that this node has applied.
+    pub fn applied_revision(&self) -> u64 {
+        self.lock_database().applied()
+    }
+}
+
+impl RegistryCopy {
+    /// Reads the copy in a data directory; `None` if there is none.
+    ///
+    /// # Errors
+    /// [`RegistryCopyError`].
+    pub fn load(dir: &Path) -> Result<Option<Self>, RegistryCopyError> {
+        let path = dir.join(REGISTRY_COPY_FILE);
+        let failed = |detail: String| RegistryCopyError { path: path.clone(), detail };
+        match std::fs::read(&path) {
+            Ok(text) => serde_json::from_slice(&text).map(Some).map_err(|error| failed(error.to_string())),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(failed(error.to_string())),
+        }
+    }
+
+    fn extend(&mut self, rows: &[RegistryRow]) {
+        let text = |row: &RegistryRow| {
+            let value = row.value().and_then(|value| String::from_utf8(value).ok());
+            value.map(|value| (row.name(), value))
+        };
+        self.rows.extend(rows.iter().filter_map(text));
+    }
+
+    /// Writes it into a data directory: all of it, or what was there stays.
+    ///
+    /// # Errors
+    /// [`RegistryCopyError`].
+    pub fn save(&self, dir: &Path) -> Result<(), RegistryCopyError> {
+        let path = dir.join(REGISTRY_COPY_FILE);
+        let text = serde_json::to_vec(self).unwrap_or_default();
+        replace_file(&path, &text)
+            .map_err(|error| RegistryCopyError { path: path.clone(), detail: error.to_string() })
+    }
+}
+
+/// Replaces a file with another content, which is on the disk before it has the name.
+pub(crate) fn replace_file(path: &Path, content: &[u8]) -> io::Result<()> {
+    let new = path.with_extension("new");
+    let mut file = std::fs::File::create(&new)?;
+    file.write_all(content)?;
+    file.sync_all()?;
+    std::fs::rename(&new, path)?;
+    std::fs::File::open(path.parent().unwrap_or(path))?.sync_all()
+}
+
+impl RegistryMending {
+    /// Works out what to put right in a bucket whose log ends at `end`. Keys that are dead in `copy` end; with
+    /// `is_restored`, every row of it that the bucket lacks or has otherwise is taken over.
+    ///
+    /// # Errors
+    /// [`RegistryError::Cluster`] for rows that cannot be read, [`RegistryError::Away`].
+    pub async fn plan(
+        bucket: &KvBucket,
+        copy: Option<&RegistryCopy>,
+        is_restored: bool,
+        end: Offset,
+    ) -> Result<Self, RegistryError> {
+        let mut present: HashMap<String, Bytes> = HashMap::new();
+        for KvRow { key, value, .. } in bucket.watch().next().await.rows {
+            if let Some(value) = value {
+                present.insert(key, value);
+            }
+        }
+        let mut mending = Self::default();
+        for (name, value) in copy.iter().flat_map(|copy| &copy.rows) {
+            let is = present.get(name);
+            let (of_copy, of_bucket) =
+                (parse(name, value.as_bytes())?, is.map(|is| parse(name, is)).transpose()?);
+            let is_end =
+                is_dead(of_copy.as_ref()) && of_bucket.as_ref().is_some_and(|row| !is_dead(row.as_ref()));
+            let is_revival =
+                !is_dead(of_copy.as_ref()) && of_bucket.as_ref().is_some_and(|row| is_dead(row.as_ref()));
+            let is_other = is.is_none_or(|is| is[..] != *value.as_bytes());
+            if is_end || (is_restored && is_other && !is_revival) {
+                mending.ended_keys += usize::from(is_end);
+                mending.restored_rows += usize::from(!is_end);
+                present.insert(name.clone(), value.clone().into());
+                mending.put(name, value.clone().into());
+            }
+        }
+        for (name, value) in &present {
+            match parse(name, value)? {
+                Some(RegistryRow::Incarnation(version, mut row)) if row.first_offset > Some(end) => {
+                    row.first_offset = Some(end);
+                    let row = RegistryRow::Incarnation(version, row);
+                    mending.puts.retain(|put| put.key != *name);
+                    mending.put(name, row.value().unwrap_or_default().into());
+                    mending.set_back_rows += 1;
+                }
+                row @ Some(RegistryRow::Key(..)) if !is_dead(row.as_ref()) => mending.live_keys += 1,
+                _ => {}
+            }
+        }
+        Ok(mending)
+    }
+
+    fn put(&mut self, name: &str, value: Bytes) {
+        self.puts.push(KvPut { key: name.to_owned(), value: Some(value), expected: None });
+    }
+
+    /// Writes what is to be put right.
+    ///
+    /// # Errors
+    /// [`KvError`].
+    pub async fn publish(&self, bucket: &KvBucket) -> Result<(), KvError> {
+        for puts in self.puts.chunks(MENDED_ROWS_PER_BATCH) {
+            bucket.put_all(puts, None).await?;
+        }
+        Ok(())
+    }
+}
+
+fn parse(name: &str, value: &[u8]) -> Result<Option<RegistryRow>, RegistryError> {
+    RegistryRow::parse(name, Some(value))
+        .map_err(|detail| RegistryError::Cluster(format!("row {name} cannot be read: {detail}")))
+}
+
+/// Whether a row is that of a key that has ended.
+fn is_dead(row: Option<&RegistryRow>) -> bool {
+    matches!(row, Some(RegistryRow::Key(_, Some(row))) if row.revoked_at.is_some())
+}

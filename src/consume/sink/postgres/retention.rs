@@ -1,0 +1,284 @@
+//! Retention in PostgreSQL, as in `records.db` ([`crate::consume::sink::retention`]): the oldest records of a datasource go
+//! once they are older than its limit, or take more than that, with their samples, a bounded number in each transaction.
+//!
+//! The gateway that writes does it, over the connection that writes: each transaction asks the row with the cursor whether
+//! that still is the one. How much a datasource with a limit in bytes takes is counted in steps when that gateway begins, and
+//! then kept in memory.
+
+use std::collections::{BTreeSet, HashMap};
+
+use headgate_bridge_postgres::PostgresTime;
+
+use super::{PostgresError, PostgresSink};
+use crate::consume::sink::retention::{PrunableStore, PruneStep, StoredLimits};
+use crate::consume::sink::schema::{TIME_INDEX_OFFSETS, offset_from_sql, sql_offset};
+use crate::limits::{
+    POSTGRES_COUNT_RECORDS_PER_STEP, POSTGRES_PRUNE_RECORDS_PER_TRANSACTION, STORED_RECORD_BYTES,
+};
+use crate::message::{DatasourceId, TimeMicros};
+
+/// What a payload takes, in bytes. Records of format 1 do not say.
+const PAYLOAD_SIZE_SQL: &str =
+    "coalesce(payload_size, octet_length(payload_bytes), octet_length(payload::text), 0)";
+
+/// A stored record that may be removed.
+struct OldRecord {
+    offset: i64,
+    received_at: TimeMicros,
+    bytes: u64,
+    topic: i32,
+}
+
+/// What the datasources with a limit in bytes take, by the row id of the datasource.
+#[derive(Default)]
+pub(super) struct CountedSizes(HashMap<i32, CountedSize>);
+
+/// What one takes.
+#[derive(Debug, Clone, Copy, Default)]
+struct CountedSize {
+    bytes: u64,
+    /// The first offset that is not counted.
+    next: i64,
+    /// Everything is counted, and what comes is added as it comes.
+    is_whole: bool,
+}
+
+impl CountedSizes {
+    /// Forgets all: records were moved, by whomever, or a transaction was not committed.
+    pub(super) fn clear(&mut self) {
+        self.0.clear();
+    }
+
+    /// Adds a record that is stored now.
+    #[inline]
+    pub(super) fn add(&mut self, datasource: i32, payload_bytes: usize) {
+        if !self.0.is_empty()
+            && let Some(count) = self.0.get_mut(&datasource)
+            && count.is_whole
+        {
+            count.bytes += payload_bytes as u64 + STORED_RECORD_BYTES;
+        }
+    }
+}
+
+impl PrunableStore for PostgresSink {
+    type Fault = PostgresError;
+
+    fn prune_some(
+        &mut self,
+        scope: &DatasourceId,
+        limits: StoredLimits,
+        now: TimeMicros,
+    ) -> Result<PruneStep, PostgresError> {
+        let Some(row) = self.row_id_of_scope(scope)? else { return Ok(PruneStep::Done) };
+        let mut over = 0;
+        match limits.bytes {
+            Some(max) => match self.count_some(row)? {
+                Some(bytes) => over = bytes.saturating_sub(max),
+                None => return Ok(PruneStep::More),
+            },
+            None => drop(self.sizes.0.remove(&row)),
+        }
+        let records = self.removable(row, over, limits.age_us, now)?;
+        if records.is_empty() {
+            return Ok(PruneStep::Done);
+        }
+        let bytes: u64 = records.iter().map(|record| record.bytes).sum();
+        self.within("BEGIN; SET LOCAL synchronous_commit = off", |sink| {
+            sink.require_place()?;
+            sink.remove_records(row, &records)
+        })?;
+        if let Some(count) = self.sizes.0.get_mut(&row) {
+            count.bytes = count.bytes.saturating_sub(bytes);
+        }
+        Ok(PruneStep::More)
+    }
+
+    fn prune_time_index(&mut self) -> Result<(), PostgresError> {
+        let cursor = sql_offset(self.cursor);
+        let lines = sql_offset(TIME_INDEX_OFFSETS);
+        self.within("BEGIN; SET LOCAL synchronous_commit = off", |sink| {
+            sink.require_place()?;
+            sink.connection.execute(
+                "DELETE FROM time_index WHERE first_offset <= least($2,
+                     coalesce((SELECT min(log_offset) FROM entries), $2),
+                     coalesce((SELECT min(log_offset) FROM quarantined), $2)) - $1",
+                &[&lines, &cursor],
+            )?;
+            Ok(())
+        })
+    }
+
+    /// Each sample has a row of its own, which goes with its record.
+    fn trim_samples_some(&mut self, _: &DatasourceId, _: &str) -> Result<Option<String>, PostgresError> {
+        Ok(None)
+    }
+
+    /// The server's own vacuum does that.
+    fn give_back_some(&mut self) -> Result<bool, PostgresError> {
+        Ok(false)
+    }
+}
+
+impl PostgresSink {
+    /// Fails unless this connection still is the one that writes; nobody takes its place before the transaction ends.
+    fn require_place(&self) -> Result<(), PostgresError> {
+        let held = self.connection.query(
+            "SELECT FROM sink WHERE owner = $1 AND owner_pid = pg_backend_pid() FOR SHARE",
+            &[&self.name],
+        )?;
+        match held.is_empty() {
+            true => Err(PostgresError::CursorMoved { schema: self.schema.clone(), expected: self.cursor }),
+            false => Ok(()),
+        }
+    }
+
+    /// The oldest records of a datasource in both tables, in the order of their offsets.
+    fn oldest_records(&self, datasource: i32, count: i64) -> Result<Vec<OldRecord>, PostgresError> {
+        let of = |table: &str| {
+            format!(
+                "(SELECT log_offset, received_at, ({PAYLOAD_SIZE_SQL})::bigint AS size, topic_id FROM {table}
+                  WHERE datasource_id = $1 ORDER BY log_offset LIMIT $2)"
+            )
+        };
+        let rows = self.connection.query(
+            &format!("{} UNION ALL {} ORDER BY log_offset LIMIT $2", of("entries"), of("quarantined")),
+            &[&datasource, &count],
+        )?;
+        let record = |row: &headgate_bridge_postgres::Row| OldRecord {
+            offset: row.get(0),
+            received_at: row.get::<_, PostgresTime>(1).0,
+            bytes: row.get::<_, i64>(2).unsigned_abs() + STORED_RECORD_BYTES,
+            topic: row.get(3),
+        };
+        Ok(rows.iter().map(record).collect())
+    }
+
+    /// The records to remove, at most as many as one transaction does: the oldest until `over` bytes are gone, and those
+    /// that are older than `age_us`.
+    fn removable(
+        &self,
+        datasource: i32,
+        mut over: u64,
+        age_us: Option<i64>,
+        now: TimeMicros,
+    ) -> Result<Vec<OldRecord>, PostgresError> {
+        let is_old =
+            |record: &OldRecord| age_us.is_some_and(|age| record.received_at < now.saturating_sub(age));
+        // Of a clock that was ahead: it is at least as old as what was received after it.
+        let is_of_later = |record: &OldRecord| age_us.is_some() && record.received_at > now;
+        if over == 0 {
+            // Mostly there is nothing to do.
+            let first = self.oldest_records(datasource, 1)?;
+            if !first.iter().any(|record| is_old(record) || is_of_later(record)) {
+                return Ok(Vec::new());
+            }
+        }
+        let count = POSTGRES_PRUNE_RECORDS_PER_TRANSACTION;
+        let mut records = self.oldest_records(datasource, i64::try_from(count).unwrap_or(i64::MAX))?;
+        let (mut removable, mut looked_at) = (0, 0);
+        for record in &records {
+            if over == 0 && !is_old(record) && !is_of_later(record) {
+                break;
+            }
+            looked_at += 1;
+            if over > 0 || is_old(record) {
+                removable = looked_at;
+            }
+            over = over.saturating_sub(record.bytes);
+        }
+        if removable == 0
+            && looked_at == count
+            && let Some(age) = age_us
+        {
+            // All are of a clock that was ahead. What is before offsets that are old as a whole is old too.
+            let row = self.connection.query_one(
+                "SELECT max(first_offset) FROM time_index WHERE newest < $1",
+                &[&PostgresTime(now.saturating_sub(age))],
+            )?;
+            let old_below: Option<i64> = row.get(0);
+            removable = records.partition_point(|record| Some(record.offset) < old_below);
+        }
+        records.truncate(removable);
+        Ok(records)
+    }
+
+    /// Removes these records of a datasource, its oldest ones, in the present transaction.
+    fn remove_records(&mut self, datasource: i32, records: &[OldRecord]) -> Result<(), PostgresError> {
+        let offsets: Vec<i64> = records.iter().map(|record| record.offset).collect();
+        let last = offsets.last().copied().unwrap_or(-1);
+        for table in ["entries", "quarantined"] {
+            let delete = format!("DELETE FROM {table} WHERE datasource_id = $1 AND log_offset <= $2");
+            self.connection.execute(&delete, &[&datasource, &last])?;
+        }
+        for samples in ["sample_rows", "withheld_samples"] {
+            let delete = format!("DELETE FROM {samples} WHERE log_offset = ANY($1)");
+            self.connection.execute(&delete, &[&offsets])?;
+        }
+        self.connection.execute(
+            "INSERT INTO retention (datasource_id, removed_below) VALUES ($1, $2)
+             ON CONFLICT (datasource_id) DO UPDATE
+                 SET removed_below = greatest(retention.removed_below, excluded.removed_below)",
+            &[&datasource, &last.saturating_add(1)],
+        )?;
+        let topics: BTreeSet<i32> = records.iter().map(|record| record.topic).collect();
+        self.forget_empty_topics(datasource, &topics.into_iter().collect::<Vec<_>>())
+    }
+
+    /// Forgets the newest values of those of the topics that have no record any more, and the topics too unless quarantine
+    /// may name them.
+    fn forget_empty_topics(&mut self, datasource: i32, topics: &[i32]) -> Result<(), PostgresError> {
+        let rows = self.connection.query(
+            "SELECT n.id FROM unnest($1::int[]) AS n (id)
+             WHERE NOT EXISTS (SELECT FROM entries e WHERE e.topic_id = n.id)",
+            &[&topics],
+        )?;
+        let empty: Vec<i32> = rows.iter().map(|row| row.get(0)).collect();
+        if empty.is_empty() {
+            return Ok(());
+        }
+        self.connection.execute("DELETE FROM latest_values WHERE topic_id = ANY($1)", &[&empty])?;
+        let row = self
+            .connection
+            .query_one("SELECT EXISTS (SELECT FROM quarantined WHERE datasource_id = $1)", &[&datasource])?;
+        if row.get(0) {
+            self.connection.execute("UPDATE topics SET latest_offset = -1 WHERE id = ANY($1)", &[&empty])?;
+            return Ok(());
+        }
+        self.connection.execute("DELETE FROM key_sets WHERE topic_id = ANY($1)", &[&empty])?;
+        self.connection.execute("DELETE FROM topics WHERE id = ANY($1)", &[&empty])?;
+        self.names.clear();
+        Ok(())
+    }
+
+    /// What a datasource takes; `None` after a step that has not counted all of it.
+    fn count_some(&mut self, datasource: i32) -> Result<Option<u64>, PostgresError> {
+        let mut count = self.sizes.0.get(&datasource).copied().unwrap_or_default();
+        if count.is_whole {
+            return Ok(Some(count.bytes));
+        }
+        let limit = POSTGRES_COUNT_RECORDS_PER_STEP;
+        let of = |table: &str| {
+            format!(
+                "(SELECT log_offset, ({PAYLOAD_SIZE_SQL})::bigint AS size FROM {table}
+                  WHERE datasource_id = $1 AND log_offset >= $2 ORDER BY log_offset LIMIT $3)"
+            )
+        };
+        let row = self.connection.query_one(
+            &format!(
+                "SELECT count(*), coalesce(sum(size), 0)::bigint, coalesce(max(log_offset), -1) FROM (
+                     {} UNION ALL {} ORDER BY log_offset LIMIT $3) r",
+                of("entries"),
+                of("quarantined")
+            ),
+            &[&datasource, &count.next, &limit],
+        )?;
+        let (records, bytes, last): (i64, i64, i64) = (row.get(0), row.get(1), row.get(2));
+        count.bytes += offset_from_sql(bytes) + offset_from_sql(records) * STORED_RECORD_BYTES;
+        count.next = count.next.max(last.saturating_add(1));
+        // Whoever counts is the one that stores: nothing has come in meanwhile.
+        count.is_whole = records < limit;
+        self.sizes.0.insert(datasource, count);
+        Ok(count.is_whole.then_some(count.bytes))
+    }
+}

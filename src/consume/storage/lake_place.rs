@@ -1,0 +1,174 @@
+//! The Delta lake as a sink: where it is, and what is done about one that is ahead of the log.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use headgate_bridge_delta::{BucketAccess, LakePlace};
+
+use super::record_sink::{OpenedSink, RecordSink, SinkFault, SinkPlace};
+use super::{StorageError, StoredLimitsSource};
+use crate::config::{DeltaConfig, SinkKind};
+use crate::consume::sink::lake::{LakeFault, LakeSettings, LakeSink, NewestRow};
+use crate::log::{Log, WithheldRules};
+use crate::message::{Offset, RecordRef};
+
+/// The lake of the settings.
+pub(in crate::consume) struct DeltaPlace {
+    config: DeltaConfig,
+    data_dir: PathBuf,
+    log: Arc<dyn Log>,
+    /// Whether other gateways with the same log write there too.
+    is_shared: bool,
+    /// The cursor of the lake when it was last seen to be that of this log.
+    checked: Option<Offset>,
+}
+
+impl DeltaPlace {
+    /// The lake of `config`; a relative path is in `data_dir`.
+    pub(in crate::consume) fn new(
+        data_dir: &Path,
+        config: &DeltaConfig,
+        log: Arc<dyn Log>,
+        is_shared: bool,
+    ) -> Self {
+        Self { config: config.clone(), data_dir: data_dir.to_owned(), log, is_shared, checked: None }
+    }
+
+    /// Reads the files of the settings each time: a secret may have been replaced.
+    fn settings(&self) -> Result<LakeSettings, LakeFault> {
+        let config = &self.config;
+        let said = |text: &str| (!text.is_empty()).then(|| text.to_owned());
+        let secret = config.secret().map_err(|error| LakeFault::Settings(error.to_string()))?;
+        let ca_pem = match config.ca.as_os_str().is_empty() {
+            true => None,
+            false => Some(std::fs::read(&config.ca).map_err(|error| {
+                LakeFault::Settings(format!("storage.delta.ca {}: {error}", config.ca.display()))
+            })?),
+        };
+        let access = BucketAccess {
+            endpoint: said(&config.endpoint),
+            region: said(&config.region),
+            access_key_id: said(&config.access_key_id),
+            secret_access_key: said(&secret),
+            session_token: None,
+            ca_pem,
+        };
+        let place = match LakePlace::parse(&config.place, access)? {
+            LakePlace::Directory(path) => LakePlace::Directory(self.data_dir.join(path)),
+            bucket => bucket,
+        };
+        Ok(LakeSettings {
+            place,
+            interval: Duration::from_secs(config.interval_s),
+            removed_kept: Duration::from_secs(config.removed_kept_s),
+            retention_days: config.retention_days,
+            is_shared: self.is_shared,
+        })
+    }
+
+    /// Opens it. A lake that has what the log does not have is left alone: nobody else may have it.
+    fn open_sink(&mut self, log_end: Offset) -> Result<LakeSink, LakeFault> {
+        let sink = LakeSink::open(self.settings()?)?;
+        let (stored, place) = (sink.committed(), || sink.place().to_string());
+        // Where gateways share it another one may be ahead of what this one knows.
+        if stored > log_end && !self.is_shared {
+            return Err(LakeFault::AheadOfLog { place: place(), stored, log_end });
+        }
+        if self.checked != Some(stored)
+            && let Some(newest) = sink.newest_row()?
+            && self.is_another(&newest)
+        {
+            return Err(LakeFault::OtherLog { place: place(), offset: newest.offset });
+        }
+        self.checked = Some(stored);
+        Ok(sink)
+    }
+
+    /// Whether the log has another record in the place of this one. One that the log no longer has tells nothing.
+    fn is_another(&self, newest: &NewestRow) -> bool {
+        let is_there = (self.log.first_offset()..self.log.next_offset()).contains(&newest.offset);
+        let Some(batches) = is_there.then(|| self.log.read(newest.offset, 1).ok()).flatten() else {
+            return false;
+        };
+        let record = batches
+            .iter()
+            .flat_map(|batch| batch.records())
+            .find(|record| record.offset == newest.offset)
+            .map(|record| (record.key_id, record.received_at));
+        record.is_some_and(|record| record != (newest.key_id, newest.received_at))
+    }
+}
+
+impl SinkPlace for DeltaPlace {
+    fn kind(&self) -> SinkKind {
+        SinkKind::Delta
+    }
+
+    fn is_local(&self) -> bool {
+        !self.config.place.contains("://")
+    }
+
+    fn open(&mut self, _: &dyn Log, log_end: Offset, _: bool) -> Result<OpenedSink, StorageError> {
+        let sink = self.open_sink(log_end).map_err(SinkFault::from)?;
+        Ok(OpenedSink { sink: Box::new(sink), said: None })
+    }
+
+    fn reopen(&mut self) -> Result<Box<dyn RecordSink>, SinkFault> {
+        let log_end = self.log.next_offset();
+        Ok(Box::new(self.open_sink(log_end)?))
+    }
+
+    /// Nothing is set aside: a table is never begun anew by itself.
+    fn begin_anew(&mut self, _: &dyn Log) -> Result<OpenedSink, SinkFault> {
+        Ok(OpenedSink { sink: self.reopen()?, said: None })
+    }
+}
+
+impl RecordSink for LakeSink {
+    fn cursor(&self) -> Offset {
+        self.cursor()
+    }
+
+    fn stored_cursor(&self) -> Offset {
+        self.committed()
+    }
+
+    fn durable_cursor(&self) -> Offset {
+        self.committed()
+    }
+
+    fn withheld_version(&self) -> u64 {
+        self.withheld_version()
+    }
+
+    fn has_rules(&self) -> bool {
+        self.has_rules()
+    }
+
+    fn is_writer(&mut self) -> Result<bool, SinkFault> {
+        Ok(self.is_writer()?)
+    }
+
+    fn reconcile_some(&mut self, withheld: &WithheldRules) -> Result<bool, SinkFault> {
+        self.reconcile(withheld)?;
+        Ok(true)
+    }
+
+    fn store<'a>(
+        &mut self,
+        records: &mut dyn Iterator<Item = RecordRef<'a>>,
+        next: Offset,
+        _: bool,
+    ) -> Result<(), SinkFault> {
+        Ok(self.store(records, next)?)
+    }
+
+    fn keep_within(&mut self, limits: &StoredLimitsSource, _: Duration) -> Result<(), SinkFault> {
+        Ok(self.keep_within(|| limits())?)
+    }
+
+    fn finish(&mut self) -> Result<(), SinkFault> {
+        Ok(self.commit()?)
+    }
+}
