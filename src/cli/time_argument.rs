@@ -81,8 +81,8 @@ pub(super) fn distance(from: TimeMicros, to: TimeMicros) -> String {
     let seconds = to.saturating_sub(from).max(0) / 1_000_000;
     match seconds {
         ..60 => format!("{seconds} s"),
-        ..3_600 => format!("{} min", seconds / 60),
-        ..172_800 => format!("{} h", seconds / 3_600),
+        60..3_600 => format!("{} min", seconds / 60),
+        3_600..172_800 => format!("{} h", seconds / 3_600),
         _ => format!("{} d", seconds / 86_400),
     }
 }
