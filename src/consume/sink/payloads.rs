@@ -89,14 +89,14 @@ pub(super) struct PayloadReading<'scope, 'env, 'a> {
 
 /// Where payloads are read.
 enum ReadingPlace<'scope, 'a> {
-    Here(PayloadValues<'a>),
-    Thread(SyncSender<Vec<StoredPayload<'a>>>, ScopedJoinHandle<'scope, PayloadValues<'a>>),
+    Here(Box<PayloadValues<'a>>),
+    Thread(SyncSender<Vec<StoredPayload<'a>>>, ScopedJoinHandle<'scope, Box<PayloadValues<'a>>>),
 }
 
 impl<'scope, 'env, 'a: 'scope> PayloadReading<'scope, 'env, 'a> {
     pub(super) fn new(scope: &'scope Scope<'scope, 'env>, values: PayloadValues<'a>) -> Self {
         let (block, is_full) = Default::default();
-        Self { scope, place: ReadingPlace::Here(values), block, block_bytes: 0, count: 0, is_full }
+        Self { scope, place: ReadingPlace::Here(Box::new(values)), block, block_bytes: 0, count: 0, is_full }
     }
 
     /// Takes the next payload. Returns whether it takes more.
@@ -131,7 +131,7 @@ impl<'scope, 'env, 'a: 'scope> PayloadReading<'scope, 'env, 'a> {
 
     /// Goes on in a thread of its own, if the system has one. It has the priority of this one.
     fn begin_thread(&mut self) {
-        let (hand_over, handed) = sync_channel::<PayloadValues<'a>>(1);
+        let (hand_over, handed) = sync_channel::<Box<PayloadValues<'a>>>(1);
         let (blocks, taken) = sync_channel::<Vec<StoredPayload<'a>>>(WAITING_BLOCKS_MAX);
         let is_full = self.is_full.clone();
         let reading = move || {
@@ -158,12 +158,12 @@ impl<'scope, 'env, 'a: 'scope> PayloadReading<'scope, 'env, 'a> {
         match self.place {
             ReadingPlace::Here(mut values) => {
                 values.read_all(&block);
-                values
+                *values
             }
             ReadingPlace::Thread(blocks, thread) => {
                 drop(blocks.send(block));
                 drop(blocks);
-                thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+                *thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
             }
         }
     }
