@@ -8,18 +8,19 @@ use serde_json::value::RawValue;
 
 use super::client::ApiClient;
 use super::out::{CommandOutput, table};
+use super::time_argument::TimeArgument;
 
 /// Entries that one request asks for.
 const AUDIT_PAGE_ENTRIES: &str = "1000";
 
 #[derive(Debug, clap::Args)]
 pub(super) struct AuditArgs {
-    /// Nothing that happened before: 2026-11-23T12:00:00Z
-    #[arg(long, value_name = "TIME")]
-    from: Option<String>,
+    /// Nothing that happened before: 2026-11-23T12:00:00Z, or 1h for an hour ago
+    #[arg(long, value_name = "TIME|AGO", value_parser = TimeArgument::parse_past, alias = "since")]
+    from: Option<TimeArgument>,
     /// Nothing that happened then or later
-    #[arg(long, value_name = "TIME")]
-    to: Option<String>,
+    #[arg(long, value_name = "TIME|AGO", value_parser = TimeArgument::parse_past)]
+    to: Option<TimeArgument>,
     /// Print an entry a line as JSON
     #[arg(long)]
     json: bool,
@@ -45,12 +46,13 @@ struct AuditEntryAnswer {
 pub(super) fn run(args: AuditArgs, out: &mut CommandOutput) -> anyhow::Result<()> {
     let client = ApiClient::from_environment()?;
     let mut rows = table(&["at", "who", "from", "action", "datasource", "key id", "what"], &[]);
+    let [from, to] = [args.from, args.to].map(|time| time.map(|time| time.to_string()));
     let mut after = 0;
     loop {
         let place = after.to_string();
         let mut query = vec![("limit", AUDIT_PAGE_ENTRIES), ("after", &place)];
-        query.extend(args.from.as_deref().map(|from| ("from", from)));
-        query.extend(args.to.as_deref().map(|to| ("to", to)));
+        query.extend(from.as_deref().map(|from| ("from", from)));
+        query.extend(to.as_deref().map(|to| ("to", to)));
         let page: AuditPageAnswer = client.get("/v1/audit", &query)?;
         for entry in &page.entries {
             if args.json {

@@ -7,11 +7,11 @@ use std::time::Duration;
 
 use anyhow::{Context, bail};
 use indicatif::ProgressBar;
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 use serde_json::json;
 
 use super::client::ApiClient;
-use super::out::{CommandOutput, grouped, progress_style};
+use super::out::{CommandOutput, grouped, print_json, progress_style};
 use super::serve;
 use crate::config::Config;
 use crate::gateway::{back_up_stopped, restore_backup};
@@ -34,6 +34,9 @@ pub(super) struct BackupArgs {
     /// With --data-dir: the configuration (TOML) of its gateway [env: HEADGATE_CONFIG]
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
+    /// Print what was done as JSON
+    #[arg(long)]
+    json: bool,
 }
 
 #[derive(Debug, clap::Args)]
@@ -49,6 +52,9 @@ pub(super) struct RestoreArgs {
     /// If the data directory is not empty, move what is there to before-restore-TIME in it
     #[arg(long)]
     replace: bool,
+    /// Print what was done as JSON
+    #[arg(long)]
+    json: bool,
 }
 
 /// The gateway's answer.
@@ -75,16 +81,26 @@ struct BackupStateAnswer {
 pub(super) fn run(args: BackupArgs, out: &mut CommandOutput) -> anyhow::Result<()> {
     let dir = std::path::absolute(&args.dir).context("the directory of the backup")?;
     let Some(data_dir) = args.data_dir else {
-        return ask_gateway(&ApiClient::from_environment()?, &dir, args.fast, out);
+        let ended = ask_gateway(&ApiClient::from_environment()?, &dir, args.fast)?;
+        return ended.print(args.json, out);
     };
     let config = config_of(args.config, data_dir)?;
     let made = back_up_stopped(&config, &dir)?;
-    print_made(&dir, made.files, made.bytes, made.linked_bytes, made.next_offset, out)
+    let (files, bytes, linked_bytes, next_offset) =
+        (made.files, made.bytes, made.linked_bytes, made.next_offset);
+    FinishedBackup { dir, files, bytes, linked_bytes, next_offset }.print(args.json, out)
 }
 
 pub(super) fn run_restore(args: RestoreArgs, out: &mut CommandOutput) -> anyhow::Result<()> {
     let config = config_of(args.config, args.data_dir)?;
     let restored = restore_backup(&config, &args.dir, args.replace)?;
+    if args.json {
+        let done = json!({
+            "data_dir": config.data_dir, "aside": restored.aside, "files": restored.files,
+            "bytes": restored.bytes, "next_offset": restored.next_offset,
+        });
+        return print_json(&done, out);
+    }
     let dir = config.data_dir.display();
     if let Some(aside) = &restored.aside {
         writeln!(out, "what was there is in {}", aside.display())?;
@@ -108,7 +124,7 @@ fn config_of(file: Option<PathBuf>, data_dir: PathBuf) -> anyhow::Result<Config>
 }
 
 /// Has a gateway begin, and waits for the end.
-fn ask_gateway(client: &ApiClient, dir: &Path, fast: bool, out: &mut CommandOutput) -> anyhow::Result<()> {
+fn ask_gateway(client: &ApiClient, dir: &Path, fast: bool) -> anyhow::Result<FinishedBackup> {
     let begun: BackupAnswer = client.post("/v1/backup", &json!({ "dir": dir, "fast": fast }))?;
     let Some(begun) = begun.backup else { bail!("the gateway has begun no backup") };
     let bar = ProgressBar::new(0);
@@ -128,8 +144,8 @@ fn ask_gateway(client: &ApiClient, dir: &Path, fast: bool, out: &mut CommandOutp
     };
     bar.finish_and_clear();
     match (ended.files, ended.bytes, ended.linked_bytes, ended.next_offset) {
-        (Some(files), Some(bytes), Some(linked), Some(next_offset)) => {
-            print_made(&ended.dir, files, bytes, linked, next_offset, out)
+        (Some(files), Some(bytes), Some(linked_bytes), Some(next_offset)) => {
+            Ok(FinishedBackup { dir: ended.dir, files, bytes, linked_bytes, next_offset })
         }
         _ => {
             bail!("there is no backup: {}", ended.error.as_deref().unwrap_or("the gateway does not say why"))
@@ -137,22 +153,36 @@ fn ask_gateway(client: &ApiClient, dir: &Path, fast: bool, out: &mut CommandOutp
     }
 }
 
-fn print_made(
-    dir: &Path,
+/// A backup that is complete.
+#[derive(Serialize)]
+struct FinishedBackup {
+    dir: PathBuf,
     files: usize,
     bytes: u64,
     linked_bytes: u64,
     next_offset: u64,
-    out: &mut CommandOutput,
-) -> anyhow::Result<()> {
-    let (files, bytes, linked) = (grouped(files as u64), grouped(bytes), grouped(linked_bytes));
-    writeln!(out, "{}: {files} files, {bytes} bytes, everything up to offset {next_offset}", dir.display())?;
-    if linked_bytes > 0 {
+}
+
+impl FinishedBackup {
+    fn print(&self, as_json: bool, out: &mut CommandOutput) -> anyhow::Result<()> {
+        if as_json {
+            return print_json(self, out);
+        }
+        let Self { dir, files, bytes, linked_bytes, next_offset } = self;
+        let (files, bytes) = (grouped(*files as u64), grouped(*bytes));
         writeln!(
             out,
-            "{linked} of these bytes are in files that the log has too: copy the backup to another disk to be safe from \
-             the loss of this one"
+            "{}: {files} files, {bytes} bytes, everything up to offset {next_offset}",
+            dir.display()
         )?;
+        if *linked_bytes > 0 {
+            writeln!(
+                out,
+                "{} of these bytes are in files that the log has too: copy the backup to another disk to be safe from \
+                 the loss of this one",
+                grouped(*linked_bytes)
+            )?;
+        }
+        Ok(())
     }
-    Ok(())
 }

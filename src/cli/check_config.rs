@@ -3,8 +3,10 @@
 use std::io::Write;
 use std::path::PathBuf;
 
-use super::out::CommandOutput;
-use crate::config::LoadedConfig;
+use serde_json::json;
+
+use super::out::{CommandOutput, print_json};
+use crate::config::{LoadedConfig, TlsConfig};
 use crate::front::tls::{Tls, TlsFront};
 use crate::observe::trace;
 
@@ -12,6 +14,9 @@ use crate::observe::trace;
 pub(super) struct CheckConfigArgs {
     /// The configuration (TOML)
     file: PathBuf,
+    /// Print what it sets as JSON
+    #[arg(long)]
+    json: bool,
 }
 
 pub(super) fn run(args: CheckConfigArgs, out: &mut CommandOutput) -> anyhow::Result<()> {
@@ -22,6 +27,16 @@ pub(super) fn run(args: CheckConfigArgs, out: &mut CommandOutput) -> anyhow::Res
         if tls.is_served() {
             Tls::load(front, tls.clone())?;
         }
+    }
+    if args.json {
+        let served = |tls: &TlsConfig| tls.is_served().then(|| tls.listen.to_string());
+        let set = json!({
+            "file": args.file, "mqtt": config.mqtt.listen.to_string(), "mqtts": served(mqtt_tls),
+            "http": config.http.listen.to_string(), "https": served(http_tls),
+            "admin": config.http.admin.listen.as_ref().map(ToString::to_string),
+            "data_dir": config.data_dir, "passed_over": passed_over,
+        });
+        return print_json(&set, out);
     }
     writeln!(out, "{}: OK", args.file.display())?;
     writeln!(out, "MQTT   {}", config.mqtt.listen)?;

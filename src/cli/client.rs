@@ -15,7 +15,11 @@ use ureq::http::{Response, StatusCode, Uri};
 use ureq::{Agent, Body};
 
 use super::trust;
+use crate::auth::Digest;
+use crate::auth::shape::KeyShape;
 use crate::config::Config;
+use crate::message::KeyId;
+use crate::observe::advice::shape_advice;
 
 /// How long one request may take. A page of records takes milliseconds; creating a datasource waits
 /// for a disk.
@@ -29,19 +33,59 @@ pub(super) struct ApiClient {
     key: KeySecret,
 }
 
-/// A key's text on its way to the gateway. It has no `Debug` or `Display`.
+/// A key's text on its way to the gateway, and where it was found. It has no `Debug` or `Display`.
 #[derive(Clone)]
-pub(super) struct KeySecret(String);
+pub(super) struct KeySecret {
+    text: String,
+    source: KeySource,
+}
 
 impl KeySecret {
+    /// A key that the command has made itself.
     pub(super) fn new(text: &str) -> Self {
-        Self(text.trim().to_owned())
+        Self::from_source(text, KeySource::Command)
+    }
+
+    fn from_source(text: &str, source: KeySource) -> Self {
+        Self { text: text.trim().to_owned(), source }
     }
 
     /// The text, for presenting it to the gateway.
     pub(super) fn expose(&self) -> &str {
-        &self.0
+        &self.text
     }
+
+    /// Where it was found.
+    pub(super) fn source(&self) -> &KeySource {
+        &self.source
+    }
+
+    /// Its id, which follows from its text and reveals nothing of it; `None` for what is no key.
+    pub(super) fn id(&self) -> Option<KeyId> {
+        Digest::from_presented(self.text.as_bytes()).map(|digest| digest.key_id())
+    }
+
+    /// Which key it is and where from, without any of its characters.
+    fn describe(&self) -> String {
+        let source = &self.source;
+        match self.id() {
+            Some(id) => format!("the key used is {id}, from {source}"),
+            None => {
+                let advice = shape_advice(KeyShape::from_presented(self.text.as_bytes()));
+                format!("what was used as the key, from {source}, is none: {advice}")
+            }
+        }
+    }
+}
+
+/// No gateway has answered.
+#[derive(Debug, thiserror::Error)]
+#[error("no gateway answers at {place}")]
+pub(super) struct GatewayAway {
+    /// The URL or the address.
+    pub(super) place: String,
+    /// Why not.
+    pub(super) source: Box<dyn std::error::Error + Send + Sync>,
 }
 
 /// The gateway's answer when it refuses a request: a problem document (RFC 9457).
@@ -50,18 +94,71 @@ impl KeySecret {
 pub(super) struct ProblemAnswer {
     /// The HTTP status.
     pub(super) status: u16,
+    r#type: String,
     title: String,
     detail: String,
+    /// Which key was presented, if that is what the refusal may be about.
+    #[serde(skip)]
+    key: Option<String>,
+}
+
+/// What the API calls what an argument says, and the argument.
+const SPOKEN_ARGUMENTS: &[(&str, &str)] = &[
+    ("grace_seconds", "--grace"),
+    ("expires_at", "--expires-at"),
+    ("event_from", "--event-from"),
+    ("event_to", "--event-to"),
+    ("from_offset", "--from-offset"),
+    ("to_offset", "--to-offset"),
+    ("after_offset", "--after"),
+    ("from_time", "--from"),
+    ("key_id", "--key"),
+];
+
+impl ProblemAnswer {
+    /// Whether a gateway has written it, and not whatever else answers at its address.
+    pub(super) fn is_gateways(&self) -> bool {
+        self.r#type.starts_with("/problems/")
+    }
+
+    /// What stands against it, in words for whoever has typed a command.
+    fn words(&self) -> String {
+        // Its words are about headers, of which a command knows nothing.
+        if self.r#type.ends_with("/unauthorized") && self.key.is_some() {
+            return "the gateway does not let this key do it: it is unknown, revoked, expired, or another \
+                    datasource's"
+                .to_owned();
+        }
+        let words = if self.detail.is_empty() { &self.title } else { &self.detail };
+        let spoken = |words: String, (name, argument): &(&str, &str)| match words.strip_prefix(name) {
+            Some(rest) if rest.starts_with(' ') => format!("{argument}{rest}"),
+            _ => words,
+        };
+        let words = SPOKEN_ARGUMENTS.iter().fold(words.trim_end_matches('.').to_owned(), spoken);
+        let mut letters = words.chars();
+        // "There is no …", but not "API key …".
+        match (letters.next(), letters.next()) {
+            (Some(first), Some(second)) if !second.is_uppercase() => {
+                format!("{}{second}{}", first.to_lowercase(), letters.as_str())
+            }
+            _ => words,
+        }
+    }
 }
 
 impl fmt::Display for ProblemAnswer {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "refused: ")?;
-        match (self.title.as_str(), self.detail.as_str()) {
-            ("", "") => write!(f, "HTTP status {}", self.status),
-            (text, "") | ("", text) => f.write_str(text),
-            (title, detail) => write!(f, "{title}: {detail}"),
+        if !self.is_gateways() && self.title.is_empty() && self.detail.is_empty() {
+            let status = self.status;
+            return write!(f, "what answers there is no gateway, or stands before it (HTTP status {status})");
         }
+        let words = self.words();
+        match self.status {
+            404 => write!(f, "not found: {words}")?,
+            500.. => write!(f, "the gateway cannot do it: {words}")?,
+            _ => write!(f, "refused: {words}")?,
+        }
+        self.key.as_ref().map_or(Ok(()), |key| write!(f, "; {key}"))
     }
 }
 
@@ -79,8 +176,13 @@ impl ApiClient {
     /// A client of the gateway at `HEADGATE_URL`, with the environment's key.
     pub(super) fn from_environment() -> anyhow::Result<Self> {
         let url = gateway_url()?;
-        let (key, _) = key_from_environment(&url)?;
+        let key = key_from_environment(&url)?;
         Self::new(&url, key)
+    }
+
+    /// The key that is presented.
+    pub(super) fn key(&self) -> &KeySecret {
+        &self.key
     }
 
     pub(super) fn get<T: DeserializeOwned>(&self, path: &str, query: &[(&str, &str)]) -> anyhow::Result<T> {
@@ -116,6 +218,11 @@ impl ApiClient {
 
     pub(super) fn put<T: DeserializeOwned>(&self, path: &str, body: &Value) -> anyhow::Result<T> {
         let request = self.agent.put(format!("{}{path}", self.url));
+        self.read_answer(request.header("authorization", self.key.expose()).send_json(body))
+    }
+
+    pub(super) fn patch<T: DeserializeOwned>(&self, path: &str, body: &Value) -> anyhow::Result<T> {
+        let request = self.agent.patch(format!("{}{path}", self.url));
         self.read_answer(request.header("authorization", self.key.expose()).send_json(body))
     }
 
@@ -161,9 +268,14 @@ impl ApiClient {
     fn success(&self, answered: Result<Response<Body>, ureq::Error>) -> anyhow::Result<Response<Body>> {
         let response = answered.map_err(|error| match trust::explain(&error) {
             Some(words) => anyhow::anyhow!("{} is not trusted: {words}", self.url),
-            None => anyhow::Error::new(error).context(format!("no gateway answers at {}", self.url)),
+            None => GatewayAway { place: self.url.clone(), source: Box::new(error) }.into(),
         })?;
-        if response.status().is_success() { Ok(response) } else { Err(problem(response).into()) }
+        if response.status().is_success() {
+            return Ok(response);
+        }
+        let mut problem = problem(response);
+        problem.key = matches!(problem.status, 401 | 403).then(|| self.key.describe());
+        Err(problem.into())
     }
 }
 
@@ -222,19 +334,34 @@ pub(super) fn gateway_url() -> anyhow::Result<String> {
 }
 
 /// Where a key was found.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum KeySource {
-    /// `HEADGATE_API_KEY` or `HEADGATE_API_KEY_FILE`.
-    Environment,
+    /// `HEADGATE_API_KEY`.
+    Variable,
+    /// The file that `HEADGATE_API_KEY_FILE` names.
+    File(PathBuf),
     /// The data directory of a gateway on this machine: its first admin key, good for everything.
-    AdminKey,
+    AdminKey(PathBuf),
+    /// An answer of the gateway to the command itself.
+    Command,
+}
+
+impl fmt::Display for KeySource {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Variable => f.write_str("HEADGATE_API_KEY"),
+            Self::File(file) => write!(f, "the file {} (HEADGATE_API_KEY_FILE)", file.display()),
+            Self::AdminKey(file) => write!(f, "the file {}", file.display()),
+            Self::Command => f.write_str("this command itself"),
+        }
+    }
 }
 
 /// The key to present to the gateway at `url`. The local `admin.key` is used only for a gateway on
 /// this machine: without an explicit key, it must not be sent to another host.
-pub(super) fn key_from_environment(url: &str) -> anyhow::Result<(KeySecret, KeySource)> {
+pub(super) fn key_from_environment(url: &str) -> anyhow::Result<KeySecret> {
     if let Some(key) = named_key()? {
-        return Ok((key, KeySource::Environment));
+        return Ok(key);
     }
     if !is_loopback(url) {
         bail!("no API key for {url}: neither HEADGATE_API_KEY nor HEADGATE_API_KEY_FILE is set");
@@ -242,7 +369,7 @@ pub(super) fn key_from_environment(url: &str) -> anyhow::Result<(KeySecret, KeyS
     let data_dir = variable("HEADGATE_DATA_DIR").map_or_else(|| Config::default().data_dir, PathBuf::from);
     let file = data_dir.join("admin.key");
     match std::fs::read_to_string(&file) {
-        Ok(text) => Ok((KeySecret::new(&text), KeySource::AdminKey)),
+        Ok(text) => Ok(KeySecret::from_source(&text, KeySource::AdminKey(file))),
         Err(error) => bail!(
             "no API key: neither HEADGATE_API_KEY nor HEADGATE_API_KEY_FILE is set, and {} cannot be read ({error}); \
              HEADGATE_DATA_DIR says where the gateway keeps its data",
@@ -255,12 +382,12 @@ pub(super) fn key_from_environment(url: &str) -> anyhow::Result<(KeySecret, KeyS
 pub(super) fn named_key() -> anyhow::Result<Option<KeySecret>> {
     if let Some(key) = variable("HEADGATE_API_KEY") {
         let key = key.to_str().context("HEADGATE_API_KEY is not UTF-8")?;
-        return Ok(Some(KeySecret::new(key)));
+        return Ok(Some(KeySecret::from_source(key, KeySource::Variable)));
     }
-    let Some(file) = variable("HEADGATE_API_KEY_FILE") else { return Ok(None) };
+    let Some(file) = variable("HEADGATE_API_KEY_FILE").map(PathBuf::from) else { return Ok(None) };
     let text = std::fs::read_to_string(&file)
-        .with_context(|| format!("HEADGATE_API_KEY_FILE: {}", PathBuf::from(&file).display()))?;
-    Ok(Some(KeySecret::new(&text)))
+        .with_context(|| format!("HEADGATE_API_KEY_FILE: {}", file.display()))?;
+    Ok(Some(KeySecret::from_source(&text, KeySource::File(file))))
 }
 
 /// Whether `url` is on this machine's loopback.
@@ -278,6 +405,7 @@ pub(super) fn is_loopback_host(host: &str) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::auth::ApiKey;
 
     #[test]
     fn loopback_is_told_from_everywhere_else() {
@@ -295,11 +423,30 @@ mod tests {
     fn a_problem_is_told_in_its_own_words() {
         let problem =
             |text| serde_json::from_str::<ProblemAnswer>(text).expect("a problem document").to_string();
-        assert_eq!(
-            problem(r#"{"status":404,"title":"No such datasource","detail":"there is no x"}"#),
-            "refused: No such datasource: there is no x"
-        );
-        assert_eq!(problem(r#"{"status":401,"title":"Unauthorized"}"#), "refused: Unauthorized");
-        assert_eq!(problem(r#"{"status":502}"#), "refused: HTTP status 502");
+        for (document, told) in [
+            (r#"{"status":404,"title":"Not found","detail":"There is no x."}"#, "not found: there is no x"),
+            (r#"{"status":403,"detail":"API key 1 lacks it."}"#, "refused: API key 1 lacks it"),
+            (r#"{"status":400,"detail":"grace_seconds is 9."}"#, "refused: --grace is 9"),
+            (r#"{"status":409,"title":"It is taken"}"#, "refused: it is taken"),
+            (r#"{"status":503,"title":"Not now"}"#, "the gateway cannot do it: not now"),
+        ] {
+            assert_eq!(problem(document), told);
+        }
+        let other = problem(r#"{"status":502}"#);
+        assert!(other.contains("no gateway") && other.contains("502"), "{other}");
+    }
+
+    #[test]
+    fn a_refused_key_is_told_by_its_id_and_place_and_no_character_of_it() {
+        let secret = ApiKey::generate();
+        let key = KeySecret::from_source(secret.expose(), KeySource::Variable);
+        let id = secret.digest().key_id().to_string();
+        let words = key.describe();
+        assert!(words.contains(&id) && words.contains("HEADGATE_API_KEY"), "{words}");
+        assert!(!words.contains(&secret.expose()[4..12]), "{words}");
+        let cut = KeySecret::from_source(&secret.expose()[..40], KeySource::File("k".into()));
+        let words = cut.describe();
+        assert!(words.contains("cut short") && words.contains("the file k"), "{words}");
+        assert!(!words.contains(&secret.expose()[4..12]), "{words}");
     }
 }

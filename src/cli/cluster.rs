@@ -3,7 +3,9 @@
 use std::io::Write;
 use std::path::PathBuf;
 
-use super::out::CommandOutput;
+use serde_json::json;
+
+use super::out::{CommandOutput, print_json};
 use super::serve;
 use crate::config::Config;
 use crate::gateway::{AdoptionOrder, adopt_cluster, change_cluster};
@@ -45,6 +47,9 @@ pub(super) struct ClusterChangeArgs {
     /// Do it; without this, only say what would be changed
     #[arg(long)]
     yes: bool,
+    /// Print what was done as JSON
+    #[arg(long)]
+    json: bool,
 }
 
 pub(super) fn run(command: ClusterCommand, out: &mut CommandOutput) -> anyhow::Result<()> {
@@ -56,6 +61,16 @@ pub(super) fn run(command: ClusterCommand, out: &mut CommandOutput) -> anyhow::R
     let config = Config::load(serve::config_file(args.config).as_deref())?;
     trace::init(&config.trace)?;
     let differences = change_cluster(&config, args.yes)?;
+    if args.json {
+        let changes: Vec<_> = differences
+            .iter()
+            .map(
+                |one| json!({ "what": one.what, "setting": one.setting, "is": one.is, "wanted": one.wanted }),
+            )
+            .collect();
+        let done = args.yes && !changes.is_empty();
+        return print_json(&json!({ "changes": changes, "done": done }), out);
+    }
     for difference in &differences {
         let (what, setting) = (&difference.what, difference.setting);
         writeln!(out, "{what}: {setting}: {} -> {}", difference.is, difference.wanted)?;

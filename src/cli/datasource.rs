@@ -7,8 +7,12 @@ use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
 use super::client::{ApiClient, KeySecret, ProblemAnswer};
+use super::confirm::{confirm, is_affirmed, is_somebody_there};
+use super::datasource_page;
+use super::exit_code::RefusedHere;
 use super::key::NewKeyAnswer;
-use super::out::{CommandOutput, table};
+use super::limit::LimitArgs;
+use super::out::{CommandOutput, print_json, table};
 use crate::message::{DatasourceId, Incarnation};
 
 /// Ids to try: in a data directory that was used before, the first ones may be taken.
@@ -39,13 +43,20 @@ pub(super) enum DatasourceCommand {
         #[arg(long)]
         json: bool,
     },
-    /// Show one datasource
+    /// Show one datasource: how to connect, what came in last, its keys and limits
     Show {
         /// Its id
         id: String,
         /// Print the gateway's answer as JSON
         #[arg(long)]
         json: bool,
+    },
+    /// Show a datasource's limits on all its keys together, set and unset them
+    Limit {
+        /// Its id
+        id: String,
+        #[command(flatten)]
+        change: LimitArgs,
     },
     /// Delete a datasource: its keys are dead and their connections closed when this returns
     Delete {
@@ -57,15 +68,21 @@ pub(super) enum DatasourceCommand {
         /// With --purge: remove this incarnation, which was deleted before, and leave a later one alone
         #[arg(long, value_name = "N", requires = "purge")]
         incarnation: Option<Incarnation>,
+        /// Ask nothing, on a terminal either
+        #[arg(long)]
+        yes: bool,
+        /// Print what was done as JSON
+        #[arg(long)]
+        json: bool,
     },
 }
 
 /// A datasource in the gateway's answers.
 #[derive(Debug, Deserialize)]
-struct DatasourceAnswer {
-    id: String,
-    name: String,
-    created_at: String,
+pub(super) struct DatasourceAnswer {
+    pub(super) id: String,
+    pub(super) name: String,
+    pub(super) created_at: String,
 }
 
 /// The answer to a creation.
@@ -84,21 +101,56 @@ pub(super) fn run(command: DatasourceCommand, out: &mut CommandOutput) -> anyhow
         }
         DatasourceCommand::List { deleted: false, json } => print_datasources(&client, json, out),
         DatasourceCommand::List { deleted: true, json } => print_deleted(&client, json, out),
-        DatasourceCommand::Show { id, json } => print_datasource(&client, &id, json, out),
-        DatasourceCommand::Delete { id, purge: true, incarnation } => purge(&client, &id, incarnation, out),
-        DatasourceCommand::Delete { id, .. } => {
-            let undurable = client.delete(&path(&id)?)?;
-            writeln!(
-                out,
-                "{id} is deleted: its keys are dead and their connections closed; what was stored stays for admin keys \
-                 (`headgate datasource list --deleted`) until it is purged"
-            )?;
-            if let Some(detail) = undurable {
-                writeln!(out, "not durable yet: {detail} /readyz warns until it is")?;
-            }
-            Ok(())
+        DatasourceCommand::Show { id, json: true } => {
+            print_json(&client.get::<Value>(&path(&id)?, &[])?, out)
         }
+        DatasourceCommand::Show { id, json: false } => datasource_page::print(&client, &id, out),
+        DatasourceCommand::Limit { id, change } => {
+            let path = path(&id)?;
+            change.run(&client, &path, |client| client.get(&path, &[]), out)
+        }
+        DatasourceCommand::Delete { id, purge: true, incarnation, yes, json } => {
+            let path = path(&id)?;
+            let whose = incarnation.map_or_else(String::new, |n| format!(" of its incarnation {n}"));
+            confirm(
+                &format!("Delete {id} and remove everything that is stored{whose}? There is no undo."),
+                yes,
+            )?;
+            purge(&client, &id, &path, incarnation, json, out)
+        }
+        DatasourceCommand::Delete { id, yes, json, .. } => delete(&client, &id, yes, json, out),
     }
+}
+
+fn delete(
+    client: &ApiClient,
+    id: &str,
+    yes: bool,
+    as_json: bool,
+    out: &mut CommandOutput,
+) -> anyhow::Result<()> {
+    let path = path(id)?;
+    confirm(
+        &format!("Delete {id}? Its keys are dead then, and its devices cut off; there is no undo."),
+        yes,
+    )?;
+    let undurable = client.delete(&path)?;
+    if as_json {
+        let durable = undurable.is_none();
+        return print_json(
+            &json!({ "datasource": id, "deleted": true, "durable": durable, "detail": undurable }),
+            out,
+        );
+    }
+    writeln!(
+        out,
+        "{id} is deleted: its keys are dead and their connections closed; what was stored stays for admin keys \
+         (`headgate datasource list --deleted`) until it is purged"
+    )?;
+    if let Some(detail) = undurable {
+        writeln!(out, "not durable yet: {detail} /readyz warns until it is")?;
+    }
+    Ok(())
 }
 
 /// A datasource's path in the API. Checks the id first, because it becomes part of the path.
@@ -115,18 +167,38 @@ fn create_and_print(
     out: &mut CommandOutput,
 ) -> anyhow::Result<()> {
     let mut wanted = json!({ "name": name, "scopes": scopes });
-    if let Some(id) = id {
-        wanted["id"] = id.into();
+    match id {
+        Some(id) => wanted["id"] = DatasourceId::new(id)?.as_str().into(),
+        None => check_name_is_new(client, name)?,
     }
     let answer: Value = client.post("/v1/datasources", &wanted)?;
     if as_json {
-        writeln!(out, "{answer:#}")?;
-        return Ok(());
+        return print_json(&answer, out);
     }
     let created: DatasourceCreateAnswer = serde_json::from_value(answer)?;
     writeln!(out, "datasource  {}", created.datasource.id)?;
     created.key.print(out)?;
     Ok(print_connect(&created.connect, out)?)
+}
+
+/// Two datasources of one name are most often one that was created twice: asks on a terminal whether they are two.
+///
+/// # Errors
+/// [`RefusedHere`] if they are not, or nobody is there to say so.
+fn check_name_is_new(client: &ApiClient, name: &str) -> anyhow::Result<()> {
+    #[derive(Deserialize)]
+    struct NamedListAnswer {
+        datasources: Vec<DatasourceAnswer>,
+    }
+    let list: NamedListAnswer = client.get("/v1/datasources", &[])?;
+    let plain = |name: &str| name.trim().to_lowercase();
+    let known = list.datasources.into_iter().find(|known| plain(&known.name) == plain(name));
+    let Some(DatasourceAnswer { id, name, created_at }) = known else { return Ok(()) };
+    let what = format!("there is a datasource {name:?} already: {id}, created at {created_at}");
+    if is_somebody_there() && is_affirmed(&format!("{what}. Create another one?"))? {
+        return Ok(());
+    }
+    Err(RefusedHere(format!("{what}; --id ID creates another one under an id of its own")).into())
 }
 
 /// The lines to paste, one for each kind of client.
@@ -163,8 +235,7 @@ fn print_datasources(client: &ApiClient, as_json: bool, out: &mut CommandOutput)
     }
     let answer: Value = client.get("/v1/datasources", &[])?;
     if as_json {
-        writeln!(out, "{answer:#}")?;
-        return Ok(());
+        return print_json(&answer, out);
     }
     let mut rows = table(&["id", "name", "created"], &[]);
     for datasource in serde_json::from_value::<DatasourceListAnswer>(answer)?.datasources {
@@ -191,8 +262,7 @@ fn print_deleted(client: &ApiClient, as_json: bool, out: &mut CommandOutput) -> 
     }
     let answer: Value = client.get("/v1/datasources", &[("deleted", "true")])?;
     if as_json {
-        writeln!(out, "{answer:#}")?;
-        return Ok(());
+        return print_json(&answer, out);
     }
     let mut rows = table(&["id", "incarnation", "name", "deleted", "purged"], &[1]);
     for ended in serde_json::from_value::<EndedIncarnationListAnswer>(answer)?.deleted {
@@ -222,10 +292,12 @@ struct PurgeAnswer {
 fn purge(
     client: &ApiClient,
     id: &str,
+    path: &str,
     incarnation: Option<Incarnation>,
+    as_json: bool,
     out: &mut CommandOutput,
 ) -> anyhow::Result<()> {
-    let mut path = format!("{}?purge=true", path(id)?);
+    let mut path = format!("{path}?purge=true");
     if let Some(incarnation) = incarnation {
         path = format!("{path}&incarnation={incarnation}");
     }
@@ -235,6 +307,9 @@ fn purge(
         let detail = answer["detail"].as_str().unwrap_or_default();
         bail!("nothing is purged yet: {detail} Purge it again then");
     };
+    if as_json {
+        return print_json(&answer, out);
+    }
     let PurgeAnswer { records, quarantined, bytes, retained, sessions, .. } = purged;
     writeln!(
         out,
@@ -245,35 +320,4 @@ fn purge(
         writeln!(out, "the gateway has not removed all of it yet, and goes on; call this again to see")?;
     }
     Ok(())
-}
-
-fn print_datasource(
-    client: &ApiClient,
-    id: &str,
-    as_json: bool,
-    out: &mut CommandOutput,
-) -> anyhow::Result<()> {
-    let answer: Value = client.get(&path(id)?, &[])?;
-    if as_json {
-        writeln!(out, "{answer:#}")?;
-        return Ok(());
-    }
-    let mut rows = table(&["field", "value"], &[]);
-    add_value_rows("", &answer, &mut rows);
-    writeln!(out, "{rows}")?;
-    Ok(())
-}
-
-/// Adds a row for each value of the answer, so that new fields of the gateway's show up as well.
-fn add_value_rows(name: &str, value: &Value, rows: &mut comfy_table::Table) {
-    match value {
-        Value::Object(fields) => {
-            for (field, value) in fields {
-                let name = if name.is_empty() { field.clone() } else { format!("{name}.{field}") };
-                add_value_rows(&name, value, rows);
-            }
-        }
-        Value::String(text) => drop(rows.add_row([name, text])),
-        other => drop(rows.add_row([name.to_owned(), other.to_string()])),
-    }
 }

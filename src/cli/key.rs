@@ -1,15 +1,23 @@
-//! `headgate key`: creates, lists, rotates, quarantines and revokes a datasource's keys, over the HTTP
-//! API.
+//! `headgate key`: creates, lists, rotates, quarantines, limits and revokes a datasource's keys, over the HTTP API.
 
 use std::io::Write;
 
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
+use super::admin_key_file::AdminKeyFile;
 use super::client::ApiClient;
+use super::confirm::confirm;
 use super::datasource::{self, print_connect};
-use super::out::{CommandOutput, table};
+use super::exit_code::{NotFoundHere, UsageError};
+use super::key_table;
+use super::limit::LimitArgs;
+use super::out::{CommandOutput, print_json};
 use super::quarantine;
+use super::time_argument::{TimeArgument, parse_seconds};
+use crate::auth::Digest;
+use crate::auth::key::may_hold_key;
+use crate::limits::GRACE_S_MAX;
 use crate::message::KeyId;
 
 #[derive(Debug, clap::Subcommand)]
@@ -24,18 +32,22 @@ pub(super) enum KeyCommand {
         /// What it may be used for: ingest, subscribe or admin; may be given more than once
         #[arg(long = "scope", value_name = "SCOPE", default_value = "ingest")]
         scopes: Vec<String>,
-        /// When it stops working: 2027-01-31T12:00:00Z
-        #[arg(long, value_name = "TIME")]
-        expires_at: Option<String>,
+        /// When it stops working: 2027-01-31T12:00:00Z, or 90d for in 90 days
+        #[arg(long, value_name = "TIME|SPAN", value_parser = TimeArgument::parse_future)]
+        expires_at: Option<TimeArgument>,
         /// Print the gateway's answer as JSON
         #[arg(long)]
         json: bool,
     },
-    /// List a datasource's live keys: what they are good for, and who uses them
+    /// List a datasource's live keys: what they are good for, and whether they are used; with --wide, by whom
     List {
         /// The datasource's id, or '*' for the keys for all
-        datasource: String,
-        /// Print the gateway's answer as JSON
+        #[arg(required_unless_present = "all")]
+        datasource: Option<String>,
+        /// The keys of every datasource, and those for all
+        #[arg(long, conflicts_with = "datasource")]
+        all: bool,
+        /// Print the gateway's answer as JSON; with --all, a line for each datasource
         #[arg(long)]
         json: bool,
     },
@@ -46,7 +58,7 @@ pub(super) enum KeyCommand {
         /// The key's id, as `key list` shows it
         key_id: String,
         /// How long the old key still works: 30s, 90m, 24h, 7d; 0 for not at all
-        #[arg(long, value_name = "TIME", default_value = "24h", value_parser = seconds)]
+        #[arg(long, value_name = "SPAN", default_value = "24h", value_parser = parse_grace)]
         grace: u64,
         /// Before the grace is over: the old key lives on, and the new one is dead
         #[arg(long, conflicts_with = "grace")]
@@ -61,74 +73,62 @@ pub(super) enum KeyCommand {
         datasource: String,
         /// The key's id, as `key list` shows it
         key_id: String,
-        /// Since when: 2026-11-23T09:00:00Z
-        #[arg(long, value_name = "TIME", required_unless_present = "undo")]
-        since: Option<String>,
+        /// Since when: 2026-11-23T09:00:00Z, or 2h for two hours ago
+        #[arg(long, value_name = "TIME|AGO", value_parser = TimeArgument::parse_past, required_unless_present = "undo")]
+        since: Option<TimeArgument>,
         /// Put it all back where it was
         #[arg(long, conflicts_with = "since")]
         undo: bool,
+        /// Print the gateway's answer as JSON
+        #[arg(long)]
+        json: bool,
     },
-    /// Revoke a key: it is dead and its connections are closed when this returns
-    Revoke {
-        /// The datasource's id
+    /// Show a key's own limits, set and unset them
+    Limit {
+        /// The datasource's id, or '*' for a key for all
         datasource: String,
         /// The key's id, as `key list` shows it
         key_id: String,
+        #[command(flatten)]
+        change: LimitArgs,
+    },
+    /// Revoke a key: it is dead and its connections are closed when this returns
+    Revoke {
+        /// The datasource's id, or '*' for a key for all
+        datasource: String,
+        /// The key's id, as `key list` shows it
+        key_id: String,
+        /// Ask nothing, on a terminal either
+        #[arg(long)]
+        yes: bool,
+        /// Print what was done as JSON
+        #[arg(long)]
+        json: bool,
     },
 }
 
-/// A key in the gateway's answers, without its secret.
-#[derive(Debug, Deserialize)]
-struct KeyAnswer {
-    id: String,
-    label: String,
-    scopes: Vec<String>,
-    state: String,
-    created_at: String,
-    expires_at: Option<String>,
-    grace_ends_at: Option<String>,
-    accepted: u64,
-    refused: u64,
-    connections: u64,
-    last_used: Option<KeyUserAnswer>,
-    users: Vec<KeyUserAnswer>,
-}
-
-/// Who has used a key.
-#[derive(Debug, Deserialize)]
-struct KeyUserAnswer {
-    client_id: Option<String>,
-    address: Option<String>,
-    transport: String,
-    at: String,
-    offset: Option<u64>,
-}
-
-impl KeyAnswer {
-    /// Its state, and until when it lasts.
-    fn state(&self) -> String {
-        match (&self.grace_ends_at, &self.expires_at) {
-            (Some(until), _) => format!("{} until {until}", self.state),
-            (None, Some(at)) if self.state == "active" => format!("active until {at}"),
-            _ => self.state.clone(),
-        }
+/// Reads a key's id. A key itself goes no further than this.
+///
+/// # Errors
+/// [`UsageError`] for a key; [`NameError::KeyId`](crate::message::NameError::KeyId) for any other text.
+pub(super) fn parse_key_id(text: &str) -> anyhow::Result<KeyId> {
+    if !may_hold_key(text) {
+        return Ok(KeyId::parse(text)?);
     }
+    let id = Digest::from_presented(text.as_bytes()).map(|digest| format!(": {}", digest.key_id()));
+    let id = id.unwrap_or_default();
+    Err(UsageError(format!(
+        "this is a key itself, and was sent nowhere. Every user of this machine can read an argument: rotate the key if it \
+         is real, and give its id{id}"
+    ))
+    .into())
 }
 
-impl KeyUserAnswer {
-    fn describe_use(&self) -> String {
-        let name = self.client_id.as_deref().or(self.address.as_deref()).unwrap_or("unknown");
-        let from = self.address.as_deref().filter(|_| self.client_id.is_some());
-        match from {
-            Some(address) => format!("{name} ({address}) {}", self.at),
-            None => format!("{name} {}", self.at),
-        }
-    }
-
-    fn describe_last_use(&self) -> String {
-        let address = self.address.as_deref().unwrap_or("-");
-        let offset = self.offset.map_or_else(|| "-".to_owned(), |offset| offset.to_string());
-        format!("{}\n{} {address}\noffset {offset}", self.at, self.transport)
+fn parse_grace(text: &str) -> Result<u64, String> {
+    let seconds = parse_seconds(text)?;
+    match seconds <= GRACE_S_MAX {
+        true => Ok(seconds),
+        false => Err(format!("it can be {} days at most", GRACE_S_MAX / 86_400)),
     }
 }
 
@@ -149,38 +149,65 @@ impl NewKeyAnswer {
 }
 
 pub(super) fn run(command: KeyCommand, out: &mut CommandOutput) -> anyhow::Result<()> {
+    // An argument that cannot be used is told before anything is asked of a gateway, or of a person.
+    let key_id = match &command {
+        KeyCommand::Rotate { key_id, .. }
+        | KeyCommand::Quarantine { key_id, .. }
+        | KeyCommand::Limit { key_id, .. }
+        | KeyCommand::Revoke { key_id, .. } => Some(parse_key_id(key_id)?),
+        KeyCommand::Create { .. } | KeyCommand::List { .. } => None,
+    };
     let client = ApiClient::from_environment()?;
+    let key_path = |datasource: &str| match key_id {
+        Some(key_id) => Ok(format!("{}/{key_id}", path(datasource)?)),
+        None => path(datasource),
+    };
     match command {
         KeyCommand::Create { datasource, label, scopes, expires_at, json: as_json } => {
             let mut wanted = json!({ "label": label, "scopes": scopes });
             if let Some(expires_at) = expires_at {
-                wanted["expires_at"] = expires_at.into();
+                wanted["expires_at"] = expires_at.to_string().into();
             }
             let answer: Value = client.post(&path(&datasource)?, &wanted)?;
-            if as_json { Ok(writeln!(out, "{answer:#}")?) } else { print_created_key(answer, out) }
+            if as_json { print_json(&answer, out) } else { print_created_key(answer, out) }
         }
-        KeyCommand::List { datasource, json: as_json } => {
+        KeyCommand::List { datasource: Some(datasource), json: as_json, .. } => {
             let answer: Value = client.get(&path(&datasource)?, &[])?;
-            if as_json { Ok(writeln!(out, "{answer:#}")?) } else { print_keys(answer, out) }
+            if as_json { print_json(&answer, out) } else { key_table::print_keys(answer, out) }
         }
-        KeyCommand::Rotate { datasource, key_id, grace, undo, json: as_json } => {
-            let key_id = KeyId::parse(&key_id)?;
+        KeyCommand::List { datasource: None, json: as_json, .. } => {
+            key_table::print_all_keys(&client, as_json, out)
+        }
+        KeyCommand::Rotate { datasource, grace, undo, json: as_json, .. } => {
             let wanted = if undo { json!({ "undo": true }) } else { json!({ "grace_seconds": grace }) };
-            let answer: Value = client.post(&format!("{}/{key_id}/rotate", path(&datasource)?), &wanted)?;
-            match (as_json, undo) {
-                (true, _) => Ok(writeln!(out, "{answer:#}")?),
-                (false, true) => {
-                    Ok(writeln!(out, "key {key_id} of {datasource} lives on; the new one is dead")?)
-                }
-                (false, false) => print_rotated_key(answer, out),
+            let path = format!("{}/rotate", key_path(&datasource)?);
+            rotate(&client, &path, &wanted, as_json, out)
+        }
+        KeyCommand::Quarantine { datasource, since, json, .. } => {
+            let since = since.map(|since| since.to_string());
+            let path = format!("{}/quarantine", key_path(&datasource)?);
+            quarantine::quarantine_leaked_key(&client, &path, since.as_deref(), json, out)
+        }
+        KeyCommand::Limit { datasource, key_id, change } => {
+            let find = |client: &ApiClient| find_key(client, &datasource, &key_id);
+            change.run(&client, &key_path(&datasource)?, find, out)
+        }
+        KeyCommand::Revoke { datasource, key_id, yes, json: as_json } => {
+            let path = key_path(&datasource)?;
+            confirm(
+                &format!(
+                    "Revoke key {key_id} of {datasource}? Whoever uses it is cut off; there is no undo."
+                ),
+                yes,
+            )?;
+            let undurable = client.delete(&path)?;
+            if as_json {
+                let done = json!({
+                    "datasource": datasource, "key_id": key_id, "revoked": true,
+                    "durable": undurable.is_none(), "detail": undurable,
+                });
+                return print_json(&done, out);
             }
-        }
-        KeyCommand::Quarantine { datasource, key_id, since, undo: _ } => {
-            quarantine::quarantine_leaked_key(&client, &path(&datasource)?, &key_id, since.as_deref(), out)
-        }
-        KeyCommand::Revoke { datasource, key_id } => {
-            let key_id = KeyId::parse(&key_id)?;
-            let undurable = client.delete(&format!("{}/{key_id}", path(&datasource)?))?;
             writeln!(out, "key {key_id} of {datasource} is dead and its connections are closed")?;
             if let Some(detail) = undurable {
                 writeln!(out, "not durable yet: {detail} /readyz warns until it is")?;
@@ -191,11 +218,19 @@ pub(super) fn run(command: KeyCommand, out: &mut CommandOutput) -> anyhow::Resul
 }
 
 /// The API path of a datasource's keys. `*` has keys too: those for every datasource.
-fn path(datasource: &str) -> anyhow::Result<String> {
+pub(super) fn path(datasource: &str) -> anyhow::Result<String> {
     match datasource {
         "*" => Ok("/v1/datasources/*/keys".to_owned()),
         id => Ok(format!("{}/keys", datasource::path(id)?)),
     }
+}
+
+/// A key of a datasource, as the list has it.
+fn find_key(client: &ApiClient, datasource: &str, key_id: &str) -> anyhow::Result<Value> {
+    let mut answer: Value = client.get(&path(datasource)?, &[])?;
+    let keys = answer["keys"].as_array_mut().into_iter().flatten();
+    let found = keys.into_iter().find(|key| key["id"] == key_id).map(Value::take);
+    found.ok_or_else(|| NotFoundHere(format!("{datasource} has no key {key_id}")).into())
 }
 
 fn print_created_key(answer: Value, out: &mut CommandOutput) -> anyhow::Result<()> {
@@ -208,6 +243,34 @@ fn print_created_key(answer: Value, out: &mut CommandOutput) -> anyhow::Result<(
     let created: KeyCreateAnswer = serde_json::from_value(answer)?;
     created.key.print(out)?;
     Ok(print_connect(&created.connect, out)?)
+}
+
+/// Rotates a key, or undoes it, and keeps the `admin.key` that was presented in step.
+fn rotate(
+    client: &ApiClient,
+    path: &str,
+    wanted: &Value,
+    as_json: bool,
+    out: &mut CommandOutput,
+) -> anyhow::Result<()> {
+    let file = AdminKeyFile::of(client.key());
+    let answer: Value = client.post(path, wanted)?;
+    let kept = file.and_then(|file| file.follow(&answer).transpose());
+    if as_json {
+        print_json(&answer, out)?;
+    } else {
+        print_rotated_key(answer, out)?;
+    }
+    match kept {
+        // Standard output may be a script's.
+        Some(Ok(words)) if as_json => writeln!(std::io::stderr(), "headgate: {words}")?,
+        Some(Ok(words)) => writeln!(out, "\n{words}")?,
+        Some(Err(error)) => {
+            return Err(error.context("it is rotated; keep the new key, which is shown above"));
+        }
+        None => {}
+    }
+    Ok(())
 }
 
 fn print_rotated_key(answer: Value, out: &mut CommandOutput) -> anyhow::Result<()> {
@@ -223,6 +286,10 @@ fn print_rotated_key(answer: Value, out: &mut CommandOutput) -> anyhow::Result<(
         id: String,
         grace_ends_at: String,
     }
+    if answer.get("replaced").is_none() {
+        let lives_on = answer["key"]["id"].as_str().unwrap_or_default();
+        return Ok(writeln!(out, "key {lives_on} lives on; the new one is dead")?);
+    }
     let rotated: KeyRotateAnswer = serde_json::from_value(answer)?;
     rotated.key.print(out)?;
     let ReplacedKeyAnswer { id, grace_ends_at } = rotated.replaced;
@@ -230,70 +297,26 @@ fn print_rotated_key(answer: Value, out: &mut CommandOutput) -> anyhow::Result<(
     Ok(print_connect(&rotated.connect, out)?)
 }
 
-/// Parses a span of time into seconds: a number, optionally followed by `s`, `m`, `h` or `d`.
-fn seconds(text: &str) -> Result<u64, String> {
-    let (number, unit) = match text.char_indices().last() {
-        Some((at, 's')) => (&text[..at], 1),
-        Some((at, 'm')) => (&text[..at], 60),
-        Some((at, 'h')) => (&text[..at], 3_600),
-        Some((at, 'd')) => (&text[..at], 24 * 3_600),
-        _ => (text, 1),
-    };
-    let seconds = number.parse::<u64>().ok().and_then(|number| number.checked_mul(unit));
-    seconds.ok_or_else(|| "give a number of seconds, or 90m, 24h, 7d".to_owned())
-}
-
-fn print_keys(answer: Value, out: &mut CommandOutput) -> anyhow::Result<()> {
-    #[derive(Deserialize)]
-    struct KeyListAnswer {
-        keys: Vec<KeyAnswer>,
-    }
-    let columns = [
-        "key id",
-        "label",
-        "scopes",
-        "state",
-        "created",
-        "last used",
-        "accepted",
-        "refused",
-        "open",
-        "users",
-    ];
-    let mut rows = table(&columns, &[]);
-    for key in serde_json::from_value::<KeyListAnswer>(answer)?.keys {
-        let last_used =
-            key.last_used.as_ref().map_or_else(|| "never".to_owned(), KeyUserAnswer::describe_last_use);
-        let users: Vec<_> = key.users.iter().map(KeyUserAnswer::describe_use).collect();
-        rows.add_row([
-            key.id.clone(),
-            key.label.clone(),
-            key.scopes.join(", "),
-            key.state(),
-            key.created_at.clone(),
-            last_used,
-            key.accepted.to_string(),
-            key.refused.to_string(),
-            key.connections.to_string(),
-            users.join("\n"),
-        ]);
-    }
-    Ok(writeln!(out, "{rows}")?)
-}
-
 #[cfg(test)]
 mod tests {
-    use super::seconds;
+    use super::*;
+    use crate::auth::ApiKey;
 
     #[test]
-    fn a_span_of_time_has_a_unit_or_is_in_seconds() {
-        for (text, expected) in
-            [("0", 0), ("90", 90), ("30s", 30), ("90m", 5_400), ("24h", 86_400), ("7d", 604_800)]
-        {
-            assert_eq!(seconds(text), Ok(expected), "{text}");
+    fn a_key_in_the_place_of_its_id_is_not_repeated() {
+        let secret = ApiKey::generate();
+        for text in [secret.expose().to_owned(), secret.expose()[..20].to_owned()] {
+            let words = parse_key_id(&text).expect_err("a key").to_string();
+            assert!(!words.contains(&text[4..]) && words.contains("sent nowhere"), "{words}");
         }
-        for bad in ["", "h", "-1h", "1.5h", "1w", "99999999999999999999d", "1é"] {
-            assert!(seconds(bad).is_err(), "{bad}");
-        }
+        let words = parse_key_id(secret.expose()).expect_err("a key").to_string();
+        assert!(words.contains(&secret.digest().key_id().to_string()), "{words}");
+        assert!(parse_key_id("0123456789ab").is_ok() && parse_key_id("0123").is_err());
+    }
+
+    #[test]
+    fn a_grace_has_a_bound() {
+        assert_eq!(parse_grace("24h"), Ok(86_400));
+        assert!(parse_grace("soon").is_err() && parse_grace(&(GRACE_S_MAX + 1).to_string()).is_err());
     }
 }

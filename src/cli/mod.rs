@@ -8,15 +8,23 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
+mod admin_key_file;
 mod audit;
 mod backup;
 mod bench;
 mod check_config;
 mod client;
 mod cluster;
+mod confirm;
 mod datasource;
+mod datasource_page;
 mod demo;
+mod doctor;
+mod exit_code;
+mod explain;
 mod key;
+mod key_table;
+mod limit;
 mod mqtt_place;
 mod nats;
 mod out;
@@ -29,9 +37,11 @@ mod replay;
 mod schema;
 mod serve;
 mod session;
+mod shell;
 mod signals;
 mod sinks;
 mod tail;
+mod time_argument;
 mod transfer;
 mod trust;
 
@@ -43,7 +53,7 @@ const READER_GONE_EXIT_CODE: u8 = 141;
 /// A gateway between devices and backends: a message is let in by its datasource's API key, and
 /// acknowledged when it is on disk.
 #[derive(Debug, Parser)]
-#[command(version, long_version = LONG_VERSION, propagate_version = true, after_help = ENVIRONMENT_HELP)]
+#[command(version, long_version = LONG_VERSION, propagate_version = true, after_help = after_help())]
 pub struct Cli {
     #[command(subcommand)]
     command: CliCommand,
@@ -51,6 +61,9 @@ pub struct Cli {
     /// [env: HEADGATE_CACERT]
     #[arg(long, global = true, value_name = "FILE", help_heading = "TLS")]
     cacert: Option<PathBuf>,
+    /// Tables show everything, however wide that is; without it they fit the terminal
+    #[arg(long, global = true)]
+    wide: bool,
 }
 
 /// The version, and which of the parts are in it that a build may leave out.
@@ -69,6 +82,11 @@ Environment of the commands that talk to a running gateway:
 
 Every setting of `serve` can be set by environment too: HEADGATE_MQTT__LISTEN=127.0.0.1:1883. An empty variable
 counts as absent.";
+
+/// What `--help` says behind the commands.
+fn after_help() -> String {
+    format!("{ENVIRONMENT_HELP}\n\n{}", exit_code::EXIT_CODES_HELP)
+}
 
 #[derive(Debug, Subcommand)]
 enum CliCommand {
@@ -96,6 +114,8 @@ enum CliCommand {
     Tail(tail::TailArgs),
     /// Print what was refused lately, why, and what to do about it
     Refusals(refusals::RefusalsArgs),
+    /// Print what is known of a client: its keys and sessions, what was refused to it and what to do about it
+    Explain(explain::ExplainArgs),
     /// Print where records are stored, how far each sink is, and what is wrong with it
     Sinks(sinks::SinksArgs),
     /// Publish a payload, or a line of standard input or of a file each, over MQTT
@@ -120,14 +140,23 @@ enum CliCommand {
     Cluster(cluster::ClusterCommand),
     /// Read a configuration file, say what it sets or what is wrong with it
     CheckConfig(check_config::CheckConfigArgs),
+    /// Look at configuration, disk, ports, clock, NATS and storage as a gateway would, and say what to do
+    Doctor(doctor::DoctorArgs),
+    /// Print what a shell needs to complete these commands
+    Completions(shell::CompletionsArgs),
+    /// Write the manual, a page for each command
+    Man(shell::ManArgs),
 }
 
-/// Runs a command: 0 when it did what was asked, 1 when it could not (one line on standard error
-/// says why).
+/// Runs a command: 0 when it did what was asked; otherwise one line on standard error says why, and the code which kind of
+/// failure it was.
 pub fn run(cli: Cli) -> ExitCode {
     let mut out = CommandOutput::new();
     if let Some(file) = cli.cacert {
         trust::set_ca_file(file);
+    }
+    if cli.wide {
+        out::set_wide();
     }
     let done = match cli.command {
         CliCommand::Serve(args) => serve::run(args, &mut out),
@@ -137,9 +166,10 @@ pub fn run(cli: Cli) -> ExitCode {
         CliCommand::Schema(command) => schema::run(command, &mut out),
         CliCommand::Quarantine(command) => quarantine::run(command, &mut out),
         CliCommand::Audit(args) => audit::run(args, &mut out),
-        CliCommand::Records(args) => records::run(&args, &mut out),
+        CliCommand::Records(args) => records::run(args, &mut out),
         CliCommand::Tail(args) => tail::run(args, &mut out),
         CliCommand::Refusals(args) => refusals::run(args, &mut out),
+        CliCommand::Explain(args) => explain::run(args, &mut out),
         CliCommand::Sinks(args) => sinks::run(args, &mut out),
         CliCommand::Publish(args) => publish::run(args, &mut out),
         CliCommand::Bench(args) => bench::run(args, &mut out),
@@ -151,6 +181,9 @@ pub fn run(cli: Cli) -> ExitCode {
         CliCommand::Nats(command) => nats::run(command, &mut out),
         CliCommand::Cluster(command) => cluster::run(command, &mut out),
         CliCommand::CheckConfig(args) => check_config::run(args, &mut out),
+        CliCommand::Doctor(args) => doctor::run(args, &mut out),
+        CliCommand::Completions(args) => shell::run_completions(args, &mut out),
+        CliCommand::Man(args) => shell::run_man(args, &mut out),
     };
     match done.and_then(|()| Ok(out.flush()?)) {
         Ok(()) => ExitCode::SUCCESS,
@@ -158,7 +191,7 @@ pub fn run(cli: Cli) -> ExitCode {
         Err(error) => {
             // Not eprintln!, which panics when standard error is closed.
             let _ = writeln!(std::io::stderr(), "headgate: {}", error_text(&error));
-            ExitCode::FAILURE
+            ExitCode::from(exit_code::exit_code(&error))
         }
     }
 }

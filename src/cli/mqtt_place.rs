@@ -13,6 +13,7 @@ use tokio::net::{TcpStream, UnixListener};
 use tokio::task::JoinHandle;
 use tokio_rustls::TlsConnector;
 
+use super::client::GatewayAway;
 use super::trust;
 
 /// A host and a port, with or without TLS.
@@ -84,7 +85,8 @@ impl TlsRelay {
     pub(super) async fn open(addr: SocketAddr, host: &str) -> anyhow::Result<Self> {
         let name =
             ServerName::try_from(host.to_owned()).with_context(|| format!("{host} is no host name"))?;
-        let tcp = TcpStream::connect(addr).await.with_context(|| format!("no gateway answers at {addr}"))?;
+        let away = |error| GatewayAway { place: addr.to_string(), source: Box::new(error) };
+        let tcp = TcpStream::connect(addr).await.map_err(away)?;
         // Acknowledgements are small; Nagle's algorithm would delay them.
         let _ = tcp.set_nodelay(true);
         let connecting = TlsConnector::from(trust::client_tls()?).connect(name, tcp);

@@ -6,11 +6,14 @@
 //! silently.
 
 use std::fmt;
-use std::io::{self, BufWriter, StdoutLock, Write};
+use std::io::{self, BufWriter, IsTerminal, StdoutLock, Write};
+use std::sync::atomic::{AtomicBool, Ordering};
 
-use comfy_table::{CellAlignment, Table, presets};
+use comfy_table::{CellAlignment, ColumnConstraint, ContentArrangement, Table, presets};
+use console::Term;
 use indicatif::ProgressState;
 use indicatif::style::{ProgressStyle, TemplateError};
+use serde::Serialize;
 
 /// Buffered standard output. Commands flush it when output has to appear at once; `run` does at the end.
 pub(crate) struct CommandOutput(BufWriter<StdoutLock<'static>>);
@@ -59,17 +62,53 @@ pub(super) fn is_reader_gone(error: &anyhow::Error) -> bool {
     })
 }
 
-/// An empty table with these columns; those in `right` hold numbers.
+/// Whether tables show all that there is, as wide as that needs.
+static WIDE: AtomicBool = AtomicBool::new(false);
+
+/// Has tables show everything, for the rest of the process.
+pub(super) fn set_wide() {
+    WIDE.store(true, Ordering::Relaxed);
+}
+
+/// Whether tables show everything.
+pub(super) fn is_wide() -> bool {
+    WIDE.load(Ordering::Relaxed)
+}
+
+/// The columns of the terminal that standard output is, if tables have to fit into them.
+fn terminal_columns() -> Option<u16> {
+    if is_wide() || !io::stdout().is_terminal() {
+        return None;
+    }
+    Term::stdout().size_checked().map(|(_, columns)| columns).filter(|&columns| columns > 0)
+}
+
+/// Prints what the gateway has answered, or what was done, as JSON.
+pub(super) fn print_json(value: &impl Serialize, out: &mut CommandOutput) -> anyhow::Result<()> {
+    Ok(writeln!(out, "{}", serde_json::to_string_pretty(value)?)?)
+}
+
+/// An empty table with these columns; those in `right` hold numbers. It fits the terminal, if there is one.
 pub(super) fn table(columns: &[&str], right: &[usize]) -> Table {
     let mut table = Table::new();
     table.load_style(presets::UTF8_FULL_CONDENSED);
     table.set_header(columns.to_vec());
+    if let Some(width) = terminal_columns() {
+        table.set_content_arrangement(ContentArrangement::Dynamic).set_width(width);
+    }
     for &index in right {
         if let Some(column) = table.column_mut(index) {
             column.set_cell_alignment(CellAlignment::Right);
         }
     }
     table
+}
+
+/// Keeps the cells of a column in one line, however narrow the terminal is: ids, which are copied.
+pub(super) fn keep_whole(table: &mut Table, column: usize) {
+    if let Some(column) = table.column_mut(column) {
+        column.set_constraint(ColumnConstraint::ContentWidth);
+    }
 }
 
 /// The style of a progress bar; adds `{rate}`, messages per second, to indicatif's placeholders.

@@ -10,11 +10,13 @@ use anyhow::{Context, bail};
 use futures_util::{Stream, stream};
 use indicatif::ProgressBar;
 use serde::Deserialize;
+use serde_json::json;
 use tokio::sync::mpsc;
 
 use super::client::{self, ApiClient};
+use super::exit_code::RefusedHere;
 use super::mqtt_place::{MqttPlace, TlsRelay};
-use super::out::{self, CommandOutput, grouped, latency};
+use super::out::{self, CommandOutput, grouped, latency, print_json};
 use super::replay::{disconnect_session, replay};
 use super::session::{Dialect, MqttClientSession, MqttTransport, UNACKED_MESSAGES_MAX};
 use crate::message::check_topic;
@@ -35,6 +37,9 @@ pub(super) struct PublishArgs {
     /// gateway is asked
     #[arg(long, value_name = "ADDRESS")]
     addr: Option<String>,
+    /// Print what was done as JSON
+    #[arg(long)]
+    json: bool,
 }
 
 /// The gateway's answer about the key and its listeners.
@@ -54,7 +59,7 @@ struct ConnectKey {
 pub(super) fn run(args: PublishArgs, out: &mut CommandOutput) -> anyhow::Result<()> {
     check_topic(&args.topic)?;
     let url = client::gateway_url()?;
-    let (key, _) = client::key_from_environment(&url)?;
+    let key = client::key_from_environment(&url)?;
     let answer: ConnectAnswer = ApiClient::new(&url, key.clone())?.get("/v1/connect", &[])?;
     let topic = wire_topic(&answer.key, &args.datasource, &args.topic)?;
     let place = match &args.addr {
@@ -85,12 +90,17 @@ pub(super) fn run(args: PublishArgs, out: &mut CommandOutput) -> anyhow::Result<
     if let Some(bar) = bar {
         bar.finish_and_clear();
     }
+    let quantile_ns = |quantile| tally.latency.value_at_quantile(quantile);
+    if args.json {
+        let latency_us = json!({ "p50": quantile_ns(0.5) / 1_000, "p99": quantile_ns(0.99) / 1_000 });
+        return print_json(&json!({ "acked": tally.acked, "topic": topic, "latency_us": latency_us }), out);
+    }
     writeln!(
         out,
         "{} published and acknowledged, latency p50 {} p99 {}",
         grouped(tally.acked),
-        latency(tally.latency.value_at_quantile(0.5)),
-        latency(tally.latency.value_at_quantile(0.99))
+        latency(quantile_ns(0.5)),
+        latency(quantile_ns(0.99))
     )?;
     Ok(())
 }
@@ -99,12 +109,16 @@ pub(super) fn run(args: PublishArgs, out: &mut CommandOutput) -> anyhow::Result<
 /// key for all datasources, the topic begins with the datasource's id.
 fn wire_topic(key: &ConnectKey, datasource: &str, topic: &str) -> anyhow::Result<String> {
     if !key.scopes.iter().any(|scope| scope == "ingest" || scope == "admin") {
-        bail!("the key {} lacks the scope ingest: create a key with it", key.id);
+        let words = format!("the key {} lacks the scope ingest: create a key with it", key.id);
+        return Err(RefusedHere(words).into());
     }
     match key.datasource.as_str() {
         "*" => Ok(format!("{datasource}/{topic}")),
         own if own == datasource => Ok(topic.to_owned()),
-        own => bail!("the key {} is one of the datasource {own}, not of {datasource}", key.id),
+        own => {
+            let words = format!("the key {} is one of the datasource {own}, not of {datasource}", key.id);
+            Err(RefusedHere(words).into())
+        }
     }
 }
 

@@ -9,8 +9,9 @@ use serde_json::{Value, json};
 
 use super::client::ApiClient;
 use super::datasource;
-use super::out::{CommandOutput, table};
-use crate::message::{KeyId, Offset};
+use super::out::{CommandOutput, print_json, table};
+use super::time_argument::TimeArgument;
+use crate::message::Offset;
 
 /// Characters of a payload that the table shows.
 const QUARANTINE_PAYLOAD_CHARS_MAX: usize = 60;
@@ -26,9 +27,9 @@ pub(super) enum QuarantineCommand {
         /// Only this topic, or the topics of an MQTT filter: 'spindle/#'
         #[arg(long)]
         topic: Option<String>,
-        /// Only messages received at or after this time: 2026-11-23T09:00:00Z
-        #[arg(long, value_name = "TIME")]
-        from: Option<String>,
+        /// Only messages received at or after this time: 2026-11-23T09:00:00Z, or 1h for an hour ago
+        #[arg(long, value_name = "TIME|AGO", value_parser = TimeArgument::parse_past, alias = "since")]
+        from: Option<TimeArgument>,
         /// Only messages behind this offset
         #[arg(long, value_name = "OFFSET")]
         after: Option<Offset>,
@@ -48,6 +49,9 @@ pub(super) enum QuarantineCommand {
         /// Only this topic, or the topics of an MQTT filter
         #[arg(long)]
         topic: Option<String>,
+        /// Print what was let in as JSON, a line for each page of messages
+        #[arg(long)]
+        json: bool,
     },
 }
 
@@ -78,6 +82,7 @@ pub(super) fn run(command: QuarantineCommand, out: &mut CommandOutput) -> anyhow
         QuarantineCommand::List { datasource, topic, from, after, limit, json } => {
             let path = format!("{}/quarantine", datasource::path(&datasource)?);
             let (limit, after) = (limit.to_string(), after.map(|after| after.to_string()));
+            let from = from.map(|from| from.to_string());
             let mut query = vec![("limit", limit.as_str())];
             query.extend(topic.as_deref().map(|topic| ("topic", topic)));
             query.extend(from.as_deref().map(|from| ("from", from)));
@@ -89,7 +94,7 @@ pub(super) fn run(command: QuarantineCommand, out: &mut CommandOutput) -> anyhow
                 print_quarantine_page(&client.get(&path, &query)?, out)
             }
         }
-        QuarantineCommand::Redrive { datasource, offsets, topic } => {
+        QuarantineCommand::Redrive { datasource, offsets, topic, json: as_json } => {
             let path = format!("{}/quarantine/redrive", datasource::path(&datasource)?);
             let mut wanted = json!({});
             if !offsets.is_empty() {
@@ -98,7 +103,7 @@ pub(super) fn run(command: QuarantineCommand, out: &mut CommandOutput) -> anyhow
             if let Some(topic) = topic {
                 wanted["filter"] = topic.into();
             }
-            redrive(&client, &path, &wanted, out)
+            redrive(&client, &path, &wanted, as_json, out)
         }
     }
 }
@@ -129,7 +134,13 @@ fn print_quarantine_page(page: &QuarantinePageAnswer, out: &mut CommandOutput) -
 }
 
 /// Redrives page by page until nothing more is redriven.
-fn redrive(client: &ApiClient, path: &str, wanted: &Value, out: &mut CommandOutput) -> anyhow::Result<()> {
+fn redrive(
+    client: &ApiClient,
+    path: &str,
+    wanted: &Value,
+    as_json: bool,
+    out: &mut CommandOutput,
+) -> anyhow::Result<()> {
     #[derive(Deserialize)]
     struct RedrivePageAnswer {
         redriven: u64,
@@ -147,11 +158,17 @@ fn redrive(client: &ApiClient, path: &str, wanted: &Value, out: &mut CommandOutp
         schema_version: u32,
     }
     loop {
-        let answer: RedrivePageAnswer = client.post(path, wanted)?;
-        let RedrivePageAnswer { redriven, duplicates, failing, errors, more } = answer;
-        writeln!(out, "{redriven} let in, {duplicates} let in before, {failing} still failing")?;
-        for FailingRecordAnswer { offset, topic, pointer, detail, schema_version } in &errors {
-            writeln!(out, "  {offset} {topic}: {pointer} {detail} (version {schema_version})")?;
+        let answer: Value = client.post(path, wanted)?;
+        if as_json {
+            writeln!(out, "{answer}")?;
+        }
+        let RedrivePageAnswer { redriven, duplicates, failing, errors, more } =
+            serde_json::from_value(answer)?;
+        if !as_json {
+            writeln!(out, "{redriven} let in, {duplicates} let in before, {failing} still failing")?;
+            for FailingRecordAnswer { offset, topic, pointer, detail, schema_version } in &errors {
+                writeln!(out, "  {offset} {topic}: {pointer} {detail} (version {schema_version})")?;
+            }
         }
         // Each request tries the failing messages again. If nothing else came, another one is useless.
         if !more || redriven == 0 {
@@ -163,9 +180,9 @@ fn redrive(client: &ApiClient, path: &str, wanted: &Value, out: &mut CommandOutp
 /// `headgate key quarantine`: quarantines the records that a leaked key let in, or restores them.
 pub(super) fn quarantine_leaked_key(
     client: &ApiClient,
-    keys_path: &str,
-    key_id: &str,
+    path: &str,
     since: Option<&str>,
+    as_json: bool,
     out: &mut CommandOutput,
 ) -> anyhow::Result<()> {
     #[derive(Deserialize)]
@@ -180,11 +197,13 @@ pub(super) fn quarantine_leaked_key(
         topic: String,
         records: u64,
     }
-    let key_id = KeyId::parse(key_id)?;
     let wanted = since.map_or_else(|| json!({ "undo": true }), |since| json!({ "since": since }));
-    let answer: LeakQuarantineAnswer = client.post(&format!("{keys_path}/{key_id}/quarantine"), &wanted)?;
-    let LeakQuarantineAnswer { records, topics, last_offset } = answer;
-    writeln!(out, "{records} records that key {key_id} let in are in quarantine")?;
+    let answer: Value = client.post(path, &wanted)?;
+    if as_json {
+        return print_json(&answer, out);
+    }
+    let LeakQuarantineAnswer { records, topics, last_offset } = serde_json::from_value(answer)?;
+    writeln!(out, "{records} records that this key let in are in quarantine")?;
     for LeakedTopicAnswer { datasource, topic, records } in topics {
         writeln!(out, "  {records} of {datasource} {topic}")?;
     }

@@ -10,7 +10,9 @@ use ureq::http::Response;
 
 use super::client::ApiClient;
 use super::datasource;
+use super::key::parse_key_id;
 use super::out::{CommandOutput, table};
+use super::time_argument::TimeArgument;
 use crate::message::{Incarnation, Offset};
 
 /// Records of one table: a long answer is several, so that it starts early.
@@ -27,30 +29,34 @@ pub(super) struct RecordsArgs {
     /// Only this topic, or the topics of an MQTT filter: 'spindle/#'
     #[arg(long)]
     topic: Option<String>,
-    /// Only records received at or after this time: 2026-11-23T09:00:00Z
-    #[arg(long, value_name = "TIME")]
-    from: Option<String>,
+    /// Only records received at or after this time: 2026-11-23T09:00:00Z, or 1h for an hour ago
+    #[arg(long, value_name = "TIME|AGO", value_parser = TimeArgument::parse_past, alias = "since")]
+    from: Option<TimeArgument>,
     /// Only records received before this time
-    #[arg(long, value_name = "TIME")]
-    to: Option<String>,
+    #[arg(long, value_name = "TIME|AGO", value_parser = TimeArgument::parse_past)]
+    to: Option<TimeArgument>,
     /// Only records measured at or after this time; where nobody says when that was, the time of receipt counts
-    #[arg(long, value_name = "TIME")]
-    event_from: Option<String>,
+    #[arg(long, value_name = "TIME|AGO", value_parser = TimeArgument::parse_past)]
+    event_from: Option<TimeArgument>,
     /// Only records measured before this time
-    #[arg(long, value_name = "TIME")]
-    event_to: Option<String>,
+    #[arg(long, value_name = "TIME|AGO", value_parser = TimeArgument::parse_past)]
+    event_to: Option<TimeArgument>,
     /// Only records with this offset or a greater one
     #[arg(long, value_name = "OFFSET")]
     from_offset: Option<Offset>,
     /// Only records with a lower offset
     #[arg(long, value_name = "OFFSET")]
     to_offset: Option<Offset>,
-    /// Only records let in by this key
-    #[arg(long, value_name = "KEY_ID")]
+    /// Only records let in by the key with this id, as `key list` shows it
+    #[arg(long, value_name = "KEY_ID", visible_alias = "key")]
     key_id: Option<String>,
     /// Which come first
     #[arg(long, value_enum, default_value_t = OrderArg::Oldest)]
     order: OrderArg,
+    /// The newest so many, the oldest of them first
+    #[arg(long, value_name = "N", num_args = 0..=1, default_missing_value = "10",
+        value_parser = clap::value_parser!(u64).range(1..), conflicts_with_all = ["order", "limit", "all", "cursor"])]
+    tail: Option<u64>,
     /// Goes on behind this offset, the last one of an earlier answer in the same order
     #[arg(long, value_name = "OFFSET")]
     cursor: Option<Offset>,
@@ -66,6 +72,9 @@ pub(super) struct RecordsArgs {
     /// A table, a JSON object a line (json and ndjson are the same), or CSV
     #[arg(long, value_enum, default_value_t = RecordsFormat::Table)]
     format: RecordsFormat,
+    /// The same as --format json
+    #[arg(long, conflicts_with = "format")]
+    json: bool,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
@@ -104,14 +113,15 @@ impl RecordsArgs {
     /// The query string of the request.
     fn query(&self) -> Vec<(&'static str, String)> {
         let offset = |offset: Option<Offset>| offset.map(|offset| offset.to_string());
+        let time = |time: Option<TimeArgument>| time.map(|time| time.to_string());
         let form = if self.format == RecordsFormat::Csv { "csv" } else { "ndjson" };
         let order = (self.order == OrderArg::Newest).then(|| "newest".to_owned());
         let parameters = [
             ("topic", self.topic.clone()),
-            ("from", self.from.clone()),
-            ("to", self.to.clone()),
-            ("event_from", self.event_from.clone()),
-            ("event_to", self.event_to.clone()),
+            ("from", time(self.from)),
+            ("to", time(self.to)),
+            ("event_from", time(self.event_from)),
+            ("event_to", time(self.event_to)),
             ("from_offset", offset(self.from_offset)),
             ("to_offset", offset(self.to_offset)),
             ("key_id", self.key_id.clone()),
@@ -123,10 +133,44 @@ impl RecordsArgs {
         ];
         parameters.into_iter().filter_map(|(name, value)| Some((name, value?))).collect()
     }
+
+    /// Narrows it to the newest `count` records that it selects: asks for their offsets, newest first, and lets it begin at
+    /// the last of these. So nothing has to be held here, however many they are.
+    fn begin_at_tail(&mut self, client: &ApiClient, count: u64) -> anyhow::Result<()> {
+        #[derive(Deserialize)]
+        struct TailOffset {
+            offset: Offset,
+        }
+        self.limit = count;
+        let form = std::mem::replace(&mut self.format, RecordsFormat::Ndjson);
+        self.order = OrderArg::Newest;
+        let mut answer = request(client, &self.datasource, &self.query())?;
+        (self.order, self.format) = (OrderArg::Oldest, form);
+        let (mut newest, mut oldest) = (None, None);
+        for line in BufReader::new(answer.body_mut().with_config().limit(u64::MAX).reader()).lines() {
+            let TailOffset { offset } = serde_json::from_str(&line.context(BROKEN_OFF)?)?;
+            newest.get_or_insert(offset);
+            oldest = Some(offset);
+        }
+        if let (Some(newest), Some(oldest)) = (newest, oldest) {
+            // What comes in meanwhile is no part of it.
+            (self.from_offset, self.to_offset) = (Some(oldest), Some(newest.saturating_add(1)));
+        }
+        Ok(())
+    }
 }
 
-pub(super) fn run(args: &RecordsArgs, out: &mut CommandOutput) -> anyhow::Result<()> {
+pub(super) fn run(mut args: RecordsArgs, out: &mut CommandOutput) -> anyhow::Result<()> {
+    if let Some(key_id) = &args.key_id {
+        parse_key_id(key_id)?;
+    }
+    if args.json {
+        args.format = RecordsFormat::Json;
+    }
     let client = ApiClient::from_environment()?;
+    if let Some(tail) = args.tail {
+        args.begin_at_tail(&client, tail)?;
+    }
     let mut answer = request(&client, &args.datasource, &args.query())?;
     tell_removed(&answer);
     let body = answer.body_mut().with_config().limit(u64::MAX).reader();

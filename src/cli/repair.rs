@@ -3,7 +3,9 @@
 use std::io::Write;
 use std::path::PathBuf;
 
-use super::out::CommandOutput;
+use serde_json::json;
+
+use super::out::{CommandOutput, print_json};
 use super::serve;
 use crate::config::Config;
 use crate::gateway::{RepairOrder, repair};
@@ -24,6 +26,9 @@ pub(super) struct RepairArgs {
     /// Do it; without this, only say what would be done
     #[arg(long)]
     yes: bool,
+    /// Print what was done as JSON
+    #[arg(long)]
+    json: bool,
 }
 
 pub(super) fn run(args: RepairArgs, out: &mut CommandOutput) -> anyhow::Result<()> {
@@ -33,6 +38,10 @@ pub(super) fn run(args: RepairArgs, out: &mut CommandOutput) -> anyhow::Result<(
     }
     trace::init(&config.trace)?;
     let steps = repair(&config, RepairOrder { apply: args.yes, new_registry: args.new_registry })?;
+    if args.json {
+        let done = args.yes && !steps.is_empty();
+        return print_json(&json!({ "data_dir": config.data_dir, "steps": steps, "done": done }), out);
+    }
     for step in &steps {
         writeln!(out, "{step}")?;
     }

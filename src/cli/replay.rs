@@ -11,7 +11,7 @@ use futures_util::{Stream, StreamExt};
 use hdrhistogram::Histogram;
 use tokio::sync::Semaphore;
 
-use super::session::{MqttClientSession, MqttClientStep, UNACKED_MESSAGES_MAX};
+use super::session::{MqttClientError, MqttClientSession, MqttClientStep, UNACKED_MESSAGES_MAX};
 
 /// The longest latency that is recorded, in nanoseconds; longer ones count as this.
 const LATENCY_NS_MAX: u64 = 60_000_000_000;
@@ -78,7 +78,7 @@ impl ReplayFlow {
                 self.tally.count_acked(1, published.elapsed());
                 return Ok(1);
             }
-            MqttClientStep::Refused(_, why) => bail!("refused: {why}"),
+            MqttClientStep::Refused(_, why) => return Err(MqttClientError::Refused(why).into()),
             MqttClientStep::Connected => return Ok(UNACKED_MESSAGES_MAX.into()),
             // Keep-alive pings bring the loop here even if the gateway sends nothing else.
             MqttClientStep::Disconnected | MqttClientStep::Other => {

@@ -1,7 +1,7 @@
 //! `headgate schema`: shows and sets the JSON Schemas of a datasource's messages, and infers one from
 //! its stored records.
 
-use std::io::{Read, Write};
+use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
 
 use anyhow::Context;
@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 
 use super::client::ApiClient;
 use super::datasource;
-use super::out::CommandOutput;
+use super::out::{CommandOutput, grouped};
 
 #[derive(Debug, clap::Subcommand)]
 pub(super) enum SchemaCommand {
@@ -49,6 +49,7 @@ pub(super) fn run(command: SchemaCommand, out: &mut CommandOutput) -> anyhow::Re
         }
         SchemaCommand::Infer { datasource, by_topic } => {
             let mut answer: Value = client.get(&path(&datasource)?, &[])?;
+            tell_examined(&answer);
             answer[if by_topic { "by_topic" } else { "inferred" }].take()
         }
         SchemaCommand::Set { datasource, file } => {
@@ -62,6 +63,26 @@ pub(super) fn run(command: SchemaCommand, out: &mut CommandOutput) -> anyhow::Re
         }
     };
     Ok(writeln!(out, "{shown:#}")?)
+}
+
+/// Says beside the schema how much was examined for it.
+fn tell_examined(answer: &Value) {
+    let count = |value: &Value| grouped(value.as_u64().unwrap_or_default());
+    let time = |name: &str| answer[name].as_str().unwrap_or("-").to_owned();
+    let mut words = format!("{} records examined", count(&answer["records"]));
+    words.push_str(match answer["complete"].as_bool() {
+        Some(true) => ", all that are stored",
+        _ => ", not all that are stored: numbers and strings are left open",
+    });
+    words.push_str(&format!(", received from {} to {}", time("from"), time("to")));
+    if answer["not_json"].as_u64().is_some_and(|some| some > 0) {
+        words.push_str(&format!("; {} are no JSON, and no schema lets those in", count(&answer["not_json"])));
+    }
+    for (topic, seen) in answer["counts"].as_object().into_iter().flatten() {
+        words.push_str(&format!("\n  {topic}: {}", count(seen)));
+    }
+    // Standard output has the schema alone. Not eprintln!, which panics when standard error is closed.
+    let _ = writeln!(io::stderr(), "{words}");
 }
 
 fn read_schema_file(file: &Path) -> anyhow::Result<Value> {

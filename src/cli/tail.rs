@@ -13,8 +13,8 @@ use serde_json::value::RawValue;
 use super::client::{ApiClient, ProblemAnswer};
 use super::datasource;
 use super::out::CommandOutput;
-use crate::message::{Offset, TimeMicros, now_micros};
-use crate::time::{Rfc3339, parse_time};
+use super::time_argument::TimeArgument;
+use crate::message::Offset;
 
 /// Lines that wait to be printed.
 const LINES_WAITING_MAX: usize = 64;
@@ -32,7 +32,7 @@ pub(super) struct TailArgs {
     #[arg(long)]
     topic: Option<String>,
     /// Begin earlier: so long ago (30s, 15m, 1h, 7d), at an offset, or at a time: 2026-11-23T09:00:00Z
-    #[arg(long, value_name = "AGO|OFFSET|TIME", value_parser = TailStart::parse)]
+    #[arg(long, value_name = "AGO|OFFSET|TIME", value_parser = TailStart::parse, alias = "since")]
     from: Option<TailStart>,
     /// Begin with the last so many
     #[arg(long, value_name = "N", conflicts_with = "from")]
@@ -48,9 +48,8 @@ pub(super) struct TailArgs {
 /// Where a tail begins.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum TailStart {
-    Ago(Duration),
     Offset(Offset),
-    Time(TimeMicros),
+    Time(TimeArgument),
 }
 
 impl TailStart {
@@ -60,33 +59,14 @@ impl TailStart {
         {
             return Ok(Self::Offset(offset));
         }
-        if let Some(time) = parse_time(text) {
-            return Ok(Self::Time(time));
-        }
-        let seconds = |unit| match unit {
-            's' => Some(1),
-            'm' => Some(60),
-            'h' => Some(3_600),
-            'd' => Some(86_400),
-            _ => None,
-        };
-        let ago = || {
-            let unit = text.chars().next_back()?;
-            let count: u64 = text.strip_suffix(unit)?.parse().ok()?;
-            Some(Self::Ago(Duration::from_secs(count.checked_mul(seconds(unit)?)?)))
-        };
-        ago().ok_or_else(|| "it is none of 30s, 15m, 1h, 7d, an offset, and 2026-11-23T09:00:00Z".to_owned())
+        TimeArgument::parse_past(text).map(Self::Time).map_err(|words| format!("{words}, or an offset"))
     }
 
     /// The parameter that says so.
     fn parameter(self) -> (&'static str, String) {
         match self {
-            Self::Ago(ago) => {
-                let ago = TimeMicros::try_from(ago.as_micros()).unwrap_or(TimeMicros::MAX);
-                ("from_time", Rfc3339(now_micros().saturating_sub(ago).max(0)).to_string())
-            }
             Self::Offset(offset) => ("from_offset", offset.to_string()),
-            Self::Time(time) => ("from_time", Rfc3339(time).to_string()),
+            Self::Time(time) => ("from_time", time.to_string()),
         }
     }
 }
@@ -301,24 +281,21 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_tail_begins_ago_at_an_offset_or_at_a_time() {
-        let hour = Duration::from_secs(3_600);
+    fn a_tail_begins_at_an_offset_or_at_a_time() {
         for (text, start) in [
             ("0", TailStart::Offset(0)),
             ("1234", TailStart::Offset(1234)),
-            ("1h", TailStart::Ago(hour)),
-            ("90s", TailStart::Ago(Duration::from_secs(90))),
-            ("2d", TailStart::Ago(48 * hour)),
-            ("1970-01-01T00:00:01Z", TailStart::Time(1_000_000)),
+            ("1970-01-01T00:00:01Z", TailStart::Time(TimeArgument(1_000_000))),
         ] {
             assert_eq!(TailStart::parse(text), Ok(start), "{text}");
         }
+        assert!(matches!(TailStart::parse("1h30m"), Ok(TailStart::Time(_))));
         for bad in ["", "-1", "h", "1w", "1 h", "noon", "99999999999999999999d", "18446744073709551616", "1é"]
         {
             assert!(TailStart::parse(bad).is_err(), "{bad}");
         }
-        let (name, value) = TailStart::Ago(Duration::from_secs(u64::MAX)).parameter();
-        assert_eq!((name, value.as_str()), ("from_time", "1970-01-01T00:00:00.000000Z"));
+        let start = TailStart::parse("99999999999d").expect("a span");
+        assert_eq!(start.parameter(), ("from_time", "1970-01-01T00:00:00.000000Z".to_owned()));
     }
 
     #[test]

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 
 use anyhow::{Context, bail};
 use serde::Deserialize;
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use super::client::ApiClient;
 use super::datasource;
@@ -25,6 +25,9 @@ pub(super) struct ImportArgs {
     /// Give a datasource another id if its own is taken: press-4-2
     #[arg(long)]
     rename: bool,
+    /// Print what was imported as JSON, a line for each datasource
+    #[arg(long)]
+    json: bool,
 }
 
 #[derive(Deserialize)]
@@ -78,6 +81,9 @@ pub(super) fn run_import(args: ImportArgs, out: &mut CommandOutput) -> anyhow::R
             .post(&format!("/v1/import?{rename}"), exported)
             .with_context(|| format!("line {number} ({was}); what is before it is imported"))?;
         match imported.id == was {
+            _ if args.json => {
+                writeln!(out, "{}", json!({ "datasource": imported.id, "was": was, "keys": imported.keys }))?
+            }
             true => writeln!(out, "{was}: {} keys", imported.keys)?,
             false => writeln!(out, "{was} as {}: {} keys", imported.id, imported.keys)?,
         }

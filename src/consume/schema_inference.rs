@@ -1,5 +1,5 @@
-//! Inference: a JSON Schema that the newest stored records of a datasource meet, ready to be enforced,
-//! and an example payload. The schema states only what all of these records have in common: their types,
+//! Inference: a JSON Schema that stored records of a datasource meet, ready to be enforced, and an example payload.
+//! All records are examined if they are few, else the newest and some of every earlier time. The schema states only what all of these records have in common: their types,
 //! the members that every one has, strings that are times, and strings that take only a few values.
 //!
 //! Everything is bounded: the records examined and the depth, width and size of the schema. Beyond a
@@ -8,6 +8,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::OnceLock;
 
+use rusqlite::Connection;
 use serde::Serialize;
 use serde_json::{Map, Value, json};
 
@@ -16,7 +17,8 @@ use crate::limits::{
     INFERENCE_BYTES_MAX, INFERENCE_DEPTH_MAX, INFERENCE_EXAMPLE_BYTES_MAX, INFERENCE_KEY_BYTES_MAX,
     INFERENCE_PARTS_MAX, INFERENCE_RECORDS_MAX, INFERENCE_TOPICS_MAX, SCHEMA_BYTES_MAX,
 };
-use crate::message::DatasourceId;
+use crate::message::{DatasourceId, TimeMicros};
+use crate::time::Rfc3339;
 use crate::validate::json::parse_unique_json;
 use crate::validate::{Schema, WrittenRule};
 
@@ -41,10 +43,20 @@ pub struct Inference {
     pub records: usize,
     /// How many of them are not JSON, or have a member twice: no schema accepts those.
     pub not_json: usize,
+    /// Whether these are all that are stored. If not, the schemas leave open what one more record could easily show: a
+    /// number is any number, and a string any string.
+    pub complete: bool,
+    /// When the oldest of them was received.
+    pub from: Option<Rfc3339>,
+    /// When the newest was.
+    pub to: Option<Rfc3339>,
+    /// How many of them were on each topic that has a schema of its own.
+    pub counts: BTreeMap<String, u64>,
 }
 
 impl RecordsReader {
-    /// Infers schemas from the newest records of a datasource, in the incarnation with this scope.
+    /// Infers schemas from stored records of a datasource, in the incarnation with this scope: from all of them if they are
+    /// few, else from the newest and from some of every earlier time.
     ///
     /// # Errors
     /// [`QueryError::Database`].
@@ -55,23 +67,81 @@ impl RecordsReader {
         };
         stored.read(|connection| {
             let mut observed = DatasourceObservation::default();
-            let Some(id) = row_id_of_scope(connection, scope)? else { return Ok(observed.infer()) };
-            let mut newest = connection.prepare_cached(
-                "SELECT t.topic, e.payload FROM entries e LEFT JOIN topics t ON t.id = e.topic_id
-                 WHERE e.datasource_id = ?1 ORDER BY e.offset DESC LIMIT ?2",
-            )?;
-            let mut bytes = 0;
-            let mut rows = newest.query([id, i64::try_from(INFERENCE_RECORDS_MAX).unwrap_or(i64::MAX)])?;
-            while bytes < INFERENCE_BYTES_MAX
-                && let Some(row) = rows.next()?
-            {
-                let payload = payload_bytes_of_row(row, 1)?;
-                bytes += payload.len();
-                let topic: String = row.get(0)?;
-                observed.observe(&topic, &payload);
+            let Some(id) = row_id_of_scope(connection, scope)? else {
+                observed.is_complete = true;
+                return Ok(observed.infer());
+            };
+            let oldest = observed.observe_newest(connection, id)?;
+            if let Some(oldest) = oldest {
+                observed.observe_earlier(connection, id, oldest)?;
             }
             Ok(observed.infer())
         })
+    }
+}
+
+/// How many of the records that are examined are the newest; the others are spread over the time before.
+const INFERENCE_NEWEST_RECORDS: usize = INFERENCE_RECORDS_MAX / 2;
+/// As many bytes of these.
+const INFERENCE_NEWEST_BYTES: usize = INFERENCE_BYTES_MAX / 2;
+
+impl DatasourceObservation {
+    /// Examines the newest records. Returns the oldest offset of these, if there may be earlier ones.
+    fn observe_newest(&mut self, connection: &Connection, id: i64) -> rusqlite::Result<Option<i64>> {
+        let mut newest = connection.prepare_cached(
+            "SELECT t.topic, e.payload, e.received_us, e.offset FROM entries e LEFT JOIN topics t ON t.id = e.topic_id
+             WHERE e.datasource_id = ?1 ORDER BY e.offset DESC LIMIT ?2",
+        )?;
+        let mut rows = newest.query([id, i64::try_from(INFERENCE_NEWEST_RECORDS).unwrap_or(i64::MAX)])?;
+        let mut oldest = None;
+        while self.bytes < INFERENCE_NEWEST_BYTES {
+            let Some(row) = rows.next()? else {
+                self.is_complete = self.records < INFERENCE_NEWEST_RECORDS;
+                break;
+            };
+            self.observe_row(row)?;
+            oldest = Some(row.get(3)?);
+        }
+        Ok(oldest.filter(|_| !self.is_complete))
+    }
+
+    /// Examines records from below an offset on, at equal distances down to the oldest one.
+    fn observe_earlier(&mut self, connection: &Connection, id: i64, below: i64) -> rusqlite::Result<()> {
+        let first: Option<i64> = connection
+            .prepare_cached("SELECT min(offset) FROM entries WHERE datasource_id = ?1")?
+            .query_row([id], |row| row.get(0))?;
+        let Some(first) = first.filter(|&first| first < below) else {
+            self.is_complete = true;
+            return Ok(());
+        };
+        let mut next = connection.prepare_cached(
+            "SELECT t.topic, e.payload, e.received_us, e.offset FROM entries e LEFT JOIN topics t ON t.id = e.topic_id
+             WHERE e.datasource_id = ?1 AND e.offset >= ?2 AND e.offset < ?3 ORDER BY e.offset LIMIT 1",
+        )?;
+        let steps = i64::try_from(INFERENCE_RECORDS_MAX - INFERENCE_NEWEST_RECORDS).unwrap_or(i64::MAX);
+        let stride = ((below - first) / steps).max(1);
+        self.is_complete = stride == 1 && below - first <= steps;
+        let mut from = first;
+        for _ in 0..steps {
+            let mut rows = next.query([id, from, below])?;
+            let Some(row) = rows.next()? else { return Ok(()) };
+            if self.bytes >= INFERENCE_BYTES_MAX {
+                self.is_complete = false;
+                return Ok(());
+            }
+            self.observe_row(row)?;
+            from = row.get::<_, i64>(3)?.saturating_add(stride);
+        }
+        Ok(())
+    }
+
+    fn observe_row(&mut self, row: &rusqlite::Row<'_>) -> rusqlite::Result<()> {
+        let payload = payload_bytes_of_row(row, 1)?;
+        let (topic, at): (String, TimeMicros) = (row.get(0)?, row.get(2)?);
+        self.bytes += payload.len();
+        self.times = Some(self.times.map_or((at, at), |(from, to)| (from.min(at), to.max(at))));
+        self.observe(&topic, &payload);
+        Ok(())
     }
 }
 
@@ -82,6 +152,11 @@ pub(super) struct DatasourceObservation {
     topics: BTreeMap<String, PayloadObservation>,
     records: usize,
     not_json: usize,
+    bytes: usize,
+    /// When the oldest and the newest were received.
+    times: Option<(TimeMicros, TimeMicros)>,
+    /// All that are stored are among them.
+    pub(super) is_complete: bool,
 }
 
 /// What a set of payloads has in common, with an example.
@@ -90,6 +165,7 @@ struct PayloadObservation {
     shape: InferredShape,
     parts: usize,
     example: Option<Value>,
+    seen: u64,
 }
 
 impl DatasourceObservation {
@@ -109,15 +185,24 @@ impl DatasourceObservation {
         }
     }
 
-    pub(super) fn infer(self) -> Inference {
+    pub(super) fn infer(mut self) -> Inference {
+        if !self.is_complete {
+            self.all.shape.leave_open();
+            self.topics.values_mut().for_each(|topic| topic.shape.leave_open());
+        }
+        let (from, to) = self.times.unzip();
         let mut inference = Inference {
+            complete: self.is_complete,
+            from: from.map(Rfc3339),
+            to: to.map(Rfc3339),
             inferred: (self.records > self.not_json).then(|| self.all.shape.to_schema()),
             example: self.all.example,
             records: self.records,
             not_json: self.not_json,
             ..Inference::default()
         };
-        for (topic, PayloadObservation { shape, example, .. }) in self.topics {
+        for (topic, PayloadObservation { shape, example, seen, .. }) in self.topics {
+            inference.counts.insert(topic.clone(), seen);
             inference.by_topic.push(WrittenRule { filter: topic.clone(), schema: shape.to_schema() });
             inference.examples.extend(example.map(|example| (topic, example)));
         }
@@ -127,6 +212,7 @@ impl DatasourceObservation {
 
 impl PayloadObservation {
     fn observe(&mut self, value: &Value, short: bool) {
+        self.seen += 1;
         self.shape.observe(value, 0, &mut self.parts);
         if short && self.example.is_none() {
             self.example = Some(value.clone());
@@ -170,6 +256,19 @@ struct ObservedMember {
 }
 
 impl InferredShape {
+    /// Leaves open what records that were not examined may easily have: a fraction, or another string.
+    fn leave_open(&mut self) {
+        self.number |= std::mem::take(&mut self.integer);
+        if let Some(strings) = &mut self.strings {
+            strings.choice = None;
+        }
+        if let Some(elements) = &mut self.elements {
+            elements.leave_open();
+        }
+        let members = self.objects.iter_mut().flat_map(|objects| objects.members.values_mut());
+        members.for_each(|member| member.shape.leave_open());
+    }
+
     /// Adds one more value. `parts` counts the members recorded for all values so far.
     fn observe(&mut self, value: &Value, depth: usize, parts: &mut usize) {
         if depth == INFERENCE_DEPTH_MAX {
@@ -303,7 +402,7 @@ mod tests {
     use super::*;
 
     fn inferred(values: &[Value]) -> Value {
-        let mut observed = DatasourceObservation::default();
+        let mut observed = DatasourceObservation { is_complete: true, ..DatasourceObservation::default() };
         values.iter().for_each(|value| observed.observe("t", value.to_string().as_bytes()));
         observed.infer().inferred.expect("there were some")
     }
@@ -341,7 +440,7 @@ mod tests {
 
     #[test]
     fn each_topic_has_a_schema_of_its_own_and_an_example() {
-        let mut observed = DatasourceObservation::default();
+        let mut observed = DatasourceObservation { is_complete: true, ..DatasourceObservation::default() };
         for n in 0..10 {
             observed.observe("temp", format!("{n}").as_bytes());
             observed.observe("state", b"{\"on\": true}");
@@ -362,6 +461,28 @@ mod tests {
         assert_eq!(inference.examples["temp"], json!(0), "the first that was seen: the newest");
         let rules = crate::validate::Rules::default().replace(inference.by_topic).expect("can be set");
         assert!(rules.check("temp", b"7").is_ok() && rules.check("temp", b"{}").is_err());
+    }
+
+    /// A topic whose newest values were whole was called one of integers, and its next fraction was quarantined.
+    #[test]
+    fn what_was_inferred_from_some_leaves_open_what_the_others_may_have() {
+        let mut observed = DatasourceObservation::default();
+        for n in 0..100 {
+            let reading = json!({ "value": n, "unit": "bar", "axes": [n] });
+            observed.observe("t", reading.to_string().as_bytes());
+        }
+        let inference = observed.infer();
+        assert_eq!((inference.complete, &inference.counts["t"]), (false, &100));
+        let expected = json!({
+            "type": "object",
+            "properties": {
+                "value": {"type": "number"},
+                "unit": {"type": "string"},
+                "axes": {"type": "array", "items": {"type": "number"}},
+            },
+            "required": ["axes", "unit", "value"],
+        });
+        assert_eq!(inference.inferred, Some(expected));
     }
 
     #[test]

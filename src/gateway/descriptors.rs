@@ -36,8 +36,8 @@ fn raise_file_limit() -> u64 {
     }
 }
 
-/// Raises the limit on open files, and lowers the maxima of connections that it does not allow.
-pub(super) fn fit_connections(config: &mut Config) {
+/// Raises the limit on open files, and lowers the maxima of connections that it does not allow. Returns the limit.
+pub(crate) fn fit_connections(config: &mut Config) -> u64 {
     let limit = raise_file_limit();
     let segments_max = match config.log.backend {
         LogBackend::Embedded => config.log.retention_bytes / config.log.segment_bytes + 2,
@@ -48,7 +48,7 @@ pub(super) fn fit_connections(config: &mut Config) {
     let of_admin = if config.http.admin.listen.is_some() { HTTP_ADMIN_CONNECTIONS_MAX as u64 } else { 0 };
     let [mqtt, http] = allowed_connections(limit.saturating_sub(of_admin), segments_max, wanted);
     if [mqtt, http] == wanted {
-        return;
+        return limit;
     }
     warn!(
         open_files_max = limit,
@@ -59,6 +59,7 @@ pub(super) fn fit_connections(config: &mut Config) {
          log and the stores. Raise it (LimitNOFILE, ulimit -n) to serve more"
     );
     (config.mqtt.connections_max, config.http.connections_max) = (mqtt, http);
+    limit
 }
 
 /// How many connections of MQTT and HTTP fit into `limit`, if so many of each are wanted.

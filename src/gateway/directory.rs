@@ -11,7 +11,7 @@ use tracing::{error, info, warn};
 use super::member;
 use super::start_advice::explain_io_error;
 use crate::auth::key::is_well_formed;
-use crate::auth::{Actor, ApiKey, Registry, Scope, Scopes};
+use crate::auth::{Actor, Registry, Scope, Scopes};
 use crate::backup::restore::describe_unusable;
 use crate::config::LogBackend;
 use crate::message::{DatasourceId, Offset};
@@ -164,7 +164,7 @@ fn make_admin_key(registry: &Registry, path: &Path) -> anyhow::Result<()> {
         registry.keys(&all).into_iter().filter(|key| *key.label == *ADMIN_KEY_LABEL).collect();
     let admin = Scopes::from_slice(&[Scope::Admin]);
     let (key, secret) = registry.create_key(&Actor::SYSTEM, &all, ADMIN_KEY_LABEL, admin, None)?;
-    if let Err(error) = write_secret(path, &secret) {
+    if let Err(error) = write_secret(path, secret.expose()) {
         // Nobody has its secret. The last one stays, and the next start ends it.
         drop(registry.revoke_key(&Actor::SYSTEM, &all, key.id));
         return Err(explain_io_error("cannot write", path, &error));
@@ -177,7 +177,7 @@ fn make_admin_key(registry: &Registry, path: &Path) -> anyhow::Result<()> {
 }
 
 /// Writes a secret, readable by its owner only, whole or not at all. It replaces a file that is there.
-pub(super) fn write_secret(path: &Path, secret: &ApiKey) -> io::Result<()> {
+pub(crate) fn write_secret(path: &Path, secret: &str) -> io::Result<()> {
     let mut beside = path.as_os_str().to_owned();
     beside.push(".new");
     let beside = Path::new(&beside);
@@ -186,7 +186,7 @@ pub(super) fn write_secret(path: &Path, secret: &ApiKey) -> io::Result<()> {
         _ => {}
     }
     let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(beside)?;
-    writeln!(file, "{}", secret.expose())?;
+    writeln!(file, "{secret}")?;
     file.sync_all()?;
     std::fs::rename(beside, path)?;
     File::open(path.parent().unwrap_or(path))?.sync_all()

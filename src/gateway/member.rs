@@ -327,7 +327,7 @@ fn first_admin_key(registry: &Registry, path: &Path) -> Result<(), RegistryError
     let mut written = None;
     let made = registry.create_first_admin(ADMIN_KEY_LABEL, |secret| {
         written = Some(path);
-        write_secret(path, secret)
+        write_secret(path, secret.expose())
     });
     if !matches!(made, Ok(Some(_)))
         && let Some(path) = written

@@ -35,7 +35,9 @@ use crate::observe::metrics::Metrics;
 
 pub use cluster_settings::change_cluster;
 use consumers::Consumers;
+pub(crate) use descriptors::fit_connections;
 use directory::ADMIN_KEY_FILE;
+pub(crate) use directory::write_secret;
 use fronts::RunningFronts;
 pub use history::{AdoptionOrder, adopt_cluster};
 pub use keep::{back_up_stopped, restore_backup};

@@ -30,7 +30,7 @@ impl RefusalEntry {
 }
 
 /// What is wrong with a key that was never given out.
-fn shape_advice(shape: KeyShape) -> &'static str {
+pub(crate) fn shape_advice(shape: KeyShape) -> &'static str {
     match shape {
         KeyShape { prefix: false, .. } => {
             "what it sent is no Headgate key: those begin with hgk_. Check which secret it was given"

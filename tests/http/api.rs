@@ -521,6 +521,13 @@ fn the_lines_that_connect_a_device_work_as_they_are_pasted() {
         records.iter().all(|record| record["topic"] == "temperature" && record["payload"]["value"] == 21.5)
     );
     assert!(paste("latest").contains("21.5"));
+    assert!(created["connect"]["mosquitto_sub"].as_str().expect("a line").contains(" mosquitto_sub -h "));
+    for (client, line) in created["connect"].as_object().expect("lines") {
+        // The shell's own printf is no process whose arguments others could read.
+        let line = line.as_str().expect("a line");
+        let is_argument = |line: &str| line.contains("$HEADGATE_API_KEY") && !line.contains("printf '%s\\n'");
+        assert!(!line.lines().any(is_argument), "{client}: {line}");
+    }
 }
 
 #[test]

@@ -6,6 +6,7 @@ mod common;
 
 mod api;
 mod cli;
+mod commands;
 mod cors;
 mod dashboard;
 mod environment;

@@ -36,7 +36,7 @@ fn an_operator_rotates_a_key_sees_who_uses_it_and_undoes_it() {
     let secret = rotated["key"]["secret"].as_str().expect("shown once").to_owned();
     assert_eq!(post(&gateway, "press-4", &secret), 200);
 
-    let table = told(&gateway, &["key", "list", "press-4"]);
+    let table = told(&gateway, &["key", "list", "press-4", "--wide"]);
     let offset = format!("offset {}", crate::common::cluster::first_offset());
     for word in ["rotating until", "active", "127.0.0.1", "http", &offset, &source.key_id] {
         assert!(table.contains(word), "{word} in\n{table}");
@@ -65,7 +65,7 @@ fn keys_for_all_datasources_are_made_listed_and_revoked_as_others() {
     let (id, secret) = (id.expect("an id"), secret.expect("a secret"));
     assert_eq!(created["key"]["expires_at"], "2099-01-01T00:00:00.000000Z");
     assert_eq!(post(&gateway, "a", secret), 200);
-    let table = told(&gateway, &["key", "list", "*"]);
+    let table = told(&gateway, &["key", "list", "*", "--wide"]);
     assert!(table.contains("fleet") && table.contains("active until 2099-01-01"), "{table}");
     told(&gateway, &["key", "revoke", "*", id]);
     assert_eq!(post(&gateway, "a", secret), 401);

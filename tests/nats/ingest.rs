@@ -794,5 +794,8 @@ async fn a_datasource_that_is_created_comes_with_a_line_for_nats() {
     let gateway = setup(&dir, &nats).start();
     let answer = gateway.post("/v1/datasources", &gateway.admin_key(), &json!({ "name": "press-4" }));
     let line = answer.json()["connect"]["nats"].as_str().expect("a line").to_owned();
-    assert!(line.contains(&format!("-s {} ", nats.url())) && line.contains("ingest.press-4."), "{line}");
+    assert!(
+        line.contains(&format!("connect(\"{}\")", nats.url())) && line.contains("ingest.press-4."),
+        "{line}"
+    );
 }

@@ -5,6 +5,7 @@
 
 use std::sync::Arc;
 
+use deunicode::deunicode_with_tofu;
 use headgate_format::key::ApiKey;
 use serde_json::{Value, json};
 
@@ -321,7 +322,7 @@ impl Registry {
 
     /// The first free id derived from `name`.
     fn free_id(&self, name: &str) -> Result<DatasourceId, RegistryError> {
-        let id = DatasourceId::from_name(name).ok_or_else(|| {
+        let id = DatasourceId::from_name(&deunicode_with_tofu(name, "-")).ok_or_else(|| {
             let text = "the name has no letter a-z or digit to make an id from: give an id as well";
             RegistryError::InvalidName(text.to_owned())
         })?;

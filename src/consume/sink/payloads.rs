@@ -90,7 +90,7 @@ pub(super) struct PayloadReading<'scope, 'env, 'a> {
 /// Where payloads are read.
 enum ReadingPlace<'scope, 'a> {
     Here(Box<PayloadValues<'a>>),
-    Thread(SyncSender<Vec<StoredPayload<'a>>>, ScopedJoinHandle<'scope, Box<PayloadValues<'a>>>),
+    Thread(SyncSender<Vec<StoredPayload<'a>>>, ScopedJoinHandle<'scope, PayloadValues<'a>>),
 }
 
 impl<'scope, 'env, 'a: 'scope> PayloadReading<'scope, 'env, 'a> {
@@ -131,7 +131,7 @@ impl<'scope, 'env, 'a: 'scope> PayloadReading<'scope, 'env, 'a> {
 
     /// Goes on in a thread of its own, if the system has one. It has the priority of this one.
     fn begin_thread(&mut self) {
-        let (hand_over, handed) = sync_channel::<Box<PayloadValues<'a>>>(1);
+        let (hand_over, handed) = sync_channel::<PayloadValues<'a>>(1);
         let (blocks, taken) = sync_channel::<Vec<StoredPayload<'a>>>(WAITING_BLOCKS_MAX);
         let is_full = self.is_full.clone();
         let reading = move || {
@@ -148,7 +148,7 @@ impl<'scope, 'env, 'a: 'scope> PayloadReading<'scope, 'env, 'a> {
         if let ReadingPlace::Here(values) =
             mem::replace(&mut self.place, ReadingPlace::Thread(blocks, thread))
         {
-            drop(hand_over.send(values));
+            drop(hand_over.send(*values));
         }
     }
 
@@ -163,7 +163,7 @@ impl<'scope, 'env, 'a: 'scope> PayloadReading<'scope, 'env, 'a> {
             ReadingPlace::Thread(blocks, thread) => {
                 drop(blocks.send(block));
                 drop(blocks);
-                *thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+                thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
             }
         }
     }

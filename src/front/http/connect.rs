@@ -1,5 +1,6 @@
-//! Command lines that connect a device, ready to paste into a shell in which `HEADGATE_API_KEY` is set.
-//! None of them contains the key, so that it gets into no shell history and no ticket.
+//! Command lines that connect a device or a reader, ready to paste into a shell in which `HEADGATE_API_KEY` is set.
+//! None of them contains the key, so that it gets into no shell history and no ticket; and none gives it to a program as
+//! an argument, which every user of the machine can read while it runs.
 
 use std::net::{IpAddr, SocketAddr};
 
@@ -23,6 +24,8 @@ pub(super) struct ConnectLines {
     #[serde(skip_serializing_if = "Option::is_none")]
     nats: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
+    mosquitto_sub: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
     latest: Option<String>,
 }
 
@@ -40,15 +43,16 @@ impl ConnectLines {
         // Trusts the certificate authorities of the device's system; for others there is --cafile.
         let (mosquitto_tls, paho_tls) = if *tls { (" --tls-use-os-certs", ", tls={}") } else { ("", "") };
         let publish = |line: String| scopes.allow(Scope::Ingest).then_some(line);
+        let subscribe = |line: String| scopes.allow(Scope::Subscribe).then_some(line);
+        let mosquitto = |program: &str, rest: &str| {
+            mosquitto_line(program, &format!("-h {mqtt_host} -p {mqtt_port}{mosquitto_tls} -q 1 {rest}"))
+        };
         Self {
-            mosquitto_pub: publish(format!(
-                "mosquitto_pub -h {mqtt_host} -p {mqtt_port}{mosquitto_tls} -q 1 -u \"$HEADGATE_API_KEY\" \
-                 -t temperature -m '{{\"value\": 21.5}}'"
-            )),
-            curl: publish(format!(
-                "curl -H \"Authorization: Bearer $HEADGATE_API_KEY\" -H 'Content-Type: application/json' \
-                 -d '{{\"value\": 21.5}}' {base_url}/v1/ingest/{datasource}/temperature"
-            )),
+            mosquitto_pub: publish(mosquitto("mosquitto_pub", "-t temperature -m '{\"value\": 21.5}'")),
+            curl: publish(curl_line(&format!(
+                "-H 'Content-Type: application/json' -d '{{\"value\": 21.5}}' \
+                 {base_url}/v1/ingest/{datasource}/temperature"
+            ))),
             python: publish(format!(
                 "python3 -c 'import os; from paho.mqtt import publish; \
                  publish.single(\"temperature\", \"{{\\\"value\\\": 21.5}}\", qos=1, \
@@ -56,23 +60,48 @@ impl ConnectLines {
                  auth={{\"username\": os.environ[\"HEADGATE_API_KEY\"]}})'  # pip install paho-mqtt"
             )),
             nats: nats_server(&parts.nats_servers).and_then(|server| {
-                let (user, header) = match parts.callout {
-                    Some(_) => ("NATS_USER=device NATS_PASSWORD=\"$HEADGATE_API_KEY\" ", ""),
-                    None => ("", " -H \"Authorization:$HEADGATE_API_KEY\""),
-                };
-                publish(format!(
-                    "{user}nats -s {server} req{header} \
-                     ingest.{datasource}.temperature '{{\"value\": 21.5}}'"
-                ))
+                publish(match parts.callout {
+                    Some(_) => format!(
+                        "NATS_USER=device NATS_PASSWORD=\"$HEADGATE_API_KEY\" nats -s {server} req \
+                         ingest.{datasource}.temperature '{{\"value\": 21.5}}'"
+                    ),
+                    None => nats_script(&server, datasource),
+                })
             }),
-            latest: scopes.allow(Scope::Subscribe).then(|| {
-                format!(
-                    "curl -H \"Authorization: Bearer $HEADGATE_API_KEY\" \
-                     {base_url}/v1/datasources/{datasource}/latest"
-                )
-            }),
+            mosquitto_sub: subscribe(mosquitto("mosquitto_sub", "-t '#' -v")),
+            latest: subscribe(curl_line(&format!("{base_url}/v1/datasources/{datasource}/latest"))),
         }
     }
+}
+
+/// A line with one of mosquitto's clients, which finds the key in its file of options, in a directory of its own that only
+/// this user can read.
+fn mosquitto_line(program: &str, arguments: &str) -> String {
+    format!(
+        "(d=$(mktemp -d); trap 'rm -rf \"$d\"' EXIT INT TERM; printf '%s\\n' \"-u $HEADGATE_API_KEY\" > \"$d/{program}\"; \
+         XDG_CONFIG_HOME=\"$d\" {program} {arguments})"
+    )
+}
+
+/// A line with curl, which reads the header with the key from its standard input.
+fn curl_line(arguments: &str) -> String {
+    format!("printf '%s\\n' \"Authorization: Bearer $HEADGATE_API_KEY\" | curl -H @- {arguments}")
+}
+
+/// A script that sends a message to a NATS server with the key in a header. The command `nats` takes headers as arguments
+/// alone.
+fn nats_script(server: &str, datasource: &DatasourceId) -> String {
+    format!(
+        "python3 - <<'END'  # pip install nats-py\n\
+         import asyncio, nats, os\n\
+         async def main():\n    \
+         client = await nats.connect(\"{server}\")\n    \
+         headers = {{\"Authorization\": os.environ[\"HEADGATE_API_KEY\"]}}\n    \
+         answer = await client.request(\"ingest.{datasource}.temperature\", b'{{\"value\": 21.5}}', headers=headers)\n    \
+         print(answer.data.decode())\n\
+         asyncio.run(main())\n\
+         END"
+    )
 }
 
 /// The first NATS server whose address holds nothing that a shell would interpret.
@@ -107,6 +136,11 @@ impl ConnectAddress {
         let (mqtt, tls) = listener_for(named, parts.mqtt_addr, parts.mqtt_tls_addr);
         Self { base_url, mqtt_host: host_of(mqtt, named), mqtt_port: mqtt.port(), tls }
     }
+}
+
+/// Where HTTP is served to devices, as seen by whoever sent `headers`, over HTTPS or not.
+pub(super) fn http_url(parts: &HttpFrontParts, headers: &HeaderMap, is_https: bool) -> String {
+    ConnectAddress::new(parts, headers, is_https).base_url
 }
 
 /// Where MQTT is served, as seen by whoever sent `headers`: without TLS, then with it; or where the configuration says.

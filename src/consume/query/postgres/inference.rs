@@ -16,7 +16,11 @@ impl PostgresRecords {
     pub(in crate::consume) fn inference(&self, scope: &DatasourceId) -> Result<Inference, QueryError> {
         self.read(|snapshot| {
             let mut observed = DatasourceObservation::default();
-            let Some(id) = row_id_of_scope(snapshot, scope)? else { return Ok(observed.infer()) };
+            let Some(id) = row_id_of_scope(snapshot, scope)? else {
+                observed.is_complete = true;
+                return Ok(observed.infer());
+            };
+            observed.is_complete = true;
             let (mut bytes, mut left) = (0, INFERENCE_RECORDS_MAX);
             snapshot.scan(
                 "SELECT t.topic, coalesce(e.payload_bytes, convert_to(e.payload::text, 'UTF8'))
@@ -25,6 +29,7 @@ impl PostgresRecords {
                 &[&id],
                 |row| {
                     if left == 0 || bytes >= INFERENCE_BYTES_MAX {
+                        observed.is_complete = false;
                         return ControlFlow::Break(());
                     }
                     left -= 1;

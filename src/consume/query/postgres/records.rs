@@ -32,13 +32,13 @@ macro_rules! page_sql {
 
 /// The records of a datasource, and those of a topic; oldest first, and newest first. What is not asked for comes without
 /// its payload: it counts as scanned.
-const RECORDS_PAGE_SQL: [[&str; 2]; 2] = [
+const INDEXED_PAGE_SQL: [[&str; 2]; 2] = [
     [page_sql!("datasource_id", "ASC"), page_sql!("datasource_id", "DESC")],
     [page_sql!("topic_id", "ASC"), page_sql!("topic_id", "DESC")],
 ];
 
-/// Which index to scan (the place in [`RECORDS_PAGE_SQL`]) for which row id, and its first and last offset.
-struct RecordsScan {
+/// Which index to scan (the place in [`INDEXED_PAGE_SQL`]) for which row id, and its first and last offset.
+struct IndexedScan {
     along: usize,
     id: i32,
     first: i64,
@@ -59,7 +59,7 @@ impl PostgresRecords {
         let left = budget.clone();
         self.read(|snapshot| {
             *budget = left.clone();
-            let Some(scan) = RecordsScan::plan(snapshot, query, filter)? else {
+            let Some(scan) = IndexedScan::plan(snapshot, query, filter)? else {
                 return Ok(RecordsPage::default());
             };
             scan.page(snapshot, query, filter, budget)
@@ -67,7 +67,7 @@ impl PostgresRecords {
     }
 }
 
-impl RecordsScan {
+impl IndexedScan {
     /// Chooses index and range. `None` if no record can match.
     fn plan(
         snapshot: &PostgresSnapshot<'_>,
@@ -113,7 +113,7 @@ impl RecordsScan {
         filter: Option<&TopicFilter>,
         budget: &mut PageBudget,
     ) -> Result<RecordsPage, PostgresFault> {
-        let sql = RECORDS_PAGE_SQL[self.along][usize::from(query.order == RecordsOrder::Newest)];
+        let sql = INDEXED_PAGE_SQL[self.along][usize::from(query.order == RecordsOrder::Newest)];
         let regex = filter.filter(|filter| filter.exact().is_none()).map(regex_of);
         let key = query.key_id.map(|key_id| key_id.to_string());
         let [from, to, event_from, event_to] = [

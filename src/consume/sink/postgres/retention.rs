@@ -22,7 +22,7 @@ const PAYLOAD_SIZE_SQL: &str =
     "coalesce(payload_size, octet_length(payload_bytes), octet_length(payload::text), 0)";
 
 /// A stored record that may be removed.
-struct OldRecord {
+struct RemovableRow {
     offset: i64,
     received_at: TimeMicros,
     bytes: u64,
@@ -134,7 +134,7 @@ impl PostgresSink {
     }
 
     /// The oldest records of a datasource in both tables, in the order of their offsets.
-    fn oldest_records(&self, datasource: i32, count: i64) -> Result<Vec<OldRecord>, PostgresError> {
+    fn oldest_records(&self, datasource: i32, count: i64) -> Result<Vec<RemovableRow>, PostgresError> {
         let of = |table: &str| {
             format!(
                 "(SELECT log_offset, received_at, ({PAYLOAD_SIZE_SQL})::bigint AS size, topic_id FROM {table}
@@ -145,7 +145,7 @@ impl PostgresSink {
             &format!("{} UNION ALL {} ORDER BY log_offset LIMIT $2", of("entries"), of("quarantined")),
             &[&datasource, &count],
         )?;
-        let record = |row: &headgate_bridge_postgres::Row| OldRecord {
+        let record = |row: &headgate_bridge_postgres::Row| RemovableRow {
             offset: row.get(0),
             received_at: row.get::<_, PostgresTime>(1).0,
             bytes: row.get::<_, i64>(2).unsigned_abs() + STORED_RECORD_BYTES,
@@ -162,11 +162,11 @@ impl PostgresSink {
         mut over: u64,
         age_us: Option<i64>,
         now: TimeMicros,
-    ) -> Result<Vec<OldRecord>, PostgresError> {
+    ) -> Result<Vec<RemovableRow>, PostgresError> {
         let is_old =
-            |record: &OldRecord| age_us.is_some_and(|age| record.received_at < now.saturating_sub(age));
+            |record: &RemovableRow| age_us.is_some_and(|age| record.received_at < now.saturating_sub(age));
         // Of a clock that was ahead: it is at least as old as what was received after it.
-        let is_of_later = |record: &OldRecord| age_us.is_some() && record.received_at > now;
+        let is_of_later = |record: &RemovableRow| age_us.is_some() && record.received_at > now;
         if over == 0 {
             // Mostly there is nothing to do.
             let first = self.oldest_records(datasource, 1)?;
@@ -204,7 +204,7 @@ impl PostgresSink {
     }
 
     /// Removes these records of a datasource, its oldest ones, in the present transaction.
-    fn remove_records(&mut self, datasource: i32, records: &[OldRecord]) -> Result<(), PostgresError> {
+    fn remove_records(&mut self, datasource: i32, records: &[RemovableRow]) -> Result<(), PostgresError> {
         let offsets: Vec<i64> = records.iter().map(|record| record.offset).collect();
         let last = offsets.last().copied().unwrap_or(-1);
         for table in ["entries", "quarantined"] {
