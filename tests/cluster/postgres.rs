@@ -30,10 +30,12 @@ fn send(gateway: &Gateway, source: &Source, numbers: std::ops::Range<u64>) {
     }
 }
 
-#[test]
-fn gateways_share_it_and_one_that_stood_still_writes_nothing_twice() {
-    let (nats, server) = (NatsServer::start(), PostgresServer::start());
-    let (dir_a, dir_b) = (scratch(), scratch());
+/// Two gateways of a cluster that store into one PostgreSQL; the first one writes, and both have let in a message with 0.
+fn pair(
+    nats: &NatsServer,
+    server: &PostgresServer,
+    dirs: [&std::path::Path; 2],
+) -> (Gateway, Gateway, Source) {
     let start = |dir: &std::path::Path| {
         let setup = Setup::embedded_on(dir)
             .set("log.backend", "jetstream")
@@ -41,7 +43,7 @@ fn gateways_share_it_and_one_that_stood_still_writes_nothing_twice() {
             .set("storage.sinks", "postgres");
         server.stored_into(setup).start()
     };
-    let a = start(dir_a.path());
+    let a = start(dirs[0]);
     wait_for("the first one to write", || {
         (sink(&a)["is_writer"] == true
             && server
@@ -51,13 +53,21 @@ fn gateways_share_it_and_one_that_stood_still_writes_nothing_twice() {
     });
     // The cluster's first gateway has made the admin key for all.
     let admin_key = |dir: &std::path::Path| dir.join("admin.key");
-    std::fs::copy(admin_key(dir_a.path()), admin_key(dir_b.path())).expect("the admin key is there");
-    let b = start(dir_b.path());
+    std::fs::copy(admin_key(dirs[0]), admin_key(dirs[1])).expect("the admin key is there");
+    let b = start(dirs[1]);
     let source = a.create("press-4");
     wait_for("the second one to know the key", || {
         (b.request("POST", "/v1/ingest/press-4/t", &source.key, &[], b"{\"n\": 0}").status == 200)
             .then_some(())
     });
+    (a, b, source)
+}
+
+#[test]
+fn gateways_share_it_and_one_that_stood_still_writes_nothing_twice() {
+    let (nats, server) = (NatsServer::start(), PostgresServer::start());
+    let (dir_a, dir_b) = (scratch(), scratch());
+    let (a, b, source) = pair(&nats, &server, [dir_a.path(), dir_b.path()]);
     send(&a, &source, 1..100);
     wait_for("the second one to see that the first one writes", || {
         let sink = sink(&b);
@@ -89,4 +99,34 @@ fn gateways_share_it_and_one_that_stood_still_writes_nothing_twice() {
     let rows = server.sql("SELECT count(*), count(DISTINCT payload->>'n'), min(payload->>'n'), count(DISTINCT log_offset) FROM records");
     assert_eq!(rows, ["500|500|0|500"]);
     assert_eq!(server.sql("SELECT count(*) FROM samples"), ["500"]);
+}
+
+#[test]
+fn all_answer_from_it_and_one_removes_what_is_over_a_limit() {
+    let (nats, server) = (NatsServer::start(), PostgresServer::start());
+    let (dir_a, dir_b) = (scratch(), scratch());
+    let (a, b, source) = pair(&nats, &server, [dir_a.path(), dir_b.path()]);
+    send(&a, &source, 1..30);
+    send(&b, &source, 30..60);
+    let admin = a.admin_key();
+    let page = |gateway: &Gateway| {
+        let answer = gateway.get("/v1/datasources/press-4/records?limit=1000", &admin);
+        assert_eq!(answer.status, 200, "{}", answer.text());
+        answer.json()
+    };
+    let count = |page: &Value| page["records"].as_array().map(Vec::len);
+    wait_for("all to be stored", || (count(&page(&a)) == Some(60)).then_some(()));
+    assert_eq!(page(&a), page(&b));
+    // What 20 of them take.
+    let limits = json!({ "limits": { "stored_bytes": 20 * (64 + 9) } }).to_string();
+    let headers = [("content-type", "application/json")];
+    let answer = b.request("PATCH", "/v1/datasources/press-4", &admin, &headers, limits.as_bytes());
+    assert_eq!(answer.status, 200, "{}", answer.text());
+    let left = wait_for("the oldest to be removed", || {
+        Some(page(&b)).filter(|page| count(page) <= Some(20) && page["removed_below"].is_u64())
+    });
+    assert_eq!(page(&a), left);
+    assert_eq!(count(&left), Some(20), "{left}");
+    assert_eq!(left["records"][19]["payload"]["n"], 59);
+    assert_eq!(server.sql("SELECT count(*) FROM samples"), ["20"]);
 }

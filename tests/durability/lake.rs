@@ -58,18 +58,21 @@ print(json.dumps({"types": types, "rows": rows, "hot": hot["v_temp"].to_list(), 
 os._exit(0)
 "#;
 
+/// The rows of a lake by offset.
+type LakeRows = BTreeMap<u64, Vec<Value>>;
+
 /// A gateway with both sinks, the lake's commits a second apart.
 fn lake_setup(dir: &Path) -> Setup {
     Setup::embedded_on(dir).set("storage.sinks", "sqlite,delta").set("storage.delta.interval_s", 1)
 }
 
-/// The rows of a lake by offset. None is there twice.
-fn rows_in(place: &str, options: &str) -> BTreeMap<u64, Vec<Value>> {
+/// What a lake has. No record is there twice.
+fn rows_in(place: &str, options: &str) -> LakeRows {
     try_rows_in(place, options).unwrap_or_else(|why| panic!("{why}"))
 }
 
 /// The same; what the reader says if it cannot read, as when a purge takes the files of the version that it reads.
-fn try_rows_in(place: &str, options: &str) -> Result<BTreeMap<u64, Vec<Value>>, String> {
+fn try_rows_in(place: &str, options: &str) -> Result<LakeRows, String> {
     let output = python(READ, &[place, options]);
     if !output.status.success() {
         return Err(String::from_utf8_lossy(&output.stderr).into_owned());
@@ -83,7 +86,7 @@ fn try_rows_in(place: &str, options: &str) -> Result<BTreeMap<u64, Vec<Value>>, 
 }
 
 /// Those of the lake in a data directory.
-fn rows(dir: &Path) -> BTreeMap<u64, Vec<Value>> {
+fn rows(dir: &Path) -> LakeRows {
     rows_in(dir.join("lake").to_str().expect("a path in UTF-8"), "{}")
 }
 
@@ -106,7 +109,7 @@ fn send(gateway: &Gateway, source: &Source, numbers: std::ops::Range<u64>) {
 }
 
 /// Asserts that a lake has what the log of a stopped gateway has.
-fn assert_has_the_log(in_lake: &BTreeMap<u64, Vec<Value>>, dir: &Path, acked: usize) {
+fn assert_has_the_log(in_lake: &LakeRows, dir: &Path, acked: usize) {
     let in_log = kept::in_log(dir);
     eprintln!("acknowledged {acked}, in the log {}, in the lake {}", in_log.len(), in_lake.len());
     assert!(in_log.len() >= acked);
@@ -284,7 +287,7 @@ fn rows_of_leaked_keys_and_purged_datasources_leave_the_lake() {
     for source in [&press, &boiler] {
         send(&gateway, source, 0..10);
     }
-    let in_lake_when = |holds: &dyn Fn(&BTreeMap<u64, Vec<Value>>) -> bool| {
+    let in_lake_when = |holds: &dyn Fn(&LakeRows) -> bool| {
         wait_for("the lake to follow", || {
             let place = dir.path().join("lake");
             let rows = try_rows_in(place.to_str().expect("a path in UTF-8"), "{}").ok()?;

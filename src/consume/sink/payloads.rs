@@ -89,14 +89,14 @@ pub(super) struct PayloadReading<'scope, 'env, 'a> {
 
 /// Where payloads are read.
 enum ReadingPlace<'scope, 'a> {
-    Here(PayloadValues<'a>),
+    Here(Box<PayloadValues<'a>>),
     Thread(SyncSender<Vec<StoredPayload<'a>>>, ScopedJoinHandle<'scope, PayloadValues<'a>>),
 }
 
 impl<'scope, 'env, 'a: 'scope> PayloadReading<'scope, 'env, 'a> {
     pub(super) fn new(scope: &'scope Scope<'scope, 'env>, values: PayloadValues<'a>) -> Self {
         let (block, is_full) = Default::default();
-        Self { scope, place: ReadingPlace::Here(values), block, block_bytes: 0, count: 0, is_full }
+        Self { scope, place: ReadingPlace::Here(Box::new(values)), block, block_bytes: 0, count: 0, is_full }
     }
 
     /// Takes the next payload. Returns whether it takes more.
@@ -148,7 +148,7 @@ impl<'scope, 'env, 'a: 'scope> PayloadReading<'scope, 'env, 'a> {
         if let ReadingPlace::Here(values) =
             mem::replace(&mut self.place, ReadingPlace::Thread(blocks, thread))
         {
-            drop(hand_over.send(values));
+            drop(hand_over.send(*values));
         }
     }
 
@@ -158,7 +158,7 @@ impl<'scope, 'env, 'a: 'scope> PayloadReading<'scope, 'env, 'a> {
         match self.place {
             ReadingPlace::Here(mut values) => {
                 values.read_all(&block);
-                values
+                *values
             }
             ReadingPlace::Thread(blocks, thread) => {
                 drop(blocks.send(block));

@@ -483,10 +483,10 @@ impl ConnectionServer {
                     leaving = true;
                     clock.streams().close(false);
                     clock.await_stream_ends();
-                    if !closing.swap(true, Ordering::Relaxed) {
-                        if let Some(connection) = served.of_hyper() {
-                            connection.graceful_shutdown();
-                        }
+                    if !closing.swap(true, Ordering::Relaxed)
+                        && let Some(connection) = served.of_hyper()
+                    {
+                        connection.graceful_shutdown();
                     }
                 }
                 // An idle connection ends at once, a busy one when its requests are answered. A stream is told to end.

@@ -112,7 +112,7 @@ impl OpenExchanges {
         let (mut state, now) = (self.state.lock(), Instant::now());
         match state.open.get_mut(&id) {
             Some(exchange) => match exchange.kept {
-                Some(known) if known.generation == kept.generation => {}
+                Some(known) if known.generation == kept.generation && known.epoch == kept.epoch => {}
                 _ => {
                     (exchange.kept, exchange.row) = (Some(kept), None);
                     exchange.due = now + delay;
@@ -183,10 +183,18 @@ impl OpenExchanges {
         is_own: bool,
     ) -> bool {
         let mut state = self.state.lock();
-        match state.open.get_mut(&id) {
+        let OpenExchangesState { open, counts, .. } = &mut *state;
+        match open.get_mut(&id) {
             Some(exchange) if exchange.kept.is_none_or(|known| known.generation == kept.generation) => {
                 exchange.row = exchange.row.max(Some(revision));
-                exchange.kept = Some(kept);
+                // One that lies beyond an earlier state from which the log went on may have been kept anew.
+                if exchange.kept.is_none_or(|known| known.epoch <= kept.epoch) {
+                    exchange.kept = Some(kept);
+                }
+                if !exchange.is_counted {
+                    exchange.is_counted = true;
+                    *counts.entry(exchange.datasource.clone()).or_default() += 1;
+                }
             }
             Some(_) => return false,
             None if is_own => return false,

@@ -5,6 +5,7 @@ use rusqlite::Connection;
 
 use crate::consume::sink::sqlite::{RECORDS_FILE_NAME, SqliteSink};
 use crate::consume::testing::record;
+use crate::limits::GATHERED_KEYS_MAX;
 use crate::log::{IncarnationStep, WithheldChange, WithheldRule, WithheldRules};
 use crate::message::{DatasourceId, KeyId, Offset, RecordFlags, RecordRef, TimeMicros};
 use crate::seeded_random::SeededRandom;
@@ -23,6 +24,8 @@ const PAYLOADS: [&str; 7] = [
 
 /// Topic, key, offset, time and value of a sample, the value as its bits.
 type Row = (i64, String, i64, i64, u64);
+/// Topic, key, value and offset of a newest value.
+type NewestRow = (String, String, String, i64);
 
 fn stored_samples(connection: &Connection) -> Vec<Row> {
     let mut select = connection
@@ -167,7 +170,7 @@ fn the_samples_are_those_of_the_stored_payloads_whatever_happens() {
 }
 
 /// What a store holds of samples and newest values.
-fn all_values(path: &std::path::Path) -> (Vec<Row>, Vec<(String, String, String, i64)>) {
+fn all_values(path: &std::path::Path) -> (Vec<Row>, Vec<NewestRow>) {
     let connection = Connection::open(path).expect("opens");
     let mut select = connection
         .prepare("SELECT topic, key, CAST(value AS TEXT), offset FROM latest ORDER BY topic, key")
@@ -179,8 +182,11 @@ fn all_values(path: &std::path::Path) -> (Vec<Row>, Vec<(String, String, String,
 
 #[test]
 fn a_large_transaction_whose_payloads_another_thread_reads_stores_what_small_ones_do() {
-    let payloads: Vec<String> =
-        (0..12_345).map(|n| format!(r#"{{"t": {n}.5, "k{}": {}}}"#, n % 7, n % 11)).collect();
+    // With more keys than one transaction gathers.
+    let payload =
+        |n: usize| format!(r#"{{"t": {n}.5, "k{}": {}, "x{n}": 1, "y{n}": 2, "z{n}": 3}}"#, n % 7, n % 11);
+    let payloads: Vec<String> = (0..12_345).map(payload).collect();
+    assert!(3 * payloads.len() > GATHERED_KEYS_MAX);
     let topics = ["a", "b", "c"];
     let records = || {
         (0..).zip(&payloads).map(|(offset, payload)| {
@@ -202,7 +208,7 @@ fn a_large_transaction_whose_payloads_another_thread_reads_stores_what_small_one
         all_values(&path)
     };
     let small = stored(1_000);
-    assert_eq!(small.0.len(), 2 * payloads.len());
+    assert_eq!(small.0.len(), 5 * payloads.len());
     assert!(stored(payloads.len()) == small);
     assert!(stored(7_777) == small);
 }
