@@ -171,7 +171,7 @@ fn redrive(
             }
         }
         // Each request tries the failing messages again. If nothing else came, another one is useless.
-        if !more || redriven == 0 {
+        if !more || redriven + duplicates == 0 {
             return Ok(());
         }
     }

@@ -82,6 +82,8 @@ async fn serve(mut served: ServedConfig, out: &mut CommandOutput) -> anyhow::Res
             started = Gateway::start(config.clone()) => started?,
             () = signals.asked() => return Ok(()),
         };
+        // What was read again since the process began holds on.
+        gateway.apply_live(&served.newest);
         // Devices are served whether or not anybody reads these lines.
         if let Err(error) = announce(&gateway, out) {
             let error = anyhow::Error::new(error);

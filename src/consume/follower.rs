@@ -50,6 +50,8 @@ pub(super) enum NextRound {
     AtTail,
     /// After this time, or once somebody [waits](FollowerControl::request_offset) for a record that is not consumed yet.
     After(Duration),
+    /// After this time: another gateway does the work.
+    Elsewhere(Duration),
     /// Now.
     Again,
 }
@@ -173,6 +175,8 @@ impl FollowerControl {
                         NextRound::AtTail if stop.is_some() => break,
                         NextRound::AtTail => log.wait_blocking(consumer.cursor(), FOLLOWER_WAIT_SLICE),
                         NextRound::After(time) => self.pause(time, |asked| asked.wanted > consumer.cursor()),
+                        NextRound::Elsewhere(_) if stop.is_some() => break,
+                        NextRound::Elsewhere(time) => self.pause(time, |_| false),
                         NextRound::Again => {}
                     }
                 }

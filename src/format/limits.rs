@@ -166,6 +166,8 @@ pub const BROWSER_SESSION_IDLE_MAX: std::time::Duration = std::time::Duration::f
 pub const BROWSER_SESSION_AGE_MAX: std::time::Duration = std::time::Duration::from_secs(12 * 3_600);
 /// Live views that one key may have open.
 pub const LIVE_WATCHERS_PER_KEY_MAX: usize = 16;
+/// ... with the keys of one datasource.
+pub const LIVE_WATCHERS_PER_DATASOURCE_MAX: usize = 64;
 /// Live views that may be open in all.
 pub const LIVE_WATCHERS_MAX: usize = 256;
 /// Datasources that the live view lists.

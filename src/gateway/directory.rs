@@ -2,7 +2,7 @@
 
 use std::fs::{File, OpenOptions, Permissions};
 use std::io::{self, Write};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt, fchown};
 use std::path::Path;
 
 use anyhow::bail;
@@ -176,6 +176,17 @@ fn make_admin_key(registry: &Registry, path: &Path) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// Gives a new file to the owner of the one that it replaces, or of the directory: whoever renews the gateway's files with a
+/// command may be root.
+fn keep_owner(file: &File, path: &Path) -> io::Result<()> {
+    let own = file.metadata()?;
+    let owner = std::fs::metadata(path).or_else(|_| std::fs::metadata(path.parent().unwrap_or(path)))?;
+    if own.uid() == 0 && (owner.uid(), owner.gid()) != (own.uid(), own.gid()) {
+        fchown(file, Some(owner.uid()), Some(owner.gid()))?;
+    }
+    Ok(())
+}
+
 /// Writes a secret, readable by its owner only, whole or not at all. It replaces a file that is there.
 pub(crate) fn write_secret(path: &Path, secret: &str) -> io::Result<()> {
     let mut beside = path.as_os_str().to_owned();
@@ -186,6 +197,7 @@ pub(crate) fn write_secret(path: &Path, secret: &str) -> io::Result<()> {
         _ => {}
     }
     let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(beside)?;
+    keep_owner(&file, path)?;
     writeln!(file, "{secret}")?;
     file.sync_all()?;
     std::fs::rename(beside, path)?;

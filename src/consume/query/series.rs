@@ -208,7 +208,7 @@ impl SeriesReading {
             // Nothing says which steps there would be.
             (None, ..) => (0, 0, Vec::new()),
         };
-        if chunks.len() > SERIES_CHUNKS_MAX {
+        if chunks.len() > SERIES_CHUNKS_MAX || place.as_ref().is_some_and(SeriesPlace::is_too_much) {
             return Err(SeriesError::TooMuch);
         }
         chunks.reverse();

@@ -140,7 +140,7 @@ impl StorageFollower {
         }
         Ok(match round? {
             StorageRound::AtTail => NextRound::AtTail,
-            StorageRound::OtherWriter => NextRound::After(OTHER_WRITER_INTERVAL),
+            StorageRound::OtherWriter => NextRound::Elsewhere(OTHER_WRITER_INTERVAL),
             StorageRound::Stored { records } if records < SMALL_TRANSACTION_RECORDS => {
                 let took = begun.elapsed();
                 let interval = (took * SMALL_TRANSACTION_INTERVAL_TIMES)
@@ -203,8 +203,8 @@ impl StorageFollower {
         let first = self.log.first_offset();
         let has_records = cursor >= first && cursor < self.log.next_offset();
         let batches = match has_records {
-            true => self.log.read(cursor, STORAGE_TRANSACTION_BYTES)?,
-            false => Vec::new(),
+            true => self.log.read(cursor, STORAGE_TRANSACTION_BYTES),
+            false => Ok(Vec::new()),
         };
         // What was read comes after the rules that say which incarnation it is of: they are followed first.
         let withheld = self.log.withheld();
@@ -214,6 +214,12 @@ impl StorageFollower {
             is_reconciled = sink.reconcile_some(withheld)?;
             self.shared.withheld.send_replace(sink.withheld_version());
         }
+        if sink.cursor() != cursor {
+            // Another writer has come on, and the sink goes on behind that: what was read is not what comes next.
+            return Ok(StorageRound::Stored { records: 0 });
+        }
+        // Rules are followed also while the log cannot be read.
+        let batches = batches?;
         if cursor < first {
             sink.store(&mut std::iter::empty(), first, sync)?;
             error!(

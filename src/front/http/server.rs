@@ -385,7 +385,9 @@ impl ConnectionServer {
         let ArrivedConnection { stream, peer, entry } = arrived;
         let (unread, closing) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicBool::new(false)));
         let fault = Arc::new(OnceLock::new());
-        let eviction = entry.eviction().clone();
+        // Held to the end: a long answer goes on without hyper, and without what its service holds.
+        let place = entry.clone();
+        let eviction = place.eviction();
         let keys = Arc::new(PresentedKeys::default());
         let clock = RequestClock::start();
         let mut deadline = RequestDeadline::new(clock.clone(), &self.config);

@@ -110,6 +110,14 @@ impl AdmittedHistory {
         replicas: usize,
     ) -> Result<FollowedHistory, AdmissionError> {
         let found = HistoryFindings::ask(nats, streams).await?;
+        if let Some(now) = &found.history
+            && (now.epoch > self.cluster.epoch || now.id != self.cluster.id)
+        {
+            return Err(AdmissionError::Failed(
+                "the cluster goes on from another state of its log since this start began: start again"
+                    .to_owned(),
+            ));
+        }
         let Some(mut cluster) = found.history.clone().filter(|history| history.epoch == self.cluster.epoch)
         else {
             return Err(AdmissionError::Away("the cluster's history is being changed".to_owned()));

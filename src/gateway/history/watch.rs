@@ -88,6 +88,7 @@ impl HistoryWatch {
                 Ok(HistoryVerdict::Broken(text)) => {
                     // Whoever decides has to know what this gateway knows.
                     self.save_followed().await;
+                    self.save_copy().await;
                     self.gate.close(text);
                     continue;
                 }
@@ -134,15 +135,19 @@ impl HistoryWatch {
         }
     }
 
-    /// Writes what was followed, and the copy of the registry, if it is time.
+    /// Writes what was followed, and the copy of the registry, as often as they may be.
     async fn save(&mut self) {
         if self.saved_at.elapsed() >= FOLLOWED_SAVE_INTERVAL_MIN {
             self.save_followed().await;
         }
-        let (copied, due) = self.copied;
-        if due > Instant::now() {
-            return;
+        if self.copied.1 <= Instant::now() {
+            self.save_copy().await;
         }
+    }
+
+    /// Writes the copy of the registry, if it has changed.
+    async fn save_copy(&mut self) {
+        let copied = self.copied.0;
         let (registry, dir, begun) = (self.registry.clone(), self.dir.clone(), Instant::now());
         let copying = move || {
             let revision = registry.applied_revision();

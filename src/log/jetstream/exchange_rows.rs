@@ -16,7 +16,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use headgate_bridge_nats::kv::{KvPut, KvRevision, KvUpdate, KvWatchProgress};
+use headgate_bridge_nats::kv::{KvPut, KvRevision, KvRow, KvUpdate, KvWatchProgress};
 use headgate_bridge_nats::stream::StoredMessage;
 use headgate_bridge_nats::{KvBucket, KvBucketSettings, KvError, KvWrites, Nats, StreamError};
 use serde::{Deserialize, Serialize};
@@ -105,10 +105,12 @@ impl ExchangeRows {
         let seen = watch.seen();
         let away = |_| KvError::Away(format!("bucket {EXCHANGES_BUCKET_NAME}: it cannot be read"));
         let first = timeout(EXCHANGES_OPEN_TIMEOUT, watch.next()).await.map_err(away)?;
+        wait_for_releases(&once, &first).await;
         apply_update(&exchanges, &once, &stale, first);
         let watching = tokio::spawn(async move {
             loop {
                 let update = watch.next().await;
+                wait_for_releases(&once, &update).await;
                 apply_update(&exchanges, &once, &stale, update);
             }
         });
@@ -164,6 +166,22 @@ async fn remove_stale(bucket: KvBucket, mut stale: mpsc::UnboundedReceiver<(Once
         while matches!(bucket.put_all(std::slice::from_ref(&put), None).await, Err(KvError::Away(_))) {
             sleep(REMOVAL_RETRY_PAUSE).await;
         }
+    }
+}
+
+/// Waits until this gateway knows of each release that came before a row: the row was written after it, and says what
+/// is open now.
+async fn wait_for_releases(once: &ExchangeGenerations, update: &KvUpdate) {
+    let seems_over = |row: &KvRow| {
+        let kept = row.value.as_deref().and_then(ExchangeRow::decode);
+        let current = OnceId::from_hex(&row.key).and_then(|id| once.generation(id));
+        kept.is_some_and(|(_, kept)| current.is_some_and(|current| Some(current.number) != kept.generation))
+    };
+    while update.rows.iter().any(seems_over) {
+        if once.sync().await.is_ok() {
+            return;
+        }
+        sleep(REMOVAL_RETRY_PAUSE).await;
     }
 }
 
@@ -279,7 +297,8 @@ pub(super) async fn find_open_exchanges(
         let page = shared.stream.get(next, 1_000, 8 << 20).await?;
         let Some(last) = page.last() else { return Ok(()) };
         next = last.sequence + 1;
-        page.iter().for_each(|message| note_exchange(shared, message));
+        let records = page.iter().filter(|message| !shared.fences.shut_out(message));
+        records.for_each(|message| note_exchange(shared, message));
     }
     Ok(())
 }

@@ -161,7 +161,16 @@ pub(super) async fn fence_keys(shared: Arc<JetstreamLogShared>, keys: Vec<KeyId>
         // The id keeps the fence of another gateway from being followed by this one's.
         let (subject, id) = (fence_subject(&key_id), format!("fence-{key_id}"));
         while !shared.fences.has(key_id) {
+            // What is there now may be another stream: an offset of it says nothing.
+            if shared.gate.is_in_doubt() {
+                sleep(FENCE_RETRY_PAUSE).await;
+                continue;
+            }
+            let followed = shared.tail.next_offset();
             match shared.stream.put(&subject, &id).await {
+                Ok(ack) if !ack.duplicate && ack.sequence < followed => {
+                    shared.gate.note_lower_ack(ack.sequence, followed);
+                }
                 Ok(ack) => shared.fences.raise(key_id, ack.sequence),
                 Err(error) => {
                     warn!(%key_id, %error, "the end of a key is not in the stream yet; trying again");

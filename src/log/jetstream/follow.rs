@@ -83,7 +83,6 @@ impl JetstreamLogFollower {
         // A consumer that ends meanwhile has no successor before the next turn.
         while let Some(stored) = message.take_if(|stored| stored.sequence < end) {
             bytes += stored.payload.len();
-            note_exchange(&self.shared, &stored);
             self.stored.push(stored);
             if self.stored.len() < FOLLOW_BATCH_MESSAGES_MAX && bytes < FOLLOW_BATCH_BYTES_MAX {
                 message = self.follower.try_next();
@@ -92,9 +91,11 @@ impl JetstreamLogFollower {
         let at_end = message.is_some();
         let mut stored = std::mem::take(&mut self.stored);
         let shut_out = |message: &StoredMessage| self.shared.fences.note_shut_out(message);
-        for batch in gather_batches(&stored, self.next_offset(), &self.shared, shut_out) {
-            self.push(batch);
-        }
+        let batches = gather_batches(&stored, self.next_offset(), &self.shared, shut_out);
+        // Now all fences among them are known: what is behind one has opened nothing.
+        let records = stored.iter().filter(|message| !self.shared.fences.shut_out(message));
+        records.for_each(|message| note_exchange(&self.shared, message));
+        batches.into_iter().for_each(|batch| self.push(batch));
         stored.clear();
         self.stored = stored;
         // The stream has no records between here and `end`.

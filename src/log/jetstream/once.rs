@@ -125,7 +125,7 @@ impl ExchangeGenerations {
         released: impl Fn(OnceId, u64) + Send + Sync + 'static,
     ) -> Result<Self, KvError> {
         let bucket = KvBucket::open(nats, &once_bucket_settings(replicas, window)).await?;
-        let known = Arc::new(RwLock::new(HashMap::new()));
+        let known: Arc<RwLock<HashMap<OnceId, Generation>>> = Arc::default();
         let mut watch = bucket.watch();
         let seen = watch.seen();
         let away = |_| KvError::Away(format!("bucket {ONCE_BUCKET_NAME}: it cannot be read"));
@@ -136,7 +136,13 @@ impl ExchangeGenerations {
                 for row in &update.rows {
                     let number =
                         row.value.as_deref().and_then(|value| Generation::decode(value, row.revision));
-                    if let (Some(id), Some(generation)) = (OnceId::from_hex(&row.key), number) {
+                    // This gateway's own releases are known before they come here, and may be followed by others.
+                    if let (Some(id), Some(generation)) = (OnceId::from_hex(&row.key), number)
+                        && watcher
+                            .read()
+                            .get(&id)
+                            .is_none_or(|known: &Generation| known.revision <= row.revision)
+                    {
                         released(id, generation.number);
                     }
                 }

@@ -9,7 +9,7 @@ use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
 use bytes::Bytes;
-use headgate_bridge_nats::kv::{KvPut, KvRow};
+use headgate_bridge_nats::kv::{KvPut, KvRevision, KvRow};
 use headgate_bridge_nats::{KvBucket, KvError};
 use serde::{Deserialize, Serialize};
 
@@ -146,7 +146,9 @@ impl RegistryMending {
         end: Offset,
     ) -> Result<Self, RegistryError> {
         let mut present: HashMap<String, Bytes> = HashMap::new();
-        for KvRow { key, value, .. } in bucket.watch().next().await.rows {
+        let mut revisions: HashMap<String, KvRevision> = HashMap::new();
+        for KvRow { key, value, revision } in bucket.watch().next().await.rows {
+            revisions.insert(key.clone(), revision);
             if let Some(value) = value {
                 present.insert(key, value);
             }
@@ -161,11 +163,14 @@ impl RegistryMending {
             let is_revival =
                 !is_dead(of_copy.as_ref()) && of_bucket.as_ref().is_some_and(|row| is_dead(row.as_ref()));
             let is_other = is.is_none_or(|is| is[..] != *value.as_bytes());
-            if is_end || (is_restored && is_other && !is_revival) {
+            // Written after the copy was made.
+            let is_newer = is.is_some()
+                && copy.zip(revisions.get(name)).is_some_and(|(copy, revision)| *revision > copy.revision);
+            if is_end || (is_restored && is_other && !is_revival && !is_newer) {
                 mending.ended_keys += usize::from(is_end);
                 mending.restored_rows += usize::from(!is_end);
                 present.insert(name.clone(), value.clone().into());
-                mending.put(name, value.clone().into());
+                mending.put(name, value.clone().into(), &revisions);
             }
         }
         for (name, value) in &present {
@@ -174,7 +179,7 @@ impl RegistryMending {
                     row.first_offset = Some(end);
                     let row = RegistryRow::Incarnation(version, row);
                     mending.puts.retain(|put| put.key != *name);
-                    mending.put(name, row.value().unwrap_or_default().into());
+                    mending.put(name, row.value().unwrap_or_default().into(), &revisions);
                     mending.set_back_rows += 1;
                 }
                 row @ Some(RegistryRow::Key(..)) if !is_dead(row.as_ref()) => mending.live_keys += 1,
@@ -184,8 +189,10 @@ impl RegistryMending {
         Ok(mending)
     }
 
-    fn put(&mut self, name: &str, value: Bytes) {
-        self.puts.push(KvPut { key: name.to_owned(), value: Some(value), expected: None });
+    /// Nobody may have changed the row meanwhile.
+    fn put(&mut self, name: &str, value: Bytes, revisions: &HashMap<String, KvRevision>) {
+        let expected = Some(revisions.get(name).copied().unwrap_or_default());
+        self.puts.push(KvPut { key: name.to_owned(), value: Some(value), expected });
     }
 
     /// Writes what is to be put right.

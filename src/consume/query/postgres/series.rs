@@ -10,7 +10,7 @@ use crate::consume::query::QueryError;
 use crate::consume::query::series::SeriesQuery;
 use crate::consume::sink::postgres::text_of;
 use crate::consume::sink::sample_chunk::ChunkSample;
-use crate::limits::SERIES_PIECE_SAMPLES;
+use crate::limits::{SERIES_CHUNKS_MAX, SERIES_PIECE_SAMPLES};
 use crate::message::TimeMicros;
 
 /// Where a series goes on.
@@ -22,6 +22,13 @@ pub(in crate::consume::query) struct SeriesPlace {
     /// The time and the offset of the last sample that was read.
     after: (TimeMicros, i64),
     to: TimeMicros,
+}
+
+impl SeriesPlace {
+    /// Whether its samples are in more places than are read.
+    pub(in crate::consume::query) fn is_too_much(&self) -> bool {
+        self.key_sets.len() > SERIES_CHUNKS_MAX
+    }
 }
 
 /// The range of a series, and where it begins if it has samples at all.
@@ -46,9 +53,11 @@ impl PostgresRecords {
             let Some((oldest, newest)) = topic_bounds(snapshot, topic)? else { return Ok(None) };
             let from = query.from.unwrap_or(oldest);
             let to = query.to.unwrap_or(newest.saturating_add(1));
+            // One more than there may be.
+            let limit = i64::try_from(SERIES_CHUNKS_MAX).unwrap_or(i64::MAX).saturating_add(1);
             let rows = snapshot.query(
-                "SELECT id, array_position(keys, $2) FROM key_sets WHERE topic_id = $1 AND $2 = ANY(keys)",
-                &[&topic, &&*text_of(&query.key)],
+                "SELECT id, array_position(keys, $2) FROM key_sets WHERE topic_id = $1 AND $2 = ANY(keys) LIMIT $3",
+                &[&topic, &&*text_of(&query.key), &limit],
             )?;
             let key_sets: Arc<[_]> = rows.iter().map(|row| (row.get(0), row.get(1))).collect();
             let has_samples = !key_sets.is_empty();

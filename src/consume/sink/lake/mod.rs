@@ -129,6 +129,8 @@ pub(in crate::consume) struct LakeSink {
     pending: PendingRows,
     /// Behind the records that are committed or wait.
     cursor: Offset,
+    /// The table's cursor when what waits began: it is committed behind that, or not at all.
+    base: Option<i64>,
     /// The rules about what is left out and their version, once they are known.
     left_out: Option<(WithheldSnapshot, u64)>,
     /// `None` since it was opened: what failed before is seen to fail or to work at once.
@@ -161,12 +163,13 @@ impl LakeSink {
             table,
             pending,
             cursor: 0,
+            base: None,
             left_out: None,
             committed_at: None,
             other_writer: None,
             upkeep: UpkeepTimes::default(),
         };
-        sink.cursor = sink.committed();
+        sink.begin_behind_commits();
         Ok(sink)
     }
 
@@ -245,12 +248,16 @@ impl LakeSink {
     /// # Errors
     /// [`LakeFault`].
     pub(in crate::consume) fn commit(&mut self) -> Result<(), LakeFault> {
+        if self.base != self.table.cursor() {
+            // Another writer has come on, and that was seen before what waits was committed.
+            return self.yield_to_other();
+        }
         if self.cursor == self.committed() {
             return Ok(());
         }
         let rows = self.pending.take(self.table.file_settings())?;
         let append = TableAppend {
-            previous: self.table.cursor(),
+            previous: self.base,
             through: cursor_of(self.cursor - 1),
             columns: rows.columns,
             files: rows.files,
@@ -262,6 +269,7 @@ impl LakeSink {
             done => drop(done?),
         }
         self.cursor = self.cursor.max(self.committed());
+        self.base = self.table.cursor();
         let last = self.committed_at.replace(Instant::now());
         if let Err(error) = self.keep_up(last.map_or(Duration::ZERO, |at| at.elapsed())) {
             warn!(%error, "upkeep of the lake");
@@ -272,6 +280,7 @@ impl LakeSink {
     /// Forgets what waits, and goes on behind what is committed, with the columns that the table has now.
     fn begin_behind_commits(&mut self) {
         self.cursor = self.committed();
+        self.base = self.table.cursor();
         self.pending = PendingRows::new(self.table.snapshot().schema(), LAKE_VALUE_COLUMNS_MAX);
     }
 
@@ -291,7 +300,12 @@ impl LakeSink {
         let followed = if is_ahead { 0 } else { followed };
         let (changes, left_out) = withheld.changes_and_rules(followed);
         let version = followed + changes.len() as u64;
-        if !changes.is_empty() {
+        if self.left_out.as_ref().is_some_and(|(_, known)| *known != version) {
+            // What waits was sorted by other rules: it is committed under those, or read again.
+            self.commit()?;
+        }
+        // Also without changes: the mark of another registry has to go, or no commit fits it.
+        if !changes.is_empty() || is_ahead {
             self.commit()?;
             self.runtime.block_on(rules::follow(&mut self.table, &changes, &left_out, version))?;
         }

@@ -3,6 +3,7 @@
 //! in memory.
 
 use std::collections::HashMap;
+use std::hash::Hash;
 use std::time::Instant;
 
 use parking_lot::Mutex;
@@ -87,24 +88,28 @@ pub(in super::super) struct BrowserSessions(Mutex<HashMap<SessionDigest, Browser
 
 impl BrowserSessions {
     /// Begins a session for a key. If the key has too many, the one that was not used for longest ends; if there are too
-    /// many in all, that of the key that has most.
+    /// many in all, that of the key that has most, of the datasource whose keys have most.
     pub(in super::super) fn begin(&self, key: &Key, now: Instant) -> Result<SessionToken, SysError> {
         let token = SessionToken::generate()?;
         let mut sessions = self.0.lock();
         sessions.retain(|_, session| session.holds(now));
-        let mut counts: HashMap<KeyId, usize> = HashMap::new();
-        sessions.values().for_each(|session| *counts.entry(session.key_id).or_default() += 1);
-        let crowded = match counts.get(&key.id) {
-            Some(count) if *count >= BROWSER_SESSIONS_PER_KEY_MAX => Some(key.id),
-            _ if sessions.len() >= BROWSER_SESSIONS_MAX => {
-                counts.iter().max_by_key(|(_, count)| **count).map(|(id, _)| *id)
-            }
-            _ => None,
+        let oldest_of = |belongs: &dyn Fn(&BrowserSession) -> bool| {
+            let crowded = sessions.iter().filter(|(_, session)| belongs(session));
+            crowded.min_by_key(|(_, session)| session.used).map(|(digest, _)| *digest)
         };
-        if let Some(crowded) = crowded {
-            let of_key = sessions.iter().filter(|(_, session)| session.key_id == crowded);
-            let oldest = of_key.min_by_key(|(_, session)| session.used).map(|(digest, _)| *digest);
-            oldest.map(|digest| sessions.remove(&digest));
+        let of_key = sessions.values().filter(|session| session.key_id == key.id).count();
+        let ends = if of_key >= BROWSER_SESSIONS_PER_KEY_MAX {
+            oldest_of(&|session| session.key_id == key.id)
+        } else if sessions.len() >= BROWSER_SESSIONS_MAX {
+            let datasource = most_common(sessions.values().map(|session| &session.datasource));
+            let of_datasource = sessions.values().filter(|session| Some(&session.datasource) == datasource);
+            let crowded = most_common(of_datasource.map(|session| session.key_id));
+            oldest_of(&|session| Some(session.key_id) == crowded)
+        } else {
+            None
+        };
+        if let Some(digest) = ends {
+            sessions.remove(&digest);
         }
         let (datasource, key_id) = (key.datasource.clone(), key.id);
         sessions.insert(token.digest(), BrowserSession { datasource, key_id, begun: now, used: now });
@@ -137,6 +142,13 @@ impl BrowserSessions {
     pub(in super::super) fn end_of_key(&self, key_id: KeyId) {
         self.0.lock().retain(|_, session| session.key_id != key_id);
     }
+}
+
+/// What comes most often.
+fn most_common<T: Eq + Hash>(all: impl Iterator<Item = T>) -> Option<T> {
+    let mut counts: HashMap<T, usize> = HashMap::new();
+    all.for_each(|one| *counts.entry(one).or_default() += 1);
+    counts.into_iter().max_by_key(|(_, count)| *count).map(|(one, _)| one)
 }
 
 #[cfg(test)]

@@ -70,7 +70,7 @@ pub(super) async fn watch(
     let view = view_of(&shared, &caller, &parameters)?;
     let mut response = Response::new(Body::empty());
     if method != Method::HEAD {
-        let place = shared.live_places.take(caller.0.key_id())?;
+        let place = shared.live_places.take(caller.0.key_id(), caller.0.datasource())?;
         // From here on nothing is missed; what came before is looked for behind it.
         let next = shared.parts.log.next_offset();
         let (front, start) = (shared.clone(), start::LiveStart::of(&view, &caller));

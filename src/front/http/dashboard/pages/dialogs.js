@@ -6,7 +6,7 @@ import { button, field, fill, h, notify } from "./dom.js";
 export function dialog(title, content, { mayCancel = true, wide = false } = {}) {
   const before = document.activeElement;
   const heading = h("h2", { id: "dialog-title" }, title);
-  const made = h("dialog", { "aria-labelledby": "dialog-title", class: wide ? "wide" : null }, heading, content);
+  const made = h("dialog", { "aria-labelledby": "dialog-title", class: wide ? "wide" : null, "data-kept": mayCancel ? null : "" }, heading, content);
   made.addEventListener("cancel", (event) => {
     if (!mayCancel) event.preventDefault();
   });

@@ -15,7 +15,9 @@ let retryTimer = null;
 let whenEnded = () => {};
 
 // Whether the stream that there is has one datasource alone.
-const isPartial = () => Boolean(wanted?.includes("datasource="));
+const isPartial = () => watched() !== null;
+
+const watched = () => new URLSearchParams(wanted?.split("?")[1]).get("datasource");
 
 // What is known of each datasource, by its id.
 export const datasources = new Map();
@@ -80,7 +82,12 @@ function connected(is) {
   listener("connection", { isConnected: is });
 }
 
+// Ids are names of members: none is inherited.
+const bare = (of) => Object.assign(Object.create(null), of);
+
 function take(name, data) {
+  for (const members of ["totals", "history"]) if (data[members]) data[members] = bare(data[members]);
+  if (name === "tick") data.datasources = bare(data.datasources);
   switch (name) {
     case "hello":
       setNow(data.at);
@@ -137,7 +144,7 @@ function tick(data) {
   gateway.log_end = data.log_end;
   for (const [id, known] of datasources) {
     const of = data.datasources[id];
-    if (!of && isPartial() && !wanted.includes(`datasource=${id}`)) continue;
+    if (!of && isPartial() && watched() !== id) continue;
     known.history.push(of && data.seconds > 0 ? Math.round((of.records * scale) / Math.max(1, data.seconds)) : 0);
     while (known.history.length > HISTORY_S) known.history.shift();
     if (!of) continue;

@@ -61,7 +61,7 @@ function show() {
   const hash = location.hash || "#/";
   const [, page, id, tab] = hash.split("/").map(decode);
   view?.close?.();
-  document.querySelectorAll("dialog").forEach((open) => open.close());
+  document.querySelectorAll("dialog:not([data-kept])").forEach((open) => open.close());
   drawBar(hash);
   document.title = "Headgate";
   let parameters = {};
@@ -124,7 +124,7 @@ export function close() {
   stop();
   view?.close?.();
   view = null;
-  document.querySelectorAll("dialog").forEach((open) => open.close());
+  document.querySelectorAll("dialog:not([data-kept])").forEach((open) => open.close());
   fill(bar);
   document.title = "Headgate";
 }
