@@ -167,3 +167,13 @@ fn a_stream_comes_behind_another_answer_and_is_the_last_one_of_its_connection() 
     assert!(old.starts_with("HTTP/1.0 200 OK\r\n") && !old.contains("transfer-encoding"), "{old}");
     assert!(old.contains("\r\n\r\nretry: "), "{old}");
 }
+
+#[test]
+fn streams_that_take_all_connections_make_room_for_others() {
+    let (_dir, gateway, source) = scene(|setup| setup.set("http.connections_max", 2));
+    let mut streams = [0; 2].map(|_| EventStream::open(gateway.http, &source.key, ""));
+    streams.iter_mut().for_each(|stream| drop(stream.event().expect("it says where it begins")));
+    for _ in 0..3 {
+        assert_eq!(gateway.request("GET", "/readyz", "", &[], &[]).status, 200);
+    }
+}
