@@ -55,6 +55,7 @@ impl DeltaConfig {
     ///
     /// # Errors
     /// The file cannot be read.
+    #[cfg(feature = "delta")]
     pub fn secret(&self) -> Result<String, ConfigError> {
         let file = &self.secret_access_key_file;
         self.secret_access_key.or_from_file("storage.delta.secret_access_key_file", file)
