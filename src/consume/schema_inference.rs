@@ -81,9 +81,9 @@ impl RecordsReader {
 }
 
 /// How many of the records that are examined are the newest; the others are spread over the time before.
-const INFERENCE_NEWEST_RECORDS: usize = INFERENCE_RECORDS_MAX / 2;
+pub(super) const INFERENCE_NEWEST_RECORDS: usize = INFERENCE_RECORDS_MAX / 2;
 /// As many bytes of these.
-const INFERENCE_NEWEST_BYTES: usize = INFERENCE_BYTES_MAX / 2;
+pub(super) const INFERENCE_NEWEST_BYTES: usize = INFERENCE_BYTES_MAX / 2;
 
 impl DatasourceObservation {
     /// Examines the newest records. Returns the oldest offset of these, if there may be earlier ones.
@@ -137,11 +137,15 @@ impl DatasourceObservation {
 
     fn observe_row(&mut self, row: &rusqlite::Row<'_>) -> rusqlite::Result<()> {
         let payload = payload_bytes_of_row(row, 1)?;
-        let (topic, at): (String, TimeMicros) = (row.get(0)?, row.get(2)?);
+        self.observe_at(&row.get::<_, String>(0)?, &payload, row.get(2)?);
+        Ok(())
+    }
+
+    /// Adds the next payload, which was received at this time.
+    pub(super) fn observe_at(&mut self, topic: &str, payload: &[u8], at: TimeMicros) {
         self.bytes += payload.len();
         self.times = Some(self.times.map_or((at, at), |(from, to)| (from.min(at), to.max(at))));
-        self.observe(&topic, &payload);
-        Ok(())
+        self.observe(topic, payload);
     }
 }
 
@@ -150,9 +154,9 @@ impl DatasourceObservation {
 pub(super) struct DatasourceObservation {
     all: PayloadObservation,
     topics: BTreeMap<String, PayloadObservation>,
-    records: usize,
+    pub(super) records: usize,
     not_json: usize,
-    bytes: usize,
+    pub(super) bytes: usize,
     /// When the oldest and the newest were received.
     times: Option<(TimeMicros, TimeMicros)>,
     /// All that are stored are among them.
@@ -170,7 +174,7 @@ struct PayloadObservation {
 
 impl DatasourceObservation {
     /// Adds the next payload; the newest comes first.
-    pub(super) fn observe(&mut self, topic: &str, payload: &[u8]) {
+    fn observe(&mut self, topic: &str, payload: &[u8]) {
         self.records += 1;
         let Ok(value) = parse_unique_json(payload) else {
             self.not_json += 1;

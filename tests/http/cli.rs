@@ -470,10 +470,10 @@ fn a_schema_is_set_by_command_and_what_it_stopped_is_listed_and_redriven() {
     let since = ["--since", "2020-01-01T00:00:00Z"];
     let quarantine = ["key", "quarantine", "press-4", &source.key_id];
     let answer = prints(&mut to(&gateway, &[&quarantine[..], &since].concat()));
-    assert!(answer.starts_with("2 records that key"), "{answer}");
+    assert!(answer.starts_with("2 records that this key let in are in quarantine"), "{answer}");
     assert!(gateway.records("press-4").is_empty());
     let answer = prints(&mut to(&gateway, &[&quarantine[..], &["--undo"]].concat()));
-    assert!(answer.starts_with("0 records that key"), "{answer}");
+    assert!(answer.starts_with("0 records that this key let in"), "{answer}");
     assert_eq!(gateway.records("press-4").len(), 2);
 }
 

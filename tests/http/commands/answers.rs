@@ -113,7 +113,8 @@ fn what_was_done_is_told_as_json_where_it_is_asked_for() {
     assert_eq!(revoked, expected);
     let redriven = json_of(&gateway, &["quarantine", "redrive", "press-4"]);
     assert_eq!(redriven["redriven"], 0);
-    let backup = dir.path().join("backup");
+    let elsewhere = scratch();
+    let backup = elsewhere.path().join("backup");
     let made = json_of(&gateway, &["backup", backup.to_str().expect("text"), "--fast"]);
     assert!(made["files"].as_u64().is_some_and(|files| files > 0), "{made}");
     let purged = json_of(&gateway, &["datasource", "delete", "press-4", "--purge"]);
