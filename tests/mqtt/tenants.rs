@@ -186,7 +186,11 @@ fn subscribers_that_do_not_read_cost_a_bounded_memory_however_many_they_are() {
     let mut reading: Vec<Wire> = live.drain(170..173).collect();
     reading.extend(behind.split_off(behind.len() - 3));
     drop((live, behind));
-    for wire in &mut reading {
+    let mut again = Wire::login(gateway.mqtt, V5, &attacker.key);
+    again.send(&subscribe_with(V5, 1, &[("#", 1)], &user_property("from-offset", "100")));
+    reading.push(again);
+    let last = reading.len() - 1;
+    for (nth, wire) in reading.iter_mut().enumerate() {
         let mut read = 0;
         while read < 20 {
             match wire.next() {
@@ -195,6 +199,8 @@ fn subscribers_that_do_not_read_cost_a_bounded_memory_however_many_they_are() {
                     read += 1;
                 }
                 Next::Packet(frame) if frame.kind() == SUBACK => assert_eq!(frame.codes(V5), [1]),
+                // It stood in the way of others for too long, on a slow machine.
+                Next::Closed if nth < last => break,
                 other => panic!("{other:?}"),
             }
         }
