@@ -184,7 +184,7 @@ def series(args):
             time.sleep(1)
             _, body = g.ask("GET", "/v1/datasources/press-4/records?topic=line/0/press/0&limit=1")
             first = json.loads(body)["records"][0]["event_at"][:10]
-            path = f"/v1/datasources/press-4/series?topic=line/0/press/0&key=value&step=1m&from={first}T00:00:00Z&to={first}T23:59:59.999999Z&agg="
+            path = f"/v1/datasources/press-4/series?topic=line/0/press/0&key=value&step=1m&points=1500&from={first}T00:00:00Z&to={first}T23:59:59.999999Z&agg="
             for agg in ("avg", "last"):
                 times = []
                 for _ in range(20):
