@@ -458,7 +458,7 @@ mod tests {
         std::thread::sleep(Duration::from_millis(1));
         drop(turn);
         assert_eq!(turns.available_permits(), 0);
-        tokio::time::sleep(Duration::from_millis(999)).await;
+        tokio::time::sleep(SLOW_DISK_PAUSE_MAX - Duration::from_millis(2)).await;
         assert_eq!(turns.available_permits(), 0);
         tokio::time::sleep(SLOW_DISK_PAUSE_MAX).await;
         let permits = turns.clone().try_acquire_many_owned(all).expect("back, however long the turn took");
