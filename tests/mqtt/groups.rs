@@ -25,21 +25,23 @@ fn left(gateway: &Gateway) {
 fn a_burst_is_shared_evenly() {
     let (_dir, gateway, source) = scene();
     for (published, subscribed) in [(1, 1), (0, 1), (1, 0), (0, 0)] {
-        // With a millisecond for each message, what else the machine does is the same for all members.
-        let members = (0..4).map(|_| (member(&gateway, &source.key, subscribed), Duration::from_millis(1)));
-        let taken =
-            shared_out(members.collect(), 1_000, || publish_burst(&gateway, &source.key, published, 1_000));
-        let counts: Vec<usize> = taken.iter().map(Vec::len).collect();
-        // On an idle machine each has 200 to 300. One whose connection waits for a processor meanwhile has less, and the
-        // others share what it left.
-        assert!(
-            counts.iter().all(|count| (25..=400).contains(count)),
-            "{counts:?}, QoS {published}, {subscribed}"
-        );
-        let mut all = taken.concat();
-        all.sort_unstable();
-        assert_eq!(all, (0..1_000).collect::<Vec<_>>(), "each once");
-        left(&gateway);
+        // One whose connection waits for a processor all the time has less, and the others share what it left: then it is
+        // tried again. Each message comes once, however they are shared.
+        let mut tries = (0..5).map(|_| {
+            // With a millisecond for each message, what else the machine does is the same for all members.
+            let members =
+                (0..4).map(|_| (member(&gateway, &source.key, subscribed), Duration::from_millis(1)));
+            let publish = || publish_burst(&gateway, &source.key, published, 1_000);
+            let taken = shared_out(members.collect(), 1_000, publish);
+            let counts: Vec<usize> = taken.iter().map(Vec::len).collect();
+            let mut all = taken.concat();
+            all.sort_unstable();
+            assert_eq!(all, (0..1_000).collect::<Vec<_>>(), "each once");
+            left(&gateway);
+            counts
+        });
+        let is_even = |counts: Vec<usize>| counts.iter().all(|count| (100..=400).contains(count));
+        assert!(tries.any(is_even), "QoS {published}, {subscribed}");
     }
 }
 
