@@ -126,7 +126,10 @@ impl Stage {
         let setup = change(setup.set("config", dir.path().join("set/headgate.toml").display()));
         let gateway = setup.start();
         wait_for("the gateway to be at NATS", || {
-            (gateway.output().matches("connected to NATS").count() >= 2).then_some(())
+            // Over the two connections for messages, and over that of the callout.
+            let output = gateway.output();
+            let has_callout = output.contains("headgate_bridge_nats::connection: connected to NATS");
+            (has_callout && output.matches("connected to NATS").count() >= 3).then_some(())
         });
         Self { nats, others, gateway, setup, websocket, mqtt, dir }
     }
