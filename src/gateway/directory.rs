@@ -177,12 +177,16 @@ fn make_admin_key(registry: &Registry, path: &Path) -> anyhow::Result<()> {
 }
 
 /// Gives a new file to the owner of the one that it replaces, or of the directory: whoever renews the gateway's files with a
-/// command may be root.
+/// command may be root. Where root may not do that, as in some containers, it stays root's.
 fn keep_owner(file: &File, path: &Path) -> io::Result<()> {
     let own = file.metadata()?;
-    let owner = std::fs::metadata(path).or_else(|_| std::fs::metadata(path.parent().unwrap_or(path)))?;
-    if own.uid() == 0 && (owner.uid(), owner.gid()) != (own.uid(), own.gid()) {
-        fchown(file, Some(owner.uid()), Some(owner.gid()))?;
+    let owner = std::fs::metadata(path).or_else(|_| std::fs::metadata(path.parent().unwrap_or(path)));
+    if let Ok(owner) = owner
+        && own.uid() == 0
+        && (owner.uid(), owner.gid()) != (own.uid(), own.gid())
+        && let Err(error) = fchown(file, Some(owner.uid()), Some(owner.gid()))
+    {
+        warn!(%error, path = %path.display(), "the file is root's: whoever owns its directory cannot read it");
     }
     Ok(())
 }

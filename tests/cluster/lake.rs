@@ -1,10 +1,11 @@
 //! One Delta lake for all gateways of a cluster: whoever commits first writes, another one takes its place, and whoever was
 //! cut off writes nothing twice.
 
-use serde_json::{Value, json};
+use serde_json::json;
 
 use crate::common::nats::NatsServer;
-use crate::common::{Gateway, Setup, Source, python, scratch, wait_for};
+use crate::common::{Gateway, Setup, python, scratch, wait_for};
+use crate::sinks::{send, signal, sink};
 
 /// Prints how many rows there are, how many offsets and how many different numbers, and the least of these.
 const COUNT: &str = r#"
@@ -14,24 +15,6 @@ numbers = [json.loads(r["payload"])["n"] for r in rows]
 print(len(rows), len({r["offset"] for r in rows}), len(set(numbers)), min(numbers, default=-1), flush=True)
 os._exit(0)
 "#;
-
-fn signal(gateway: &Gateway, signal: i32) {
-    let pid = libc::pid_t::try_from(gateway.pid()).expect("a process id");
-    // SAFETY: kill(2) takes two integers; the child has not been waited for, so the id is its.
-    assert_eq!(unsafe { libc::kill(pid, signal) }, 0);
-}
-
-fn sink(gateway: &Gateway) -> Value {
-    gateway.get("/v1/sinks", &gateway.admin_key()).json()["sinks"][0].clone()
-}
-
-fn send(gateway: &Gateway, source: &Source, numbers: std::ops::Range<u64>) {
-    for n in numbers {
-        let body = json!({ "n": n }).to_string();
-        let answer = gateway.request("POST", "/v1/ingest/press-4/t", &source.key, &[], body.as_bytes());
-        assert_eq!(answer.status, 200, "{}", answer.text());
-    }
-}
 
 fn wait_until_level(gateway: &Gateway) {
     wait_for("a gateway to see that the lake has everything", || {

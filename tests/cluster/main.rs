@@ -17,4 +17,5 @@ mod registry;
 mod run;
 mod sessions;
 mod settings;
+mod sinks;
 mod stream;

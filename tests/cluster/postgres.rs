@@ -8,27 +8,10 @@ use serde_json::{Value, json};
 use crate::common::nats::NatsServer;
 use crate::common::postgres::PostgresServer;
 use crate::common::{Gateway, Setup, Source, scratch, wait_for};
+use crate::sinks::{send, signal, sink};
 
 /// Longer than a gateway keeps its place without a sign of life.
 const STOPPED: Duration = Duration::from_secs(13);
-
-fn signal(gateway: &Gateway, signal: i32) {
-    let pid = libc::pid_t::try_from(gateway.pid()).expect("a process id");
-    // SAFETY: kill(2) takes two integers; the child has not been waited for, so the id is its.
-    assert_eq!(unsafe { libc::kill(pid, signal) }, 0);
-}
-
-fn sink(gateway: &Gateway) -> Value {
-    gateway.get("/v1/sinks", &gateway.admin_key()).json()["sinks"][0].clone()
-}
-
-fn send(gateway: &Gateway, source: &Source, numbers: std::ops::Range<u64>) {
-    for n in numbers {
-        let body = json!({ "n": n }).to_string();
-        let answer = gateway.request("POST", "/v1/ingest/press-4/t", &source.key, &[], body.as_bytes());
-        assert_eq!(answer.status, 200, "{}", answer.text());
-    }
-}
 
 /// Two gateways of a cluster that store into one PostgreSQL; the first one writes, and both have let in a message with 0.
 fn pair(
