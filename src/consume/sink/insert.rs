@@ -9,7 +9,7 @@ use rusqlite::{Connection, params};
 use super::ids::{RememberedIds, RowIds};
 use super::incarnations;
 use super::newest::NewestValues;
-use super::payloads::{PayloadReading, PayloadValues, StoredPayload};
+use super::payloads::{InsertedPayload, PayloadReading, PayloadValues};
 use super::quarantined;
 use super::retention::StoredSizes;
 use super::schema::{TIME_INDEX_OFFSETS, sql_offset};
@@ -54,7 +54,7 @@ fn insert_rows<'a>(
     (ids, sizes): (&mut RememberedIds, &mut StoredSizes),
     left_out: &WithheldSnapshot,
     records: impl Iterator<Item = RecordRef<'a>>,
-    mut each: impl FnMut(StoredPayload<'a>) -> bool,
+    mut each: impl FnMut(InsertedPayload<'a>) -> bool,
 ) -> rusqlite::Result<()> {
     let mut times = TimeIndexRow::default();
     let mut entry = transaction.prepare_cached(
@@ -88,7 +88,7 @@ fn insert_rows<'a>(
             ToSqlOutput::Borrowed(payload),
             record.event_at,
         ])?;
-        if !each(StoredPayload { record, row, text }) {
+        if !each(InsertedPayload { record, row, text }) {
             break;
         }
     }

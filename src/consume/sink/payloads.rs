@@ -27,7 +27,7 @@ const WAITING_BLOCKS_MAX: usize = 8;
 static HAS_PROCESSORS: LazyLock<bool> = LazyLock::new(|| processors() > 1);
 
 /// The payload of a record that was inserted.
-pub(super) struct StoredPayload<'a> {
+pub(super) struct InsertedPayload<'a> {
     pub(super) record: RecordRef<'a>,
     pub(super) row: RowIds,
     /// The payload, if it is text.
@@ -51,8 +51,8 @@ impl<'a> PayloadValues<'a> {
         Self { newest, samples, open_chunks, keeps_samples, members }
     }
 
-    fn read(&mut self, payload: &StoredPayload<'a>) {
-        let StoredPayload { record, row, text } = payload;
+    fn read(&mut self, payload: &InsertedPayload<'a>) {
+        let InsertedPayload { record, row, text } = payload;
         let is_object = text.is_some_and(|text| read_members(text, &mut self.members));
         if self.keeps_samples {
             let sampled = SampledRecord {
@@ -70,7 +70,7 @@ impl<'a> PayloadValues<'a> {
     }
 
     /// Reads these. Returns whether there is so much that it is to be written before more is read.
-    fn read_all(&mut self, payloads: &[StoredPayload<'a>]) -> bool {
+    fn read_all(&mut self, payloads: &[InsertedPayload<'a>]) -> bool {
         payloads.iter().for_each(|payload| self.read(payload));
         self.samples.is_full() || self.newest.is_full()
     }
@@ -80,7 +80,7 @@ impl<'a> PayloadValues<'a> {
 pub(super) struct PayloadReading<'scope, 'env, 'a> {
     scope: &'scope Scope<'scope, 'env>,
     place: ReadingPlace<'scope, 'a>,
-    block: Vec<StoredPayload<'a>>,
+    block: Vec<InsertedPayload<'a>>,
     block_bytes: usize,
     count: usize,
     /// What they hold is to be written before there is more of it.
@@ -90,7 +90,7 @@ pub(super) struct PayloadReading<'scope, 'env, 'a> {
 /// Where payloads are read.
 enum ReadingPlace<'scope, 'a> {
     Here(Box<PayloadValues<'a>>),
-    Thread(SyncSender<Vec<StoredPayload<'a>>>, ScopedJoinHandle<'scope, PayloadValues<'a>>),
+    Thread(SyncSender<Vec<InsertedPayload<'a>>>, ScopedJoinHandle<'scope, PayloadValues<'a>>),
 }
 
 impl<'scope, 'env, 'a: 'scope> PayloadReading<'scope, 'env, 'a> {
@@ -101,7 +101,7 @@ impl<'scope, 'env, 'a: 'scope> PayloadReading<'scope, 'env, 'a> {
 
     /// Takes the next payload. Returns whether it takes more.
     #[inline]
-    pub(super) fn add(&mut self, payload: StoredPayload<'a>) -> bool {
+    pub(super) fn add(&mut self, payload: InsertedPayload<'a>) -> bool {
         self.block_bytes += payload.record.payload.len();
         self.block.push(payload);
         if self.block.len() < BLOCK_PAYLOADS && self.block_bytes < BLOCK_BYTES {
@@ -132,7 +132,7 @@ impl<'scope, 'env, 'a: 'scope> PayloadReading<'scope, 'env, 'a> {
     /// Goes on in a thread of its own, if the system has one. It has the priority of this one.
     fn begin_thread(&mut self) {
         let (hand_over, handed) = sync_channel::<PayloadValues<'a>>(1);
-        let (blocks, taken) = sync_channel::<Vec<StoredPayload<'a>>>(WAITING_BLOCKS_MAX);
+        let (blocks, taken) = sync_channel::<Vec<InsertedPayload<'a>>>(WAITING_BLOCKS_MAX);
         let is_full = self.is_full.clone();
         let reading = move || {
             let mut values = handed.recv().expect("whoever begins this thread hands them over");

@@ -25,7 +25,7 @@ const PAYLOADS: [&str; 7] = [
 /// Topic, key, offset, time and value of a sample, the value as its bits.
 type Row = (i64, String, i64, i64, u64);
 /// Topic, key, value and offset of a newest value.
-type NewestRow = (String, String, String, i64);
+type NewestValueRow = (String, String, String, i64);
 
 fn stored_samples(connection: &Connection) -> Vec<Row> {
     let mut select = connection
@@ -170,7 +170,7 @@ fn the_samples_are_those_of_the_stored_payloads_whatever_happens() {
 }
 
 /// What a store holds of samples and newest values.
-fn all_values(path: &std::path::Path) -> (Vec<Row>, Vec<NewestRow>) {
+fn all_values(path: &std::path::Path) -> (Vec<Row>, Vec<NewestValueRow>) {
     let connection = Connection::open(path).expect("opens");
     let mut select = connection
         .prepare("SELECT topic, key, CAST(value AS TEXT), offset FROM latest ORDER BY topic, key")
