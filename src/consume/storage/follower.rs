@@ -234,6 +234,13 @@ impl StorageFollower {
         } else if sync && sink.durable_cursor() < cursor {
             sink.store(&mut std::iter::empty(), cursor, sync)?;
         } else {
+            sink.end_catching_up()?;
+            let stored = sink.stored_cursor();
+            if stored > was_stored {
+                self.shared.hold.set(sink.durable_cursor());
+                self.shared.cursor.send_replace(stored);
+                self.shared.pace.lock().note(Instant::now(), stored - was_stored);
+            }
             return Ok(if is_reconciled { StorageRound::AtTail } else { StorageRound::Purged });
         }
         if sync {

@@ -50,6 +50,11 @@ impl ValueColumns {
         Self { columns, by_member, names, brought: HashMap::new(), columns_max, known }
     }
 
+    /// All of them, each in its place.
+    pub(super) fn columns(&self) -> &[TableColumn] {
+        &self.columns
+    }
+
     /// Those that came since the last call, which the table may not have yet.
     pub(super) fn take_new(&mut self) -> Vec<TableColumn> {
         let new = self.columns[self.known..].to_vec();
@@ -114,13 +119,10 @@ impl ValueBuilders {
     }
 
     /// The columns, each with `rows` values.
-    pub(super) fn finish(self, rows: usize, columns: &ValueColumns) -> Vec<(TableColumn, ArrayRef)> {
+    pub(super) fn finish(self, rows: usize, columns: &[TableColumn]) -> Vec<(TableColumn, ArrayRef)> {
         let mut finished: Vec<_> = self.columns.into_iter().collect();
         finished.sort_unstable_by_key(|(place, _)| *place);
-        finished
-            .into_iter()
-            .map(|(place, column)| (columns.columns[place].clone(), column.finish(rows)))
-            .collect()
+        finished.into_iter().map(|(place, column)| (columns[place].clone(), column.finish(rows))).collect()
     }
 
     fn append(&mut self, place: usize, row: usize, value: &MemberValue<'_>) {
@@ -359,7 +361,7 @@ mod tests {
         for (row, payload) in payloads.iter().enumerate() {
             builders.read(payload, "press-4", row, &mut columns);
         }
-        let finished = builders.finish(payloads.len(), &columns);
+        let finished = builders.finish(payloads.len(), columns.columns());
         let values = |array: &ArrayRef| array.len() - array.null_count();
         assert!(finished.iter().all(|(_, array)| array.len() == payloads.len()));
         finished.iter().map(|(column, array)| (column.name.clone(), values(array))).collect()

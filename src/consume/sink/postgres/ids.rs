@@ -2,16 +2,13 @@
 //! memory and no question to the server.
 
 use std::borrow::Cow;
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 use headgate_bridge_postgres::PostgresConnection;
 
 use super::{PostgresError, PostgresSink};
+use crate::limits::{POSTGRES_KEY_SETS_PER_TOPIC_MAX, REMEMBERED_NAME_BYTES, REMEMBERED_NAMES_BYTES_MAX};
 use crate::message::{DatasourceId, Incarnation, KeyId, RecordRef, Transport};
-
-/// How many names are remembered. Beyond that, all are forgotten and read again: clients may invent topics without end,
-/// which must not cost memory for ever.
-const REMEMBERED_NAMES_MAX: usize = 200_000;
 
 /// The row ids that one record refers to.
 #[derive(Debug, Clone, Copy)]
@@ -31,7 +28,9 @@ pub(super) struct RememberedNames {
     origins: HashMap<(KeyId, Transport), IdsByName>,
     /// By topic.
     key_sets: HashMap<(i32, KeySetDigest), i32>,
-    remembered: usize,
+    /// The topics that have as many sets as they may. All of these are remembered.
+    full_topics: HashSet<i32>,
+    bytes: usize,
 }
 
 impl RememberedNames {
@@ -40,11 +39,12 @@ impl RememberedNames {
         *self = Self::default();
     }
 
-    fn make_room(&mut self) {
-        if self.remembered >= REMEMBERED_NAMES_MAX {
+    /// Makes room for so many names, which have so many bytes.
+    fn make_room(&mut self, names: usize, bytes: usize) {
+        if self.bytes >= REMEMBERED_NAMES_BYTES_MAX {
             self.clear();
         }
-        self.remembered += 1;
+        self.bytes += names * REMEMBERED_NAME_BYTES + bytes;
     }
 
     fn find(&self, record: &RecordRef<'_>, name: &str) -> Option<RecordNameIds> {
@@ -68,7 +68,8 @@ impl PostgresSink {
         if let Some(ids) = self.names.find(record, name) {
             return Ok(ids);
         }
-        self.names.make_room();
+        // At most one of each is new.
+        self.names.make_room(3, name.len() + record.topic.len() + record.content_type.len());
         let Ok(scope) = DatasourceId::parse_scope(record.datasource).map(|id| id.scope(incarnation)) else {
             // No intake lets such a record in.
             return Ok(RecordNameIds { datasource: 0, topic: 0, origin: 0 });
@@ -99,27 +100,49 @@ impl PostgresSink {
         self.names.key_sets.get(&(topic, digest)).copied()
     }
 
-    /// The row id of a set of a topic's keys. Inserts one that the database does not have.
+    /// The row id of a set of a topic's keys. Inserts one that the database does not have, unless the topic has
+    /// [`POSTGRES_KEY_SETS_PER_TOPIC_MAX`] already: then there is none.
     pub(super) fn learn_key_set<'k>(
         &mut self,
         topic: i32,
         digest: KeySetDigest,
         keys: impl Iterator<Item = &'k str>,
-    ) -> Result<i32, PostgresError> {
+    ) -> Result<Option<i32>, PostgresError> {
+        if self.names.full_topics.contains(&topic) {
+            return Ok(None);
+        }
         let keys: Vec<Cow<'_, str>> = keys.map(text_of).collect();
         let keys: Vec<&str> = keys.iter().map(|key| &**key).collect();
-        let row = self.connection.query_one(
+        let rows = self.connection.query(
             "WITH found AS (SELECT id FROM key_sets WHERE topic_id = $1::int AND digest = $2::bytea),
              made AS (INSERT INTO key_sets (topic_id, digest, keys) SELECT $1::int, $2::bytea, $3::text[]
                  WHERE NOT EXISTS (SELECT FROM found)
+                     AND (SELECT count(*) FROM key_sets WHERE topic_id = $1::int) < $4::bigint
                  ON CONFLICT (topic_id, digest) DO UPDATE SET digest = excluded.digest RETURNING id)
              SELECT id FROM found UNION ALL SELECT id FROM made",
-            &[&topic, &&digest.0[..], &keys],
+            &[&topic, &&digest.0[..], &keys, &POSTGRES_KEY_SETS_PER_TOPIC_MAX],
         )?;
+        self.names.make_room(1, 0);
+        let Some(row) = rows.first() else {
+            self.learn_full_topic(topic)?;
+            return Ok(None);
+        };
         let id = row.get(0);
-        self.names.make_room();
         self.names.key_sets.insert((topic, digest), id);
-        Ok(id)
+        Ok(Some(id))
+    }
+
+    /// Learns all sets of a topic that gets no further ones, so that nobody asks for those that it does not have.
+    fn learn_full_topic(&mut self, topic: i32) -> Result<(), PostgresError> {
+        let rows = self.connection.query("SELECT id, digest FROM key_sets WHERE topic_id = $1", &[&topic])?;
+        for row in &rows {
+            if let Ok(digest) = row.get::<_, &[u8]>(1).try_into() {
+                self.names.key_sets.insert((topic, KeySetDigest(digest)), row.get(0));
+            }
+        }
+        self.names.bytes += rows.len() * REMEMBERED_NAME_BYTES;
+        self.names.full_topics.insert(topic);
+        Ok(())
     }
 }
 
