@@ -206,18 +206,22 @@ fn no_payload_and_no_name_is_refused_by_the_server() {
 fn keys_that_a_device_invents_take_no_room_of_their_own() {
     const INVENTED: u64 = 200;
     let (dir, server) = (scratch(), PostgresServer::start());
-    let gateway = server.stored_into(Setup::embedded_on(dir.path()).set("storage.sinks", "postgres")).start();
+    let setup = server.stored_into(Setup::embedded_on(dir.path()).set("storage.sinks", "postgres"));
+    let gateway = setup.start();
     let source = gateway.create("press-4");
     let lines: String =
         (0..INVENTED).map(|n| format!("{{\"t\":{n},\"k{n}\":1,\"a\\u0000{n}\":2}}\n")).collect();
     let ndjson = [("content-type", "application/x-ndjson")];
-    let publish = || {
+    let publish = |gateway: &Gateway| {
         let answer = gateway.request("POST", "/v1/ingest/press-4/t", &source.key, &ndjson, lines.as_bytes());
         assert_eq!(answer.status, 200, "{}", answer.text());
         gateway.settle();
     };
-    publish();
-    publish();
+    publish(&gateway);
+    gateway.stop();
+    // One that knows nothing of what is there.
+    let gateway = setup.start();
+    publish(&gateway);
     let sets = || server.sql("SELECT count(*) FROM key_sets").remove(0).parse::<u64>().expect("a number");
     assert!(sets() < INVENTED / 2, "{} sets of keys", sets());
     let counts = "SELECT count(*), count(DISTINCT key), sum(value) FROM samples";
@@ -244,6 +248,30 @@ fn keys_that_a_device_invents_take_no_room_of_their_own() {
     wait_for("the end of the incarnation", || {
         (server.sql(ended) == [(6 * INVENTED).to_string()]).then_some(())
     });
+}
+
+/// A fleet that comes for the first time: each topic is new, and learnt with those that come with it.
+#[test]
+fn new_topics_that_come_together_are_stored_as_each_by_itself() {
+    const TOPICS: u64 = 3_000;
+    let (dir, server) = (scratch(), PostgresServer::start());
+    let setup = server.stored_into(Setup::embedded_on(dir.path()).set("storage.sinks", "postgres"));
+    let gateway = setup.start();
+    let lines: String =
+        (0..TOPICS).map(|n| format!("t{n},host=a v={n},w=1\nt{n},host=a v={n}\nt{} v=1\n", n / 2)).collect();
+    for source in [gateway.create("press-4"), gateway.create("press-5")] {
+        let (path, text) = (format!("/v1/ingest/{}", source.id), [("content-type", "text/plain")]);
+        let answer = gateway.request("POST", &path, &source.key, &text, lines.as_bytes());
+        assert_eq!(answer.status, 200, "{}", answer.text());
+    }
+    gateway.settle();
+    let counts = "SELECT (SELECT count(*) FROM records), (SELECT count(*) FROM topics), (SELECT count(*) FROM samples),
+         (SELECT count(DISTINCT (datasource, topic)) FROM samples), (SELECT count(*) FROM latest WHERE key = 'v')";
+    let topics = 2 * (TOPICS + TOPICS / 2);
+    let expected = format!("{}|{topics}|{}|{topics}|{topics}", 6 * TOPICS, 8 * TOPICS);
+    assert_eq!(server.sql(counts), [expected]);
+    let elsewhere = "SELECT count(*) FROM samples WHERE topic ~ 'host' AND key = 'v' AND topic <> format('t%s/host=a', value)";
+    assert_eq!(server.sql(elsewhere), ["0"]);
 }
 
 #[test]

@@ -67,12 +67,13 @@ struct NewRows {
     samples: CopyRows,
     /// Of records in quarantine because of a leaked key.
     withheld_samples: CopyRows,
+    key_sets: CopyRows,
 }
 
 impl NewRows {
     /// How many bytes they take.
     fn size_bytes(&self) -> usize {
-        let all = [&self.entries, &self.quarantined, &self.samples, &self.withheld_samples];
+        let all = [&self.entries, &self.quarantined, &self.samples, &self.withheld_samples, &self.key_sets];
         all.into_iter().map(CopyRows::size_bytes).sum()
     }
 }
@@ -99,6 +100,7 @@ impl PostgresSink {
         if records.is_empty() {
             return Ok(());
         }
+        self.names.make_room();
         let left_out = self.left_out.clone().unwrap_or_default();
         let mut facts = NewFacts::default();
         let mut pending = VecDeque::new();
@@ -140,7 +142,7 @@ impl PostgresSink {
             && rows.size_bytes() < POSTGRES_COPY_BYTES
             && !facts.newest.is_full()
         {
-            self.add_rows(rows, facts, &records[taken], left_out, is_plain)?;
+            self.add_rows(rows, facts, &records[taken..], left_out, is_plain)?;
             taken += 1;
         }
         *records = &records[taken..];
@@ -158,6 +160,7 @@ impl PostgresSink {
         };
         let mut pending = Vec::new();
         for (connection, table, columns, rows) in [
+            (Some(&self.connection), "key_sets", "id, topic_id, digest, keys".to_owned(), rows.key_sets),
             (records, "entries", format!("{HEAD}, {PAYLOAD}"), rows.entries),
             (records, "quarantined", format!("{HEAD}, {PAYLOAD}, {REASON}"), rows.quarantined),
             (Some(samples), "sample_rows", SAMPLE_COLUMNS.to_owned(), rows.samples),
@@ -205,11 +208,12 @@ impl PostgresSink {
         &mut self,
         rows: &mut NewRows,
         facts: &mut NewFacts<'a>,
-        record: &RecordRef<'a>,
+        records: &[RecordRef<'a>],
         left_out: &WithheldSnapshot,
         is_plain: bool,
     ) -> Result<(), PostgresError> {
-        let Some(ids) = self.ids_of_record(record, left_out)? else { return Ok(()) };
+        let Some((record, ahead)) = records.split_first() else { return Ok(()) };
+        let Some(ids) = self.ids_of_record(record, left_out, ahead)? else { return Ok(()) };
         let at = record.received_at;
         let times = facts.times.entry(record.offset - record.offset % TIME_INDEX_OFFSETS).or_insert((at, at));
         *times = (times.0.min(at), times.1.max(at));
@@ -234,7 +238,11 @@ impl PostgresSink {
                 }
             });
             return match is_leaked && !record.flags.contains(RecordFlags::QUARANTINED) {
-                true => self.add_samples(&mut rows.withheld_samples, record, ids.topic, text, None),
+                true => {
+                    let rows =
+                        SampleRows { samples: &mut rows.withheld_samples, key_sets: &mut rows.key_sets };
+                    self.add_samples(rows, record, ids.topic, text, None)
+                }
                 false => Ok(()),
             };
         }
@@ -249,7 +257,8 @@ impl PostgresSink {
         let mut members = Vec::new();
         let is_object = text.is_some_and(|text| read_members(text, &mut members));
         let of_object = is_object.then_some(&*members);
-        self.add_samples(&mut rows.samples, record, ids.topic, text, of_object)?;
+        let samples = SampleRows { samples: &mut rows.samples, key_sets: &mut rows.key_sets };
+        self.add_samples(samples, record, ids.topic, text, of_object)?;
         let text = text.filter(|text| !text.contains('\0'));
         let row = RowIds { datasource: i64::from(ids.datasource), topic: i64::from(ids.topic), origin: 0 };
         facts.newest.observe(row, record, text, is_object.then_some(&mut members));
@@ -260,16 +269,17 @@ impl PostgresSink {
         &mut self,
         record: &RecordRef<'_>,
         left_out: &WithheldSnapshot,
+        ahead: &[RecordRef<'_>],
     ) -> Result<Option<RecordNameIds>, PostgresError> {
         let Some(history) = left_out.history(record.datasource) else {
-            return self.name_ids(record, record.datasource, 1).map(Some);
+            return self.name_ids(record, record.datasource, 1, ahead).map(Some);
         };
         let incarnation = history.incarnation_of(record.key_id, record.received_at, record.offset);
         if history.is_purged(incarnation) {
             return Ok(None);
         }
         let name = shown_name(record.datasource, incarnation, history);
-        self.name_ids(record, &name, incarnation).map(Some)
+        self.name_ids(record, &name, incarnation, ahead).map(Some)
     }
 
     fn write_times(&self, times: &BTreeMap<Offset, (TimeMicros, TimeMicros)>) -> Result<(), PostgresError> {

@@ -18,12 +18,19 @@ use crate::values::samples::{JsonMember, Sample};
 /// The `key_set_id` of a row that has its keys itself. No set has this id.
 const NO_KEY_SET: i32 = 0;
 
+/// Where the rows of samples are added.
+pub(super) struct SampleRows<'r> {
+    pub(super) samples: &'r mut CopyRows,
+    /// The sets of keys that they bring.
+    pub(super) key_sets: &'r mut CopyRows,
+}
+
 impl PostgresSink {
     /// Adds the rows of a record's samples. `text` is its payload if that is text, `members` are those of the JSON object
     /// that it is, if they are known.
     pub(super) fn add_samples(
         &mut self,
-        rows: &mut CopyRows,
+        mut rows: SampleRows<'_>,
         record: &RecordRef<'_>,
         topic: i32,
         text: Option<&str>,
@@ -41,11 +48,11 @@ impl PostgresSink {
         let added = match found.first() {
             None => Ok(()),
             Some(first) if found.iter().all(|sample| sample.at == first.at) => {
-                self.add_row(rows, record, topic, time_of(first), &found)
+                self.add_row(&mut rows, record, topic, time_of(first), &found)
             }
             Some(_) => by_time(&found, time_of)
                 .into_iter()
-                .try_for_each(|(at, samples)| self.add_row(rows, record, topic, at, &samples)),
+                .try_for_each(|(at, samples)| self.add_row(&mut rows, record, topic, at, &samples)),
         };
         drop(found);
         self.reader = reader;
@@ -55,7 +62,7 @@ impl PostgresSink {
     /// Adds the row of samples of one time; more than one if a key comes twice.
     fn add_row(
         &mut self,
-        rows: &mut CopyRows,
+        rows: &mut SampleRows<'_>,
         record: &RecordRef<'_>,
         topic: i32,
         at: TimeMicros,
@@ -63,15 +70,16 @@ impl PostgresSink {
     ) -> Result<(), PostgresError> {
         let digest = KeySetDigest::of(samples.iter().map(|sample| sample.key));
         if let Some(id) = self.known_key_set(topic, digest) {
-            add_numbers(rows, record, (topic, Some(id)), at, samples);
+            add_numbers(rows.samples, record, (topic, Some(id)), at, samples);
             return Ok(());
         }
         let mut seen = HashSet::new();
         let (first, again): (Vec<_>, Vec<_>) =
             samples.iter().copied().partition(|sample| seen.insert(text_of(sample.key)));
         if again.is_empty() {
-            let id = self.learn_key_set(topic, digest, samples.iter().map(|sample| sample.key))?;
-            add_numbers(rows, record, (topic, id), at, samples);
+            let keys = samples.iter().map(|sample| sample.key);
+            let id = self.learn_key_set(rows.key_sets, topic, digest, keys)?;
+            add_numbers(rows.samples, record, (topic, id), at, samples);
             return Ok(());
         }
         self.add_row(rows, record, topic, at, &first)?;
