@@ -21,6 +21,8 @@ use crate::message::{Offset, RecordRef};
 const LANE_RECORDS_MIN: usize = 8192;
 /// How long a lane stays open without a large transaction.
 const LANE_IDLE_MAX: Duration = Duration::from_secs(30);
+/// How long it may take to open one: the place of the one that writes is kept by transactions.
+const LANE_OPEN_WAIT_MAX: Duration = Duration::from_secs(3);
 /// After how long another one is tried that could not be opened.
 const LANE_PAUSE: Duration = Duration::from_secs(30);
 
@@ -32,9 +34,10 @@ pub(super) struct SampleLane {
 
 impl SampleLane {
     fn open(config: &PostgresConfig) -> Result<Self, PostgresError> {
-        let connection = PostgresConnection::open(&config.settings()?)?;
+        let connection = PostgresConnection::open_within(&config.settings()?, LANE_OPEN_WAIT_MAX)?;
         connection.run(SESSION_SETTINGS)?;
-        connection.run(&format!("SET search_path = {}", quoted(&config.schema)))?;
+        // What has the lane's row locked is the transaction of one that is gone, and ends soon.
+        connection.run(&format!("SET lock_timeout = '3s'; SET search_path = {}", quoted(&config.schema)))?;
         connection.execute(
             "UPDATE sample_lane SET pid = pg_backend_pid(),
                  pid_since = (SELECT backend_start FROM pg_stat_activity WHERE pid = pg_backend_pid())",
