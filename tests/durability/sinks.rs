@@ -185,6 +185,26 @@ fn samples_that_are_missing_are_stored_before_anything_else_and_follow_the_rules
     assert_eq!(state(), "0,1,2,3,4,5,6,7,8,9|0|");
     gateway.stop();
 
+    // They may be on their way still: whoever held the place had sent all of it when it was cut off.
+    server.sql("CREATE TABLE on_its_way AS SELECT * FROM sample_rows WHERE log_offset >= 3");
+    lose_samples_from(3);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            server.sql(
+                "BEGIN; UPDATE sample_lane SET next_offset = (SELECT next_offset FROM sink);
+                 INSERT INTO sample_rows SELECT * FROM on_its_way; SELECT pg_sleep(2); COMMIT",
+            )
+        });
+        wait_for("it to be under way", || {
+            let asked = "SELECT count(*) FROM pg_stat_activity WHERE wait_event = 'PgSleep'";
+            (server.sql(asked) == ["1"]).then_some(())
+        });
+        let gateway = with("sqlite,postgres");
+        gateway.settle();
+        gateway.stop();
+    });
+    assert_eq!(state(), "0,1,2,3,4,5,6,7,8,9|0|3");
+
     // A rule comes before they do.
     lose_samples_from(4);
     let gateway = with("sqlite");
