@@ -166,7 +166,7 @@ fn samples_that_are_missing_are_stored_before_anything_else_and_follow_the_rules
     };
     let lose_samples_from = |from: u64| {
         server.sql(&format!(
-            "UPDATE sink SET samples_from = {from}; DELETE FROM sample_rows WHERE log_offset >= {from}"
+            "UPDATE sample_lane SET next_offset = 0; UPDATE sink SET samples_from = {from}; DELETE FROM sample_rows WHERE log_offset >= {from}"
         ))
     };
     let state = || {
