@@ -288,7 +288,7 @@ pub const POSTGRES_COPIES_UNDER_WAY_MAX: usize = 2;
 pub const LAKE_LOT_BYTES: usize = 32 << 20;
 /// Columns of values in a Delta lake, for all datasources.
 pub const LAKE_VALUE_COLUMNS_MAX: usize = 1_000;
-/// Columns of values that one datasource brings into a Delta lake, between two starts.
+/// Columns of values that one datasource brings into a Delta lake.
 pub const LAKE_VALUE_COLUMNS_OF_ONE_MAX: usize = 100;
 /// The name of a member that gets a column in a Delta lake.
 pub const LAKE_VALUE_NAME_BYTES_MAX: usize = 128;

@@ -47,7 +47,11 @@ impl ValueColumns {
         let member = |(place, column): (usize, &TableColumn)| Some((column.comment.clone()?, Some(place)));
         let by_member = columns.iter().enumerate().filter_map(member).collect();
         let known = columns.len();
-        Self { columns, by_member, names, brought: HashMap::new(), columns_max, known }
+        let mut brought: HashMap<String, usize> = HashMap::new();
+        for name in columns.iter().filter_map(|column| column.brought_by.as_ref()) {
+            *brought.entry_ref(name).or_insert(0) += 1;
+        }
+        Self { columns, by_member, names, brought, columns_max, known }
     }
 
     /// All of them, each in its place.
@@ -86,8 +90,12 @@ impl ValueColumns {
         let is_new = self.names.insert(name.to_lowercase());
         let place = is_new.then_some(self.columns.len());
         if is_new {
-            let comment = Some(member.to_owned());
-            self.columns.push(TableColumn { comment, ..TableColumn::nullable(name, column_type) });
+            let (comment, brought_by) = (Some(member.to_owned()), Some(datasource.to_owned()));
+            self.columns.push(TableColumn {
+                comment,
+                brought_by,
+                ..TableColumn::nullable(name, column_type)
+            });
         }
         self.by_member.insert(member.to_owned(), place);
         place
@@ -389,5 +397,15 @@ mod tests {
         let payload = format!("{{{}}}", members.join(","));
         assert_eq!(columns(&[&payload], 10_000).len(), LAKE_VALUE_COLUMNS_OF_ONE_MAX);
         assert_eq!(columns(&[&payload], 3).len(), 3);
+        // Nor does it after a restart.
+        let mut bounded = ValueColumns::new(&TableSchema::new(&[]).expect("no columns"), 10_000);
+        ValueBuilders::default().read(&payload, "press-4", 0, &mut bounded);
+        let schema = TableSchema::new(bounded.columns()).expect("columns");
+        let mut again = ValueColumns::new(&schema, 10_000);
+        let other = payload.replace("\"m", "\"other");
+        for (source, expected) in [("press-4", 0), ("boiler", LAKE_VALUE_COLUMNS_OF_ONE_MAX)] {
+            ValueBuilders::default().read(&other, source, 0, &mut again);
+            assert_eq!(again.take_new().len(), expected, "{source}");
+        }
     }
 }
