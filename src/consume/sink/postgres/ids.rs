@@ -4,7 +4,7 @@
 use std::borrow::Cow;
 use std::collections::{HashMap, HashSet};
 
-use headgate_bridge_postgres::CopyRows;
+use headgate_bridge_postgres::{CopyRows, PostgresFault};
 
 use super::{PostgresError, PostgresSink};
 use crate::limits::{POSTGRES_KEY_SETS_PER_TOPIC_MAX, REMEMBERED_NAME_BYTES, REMEMBERED_NAMES_BYTES_MAX};
@@ -231,7 +231,7 @@ impl PostgresSink {
             self.names.key_set_ids = taken.iter().map(|row| row.get(0)).collect();
         }
         let Some(id) = self.names.key_set_ids.pop() else {
-            return Err(std::io::Error::other("the server has given no ids").into());
+            return Err(PostgresFault::Io(std::io::Error::other("the server has given no ids")).into());
         };
         rows.begin(4);
         rows.int4(id);

@@ -9,6 +9,7 @@ use super::ids::{RecordNameIds, text_of};
 use super::json_fit::{JsonFit, fit_of};
 use super::quarantined::SAMPLE_COLUMNS;
 use super::sample_lane::SampleLane;
+use super::samples::SampleRows;
 use super::{PostgresError, PostgresSink};
 use crate::consume::sink::ids::RowIds;
 use crate::consume::sink::incarnations::shown_name;
