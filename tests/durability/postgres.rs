@@ -267,7 +267,8 @@ fn new_topics_that_come_together_are_stored_as_each_by_itself() {
     let lines: String =
         (0..TOPICS).map(|n| format!("t{n},host=a v={n},w=1\nt{n},host=a v={n}\nt{} v=1\n", n / 2)).collect();
     for source in [gateway.create("press-4"), gateway.create("press-5")] {
-        let (path, text) = (format!("/v1/ingest/{}?precision=ns", source.id), [("content-type", "text/plain")]);
+        let (path, text) =
+            (format!("/v1/ingest/{}?precision=ns", source.id), [("content-type", "text/plain")]);
         let answer = gateway.request("POST", &path, &source.key, &text, lines.as_bytes());
         assert_eq!(answer.status, 200, "{}", answer.text());
     }
