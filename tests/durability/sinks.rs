@@ -192,9 +192,14 @@ fn samples_that_are_missing_are_stored_before_anything_else_and_follow_the_rules
         scope.spawn(|| {
             server.sql(
                 "BEGIN; UPDATE sample_lane SET next_offset = (SELECT next_offset FROM sink);
-                 INSERT INTO sample_rows SELECT * FROM on_its_way; SELECT pg_sleep(2); COMMIT",
+                 INSERT INTO sample_rows SELECT * FROM on_its_way;
+                 DO 'BEGIN
+                     WHILE NOT EXISTS (SELECT FROM pg_stat_activity WHERE wait_event_type = ''Lock'') LOOP
+                         PERFORM pg_sleep(0.1); PERFORM pg_stat_clear_snapshot();
+                     END LOOP; END'; COMMIT",
             )
         });
+        // Until the gateway waits for it.
         wait_for("it to be under way", || {
             let asked = "SELECT count(*) FROM pg_stat_activity WHERE wait_event = 'PgSleep'";
             (server.sql(asked) == ["1"]).then_some(())
