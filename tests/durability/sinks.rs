@@ -80,17 +80,15 @@ fn three_sinks_hold_the_same_whatever_is_done_and_killed_while_one_of_them_catch
         .json();
     let second = |of: &str| made["key"][of].as_str().expect("a text").to_owned();
     let (second_key, second_id) = (second("secret"), second("id"));
-    for topic in ["a", "b"] {
-        for source in [&limited, &leaked, &purged] {
-            fill(&gateway, source, &source.key, topic);
-        }
-        fill(&gateway, &leaked, &second_key, topic);
+    for source in [&limited, &leaked, &purged] {
+        fill(&gateway, source, &source.key, "a");
     }
+    fill(&gateway, &leaked, &second_key, "b");
     leak(&gateway, &leaked, &second_id, &since);
 
     // In each round it catches up for a while, and is killed: the server, and then the gateway too.
     let mut gateway = Some(gateway);
-    for round in 0..6 {
+    for round in 0..4 {
         let here = gateway.take().expect("it runs");
         server.begin_again();
         pause(1_500);
@@ -105,12 +103,11 @@ fn three_sinks_hold_the_same_whatever_is_done_and_killed_while_one_of_them_catch
             }
             1 => leak(&here, &leaked, &leaked.key_id, &since),
             2 => leak(&here, &leaked, &second_id, &json!({ "undo": true })),
-            3 => {
+            _ => {
                 let purge = "/v1/datasources/purged?purge=true";
                 let answer = here.request("DELETE", purge, &here.admin_key(), &[], &[]);
                 assert!(matches!(answer.status, 200 | 202), "{}", answer.text());
             }
-            _ => {}
         }
         fill(&here, &limited, &limited.key, "c");
         fill(&here, &leaked, &second_key, "c");
@@ -139,8 +136,8 @@ fn three_sinks_hold_the_same_whatever_is_done_and_killed_while_one_of_them_catch
     let withheld = "(SELECT 'leaked', log_offset FROM withheld_samples) w (datasource, log_offset)";
     assert_eq!(in_postgres(&server, withheld), quarantined, "samples went with their records");
     let count = |offsets: &OffsetsOf, of: &str| offsets.get(of).map_or(0, |of| of.len() as u64);
-    assert_eq!(count(&quarantined, "leaked"), 2 * REQUEST_RECORDS, "of the first key");
-    assert_eq!(count(&records, "leaked"), 8 * REQUEST_RECORDS, "of the second one");
+    assert_eq!(count(&quarantined, "leaked"), REQUEST_RECORDS, "of the first key");
+    assert_eq!(count(&records, "leaked"), 5 * REQUEST_RECORDS, "of the second one");
     assert!(!records.keys().any(|datasource| datasource.starts_with("purged")), "{:?}", records.keys());
     assert_ne!(server.sql("SELECT next_offset FROM sample_lane"), ["0"], "transactions were large enough");
     let in_lake = offsets_in_lake(dir.path());
