@@ -314,7 +314,10 @@ pub const REVOCATION_WAIT_MAX: std::time::Duration = std::time::Duration::from_s
 pub const PROCESSOR_WINDOW: std::time::Duration = std::time::Duration::from_millis(10);
 /// How long a tenant counts as somebody who wants something, after it was last served.
 pub const TENANT_ACTIVE: std::time::Duration = std::time::Duration::from_millis(300);
-/// How long a tenant that was over its share of the processors is served at low priority.
+/// How long a tenant is served at low priority for each [`PROCESSOR_WINDOW`] in which it was over its share of the
+/// processors.
+pub const SLOW_LANE_STEP: std::time::Duration = std::time::Duration::from_millis(200);
+/// The longest of these stays.
 pub const SLOW_LANE_STAY: std::time::Duration = std::time::Duration::from_secs(2);
 /// What such a tenant may have on its way into the log, in bytes; a larger request goes alone.
 pub const SLOW_IN_FLIGHT_BYTES_MAX: usize = 128 << 10;
