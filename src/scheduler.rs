@@ -78,7 +78,12 @@ pub fn thread_time() -> Duration {
     Duration::new(time.tv_sec.unsigned_abs(), u32::try_from(time.tv_nsec).unwrap_or(0))
 }
 
-/// Makes the calling thread's priority lower by `nice` than that of the process's first thread.
+/// The time slice of a thread of low priority, in nanoseconds: the longest that there is. Whoever has the usual slice is
+/// let in at once.
+const LOWERED_SLICE_NS: u64 = 100_000_000;
+
+/// Makes the calling thread's priority lower by `nice` than that of the process's first thread, and has it give way at once
+/// to threads of the usual priority.
 pub fn lower_priority(nice: u8) {
     if nice == 0 {
         return;
@@ -98,6 +103,8 @@ pub fn lower_priority(nice: u8) {
             warn!(%error, nice, thread = thread.name(), "a thread keeps its priority");
         }
     }
+    // An older kernel has none.
+    let _ = SchedulerAttributes::set_slice(LOWERED_SLICE_NS);
 }
 
 /// `struct sched_attr` of Linux, first version.

@@ -36,7 +36,7 @@ use crate::message::{DatasourceId, KeyId};
 use crate::scheduler::polite_lock;
 use crate::shares::processors;
 
-pub use disk_turn::DiskTurn;
+pub use disk_turn::{DiskTurn, pauses_after_large};
 pub use lane::{run_slowly, run_usually};
 pub use task::{FairTask, TaskPayer, spawn_fairly};
 
@@ -467,7 +467,7 @@ mod tests {
         let turns = tenant.log_turns.clone();
         let all = u32::try_from(SLOW_IN_FLIGHT_BYTES_MAX).expect("fits");
         let permits = turns.clone().try_acquire_many_owned(all).expect("free");
-        let turn = time.disk_turn(permits, 1_000);
+        let turn = time.disk_turn(permits, 10_000);
         std::thread::sleep(Duration::from_millis(1));
         drop(turn);
         assert_eq!(turns.available_permits(), 0);
