@@ -269,11 +269,26 @@ pub const INFERENCE_PARTS_MAX: usize = 1_000;
 pub const INFERENCE_KEY_BYTES_MAX: usize = 128;
 /// A payload shown as an example.
 pub const INFERENCE_EXAMPLE_BYTES_MAX: usize = 16 << 10;
-/// What records that wait for their commit in a Delta lake take in memory, about.
-pub const LAKE_PENDING_BYTES: usize = 64 << 20;
+/// What the remembered row ids of datasources, topics and origins take in memory, about. Beyond that, all are forgotten and
+/// read again: clients may invent topics without end.
+pub const REMEMBERED_NAMES_BYTES_MAX: usize = 32 << 20;
+/// What one of them takes beside its text.
+pub const REMEMBERED_NAME_BYTES: usize = 64;
+/// Sets of keys that the samples of a topic have in PostgreSQL; beyond that, each row of samples has its keys itself, which go
+/// with it.
+pub const POSTGRES_KEY_SETS_PER_TOPIC_MAX: i64 = 64;
+/// Bytes of rows that are made while those before them are copied into PostgreSQL, ...
+pub const POSTGRES_COPY_BYTES: usize = 2 << 20;
+/// ... how many records they are of, ...
+pub const POSTGRES_COPY_RECORDS_MAX: usize = 4096;
+/// ... and how many times that may be on its way.
+pub const POSTGRES_COPIES_UNDER_WAY_MAX: usize = 2;
+/// What records that wait for their commit in a Delta lake take in memory, about: so much is collected while as much is made
+/// into files.
+pub const LAKE_LOT_BYTES: usize = 32 << 20;
 /// Columns of values in a Delta lake, for all datasources.
 pub const LAKE_VALUE_COLUMNS_MAX: usize = 1_000;
-/// Columns of values that one datasource brings into a Delta lake, between two starts.
+/// Columns of values that one datasource brings into a Delta lake.
 pub const LAKE_VALUE_COLUMNS_OF_ONE_MAX: usize = 100;
 /// The name of a member that gets a column in a Delta lake.
 pub const LAKE_VALUE_NAME_BYTES_MAX: usize = 128;
