@@ -122,7 +122,17 @@ fn the_package_is_installed_started_upgraded_removed_and_purged_under_systemd() 
     let issuer = Identity::issuer(dir.path(), "issuer");
     issuer.issue(dir.path(), "own");
     let mut life = Command::new("unshare");
-    life.args(["--mount", "--propagation", "private", "--pid", "--fork", "--uts", "--ipc", "--net", "--cgroup"]);
+    life.args([
+        "--mount",
+        "--propagation",
+        "private",
+        "--pid",
+        "--fork",
+        "--uts",
+        "--ipc",
+        "--net",
+        "--cgroup",
+    ]);
     life.arg("python3").arg(project("tests/packages/life.py")).arg("boot").arg(dir.path());
     // It ends as process 1 does whose machine is powered off: by a signal.
     let output = life.output().expect("unshare runs");

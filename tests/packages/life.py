@@ -68,6 +68,8 @@ def boot(directory):
     subprocess.run(["pivot_root", ".", "srv/before"], cwd=root, check=True)
     os.chdir("/")
     run("umount", "--lazy", "/srv/before")
+    # As on a machine: what systemd mounts for a service, such as its credentials, is seen by it.
+    run("mount", "--make-rshared", "/")
     log = os.open("/mnt/boot.log", os.O_WRONLY | os.O_CREAT)
     os.dup2(log, 1)
     os.dup2(log, 2)

@@ -174,7 +174,8 @@ fn every_way_to_publish_of_the_page_for_devices_publishes() {
     let records = stage.gateway.stored("press-4", usize::try_from(kept).expect("some"));
     let is_reading = |record: &serde_json::Value| {
         let payload = &record["payload"];
-        payload["value"].is_number() || payload.as_str().is_some_and(|line| line.starts_with("spindle,hall=b temp=21.5"))
+        payload["value"].is_number()
+            || payload.as_str().is_some_and(|line| line.starts_with("spindle,hall=b temp=21.5"))
     };
     assert!(records.iter().all(is_reading), "{records:?}");
 }
