@@ -330,7 +330,7 @@ impl LakeSink {
         let last = self.committed_at.replace(Instant::now());
         // More waits already: merges are for quieter times, unless there are none.
         self.busy_commits = if self.lot.is_some() { self.busy_commits + 1 } else { 0 };
-        if self.busy_commits % BUSY_COMMITS_PER_UPKEEP == 0
+        if self.busy_commits.is_multiple_of(BUSY_COMMITS_PER_UPKEEP)
             && let Err(error) = self.keep_up(last.map_or(Duration::ZERO, |at| at.elapsed()))
         {
             warn!(%error, "upkeep of the lake");
