@@ -329,18 +329,23 @@ pub const REVOCATION_WAIT_MAX: std::time::Duration = std::time::Duration::from_s
 pub const PROCESSOR_WINDOW: std::time::Duration = std::time::Duration::from_millis(10);
 /// How long a tenant counts as somebody who wants something, after it was last served.
 pub const TENANT_ACTIVE: std::time::Duration = std::time::Duration::from_millis(300);
-/// How long a tenant that was over its share of the processors is served at low priority.
+/// How long a tenant is served at low priority for each [`PROCESSOR_WINDOW`] in which it was over its share of the
+/// processors.
+pub const SLOW_LANE_STEP: std::time::Duration = std::time::Duration::from_millis(200);
+/// The longest of these stays.
 pub const SLOW_LANE_STAY: std::time::Duration = std::time::Duration::from_secs(2);
 /// What such a tenant may have on its way into the log, in bytes; a larger request goes alone.
 pub const SLOW_IN_FLIGHT_BYTES_MAX: usize = 128 << 10;
 /// How long such a tenant pauses after work of its own that others wait for the disk behind, as a multiple of what the
 /// work took.
 pub const SLOW_DISK_PAUSES: u32 = 3;
-/// The same after a request larger than [`SLOW_IN_FLIGHT_BYTES_MAX`], for whose commit everybody waits: about a fifth
-/// of the log's time is such a tenant's.
+/// The same after a request larger than [`SLOW_IN_FLIGHT_BYTES_MAX`], for whose commit everybody waits, up to 1 MiB; beyond
+/// that it grows with the square of its size: others wait for longer, and that often.
 pub const SLOW_LARGE_PAUSES: u32 = 4;
+/// The most of that: a hundredth of the log's time is such a tenant's.
+pub const SLOW_LARGE_PAUSES_MAX: u32 = 100;
 /// The longest of these pauses.
-pub const SLOW_DISK_PAUSE_MAX: std::time::Duration = std::time::Duration::from_millis(500);
+pub const SLOW_DISK_PAUSE_MAX: std::time::Duration = std::time::Duration::from_secs(2);
 /// The niceness of that priority.
 pub const SLOW_LANE_NICE: u8 = 10;
 /// What a new connection may use of the processors before it shares the place of its tenant, in nanoseconds.
