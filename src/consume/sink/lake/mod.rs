@@ -325,6 +325,10 @@ impl LakeSink {
             done => drop(done?),
         }
         drop(append);
+        if self.table.cursor() != Some(cursor_of(lot.end - 1)) {
+            // Another writer was further already: some of what was made behind this lot is there too.
+            return self.yield_to_other();
+        }
         self.cursor = self.cursor.max(self.committed());
         self.base = self.table.cursor();
         let last = self.committed_at.replace(Instant::now());

@@ -99,6 +99,14 @@ fn set_aside(sink: &mut PostgresSink, end: Offset) -> Result<String, PostgresErr
         if row.get::<_, i64>(0) != sql_offset(sink.cursor) {
             return Err(sink.cursor_moved());
         }
+        // Behind the samples that are being committed, which are deleted with the others.
+        let reset = sink.connection.execute(
+            "UPDATE sample_lane SET next_offset = 0 WHERE next_offset = $1",
+            &[&sql_offset(sink.lane_offset)],
+        )?;
+        if reset != 1 {
+            return Err(sink.cursor_moved());
+        }
         sink.connection.run(&format!(
             "CREATE TABLE {name}_records AS SELECT * FROM records WHERE log_offset >= {from};
              CREATE TABLE {name}_quarantine AS SELECT * FROM quarantine WHERE log_offset >= {from};
@@ -110,8 +118,7 @@ fn set_aside(sink: &mut PostgresSink, end: Offset) -> Result<String, PostgresErr
              DELETE FROM time_index WHERE first_offset >= {from};
              UPDATE retention SET removed_below = {from} WHERE removed_below > {from};
              UPDATE quarantined SET redriven_offset = NULL WHERE redriven_offset >= {from};
-             UPDATE sink SET next_offset = {from}, durable_offset = {from}, samples_from = {samples_from};
-             UPDATE sample_lane SET next_offset = 0"
+             UPDATE sink SET next_offset = {from}, durable_offset = {from}, samples_from = {samples_from}"
         ))?;
         sink.forget_moved_values()
     })?;

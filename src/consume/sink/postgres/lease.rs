@@ -65,6 +65,8 @@ impl PostgresSink {
                  WHERE a.backend_start = l.pid_since AND a.pid <> pg_backend_pid()",
                 &[],
             )?;
+            // It may have been in its commit: what it has stored is known when its row is free.
+            self.connection.query("SELECT FROM sample_lane FOR UPDATE", &[])?;
             self.lane = None;
         }
         self.read_cursor()?;

@@ -200,7 +200,7 @@ impl PostgresSink {
     fn read_cursor(&mut self) -> Result<(), PostgresError> {
         let row = self.connection.query_one(
             "SELECT s.next_offset, s.durable_offset, s.withheld_version, l.next_offset,
-                 CASE WHEN l.next_offset = s.next_offset THEN s.next_offset ELSE coalesce(s.samples_from, s.next_offset) END
+                 CASE WHEN l.next_offset <= s.samples_from THEN s.samples_from ELSE s.next_offset END
              FROM sink s, sample_lane l",
             &[],
         )?;
