@@ -6,7 +6,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::{Command, Output};
 
-use crate::common::{Gateway, Source, scratch};
+use crate::common::{Gateway, Source, scratch, wait_for};
 use crate::{installed, text};
 
 /// A marked block: its language, where it stands, what it is.
@@ -171,8 +171,9 @@ fn every_way_to_publish_of_the_page_for_devices_publishes() {
         assert!(now > kept, "{page}, line {}: it has published nothing", snippet.line);
         kept = now;
     }
-    #[allow(clippy::cast_possible_truncation)]
-    let records = stage.gateway.stored("press-4", kept as usize);
+    let records = wait_for("all of them in storage", || {
+        Some(stage.gateway.records("press-4")).filter(|records| records.len() as f64 >= kept)
+    });
     let is_reading = |record: &serde_json::Value| {
         let payload = &record["payload"];
         payload["value"].is_number()
