@@ -31,6 +31,8 @@ use tokio::sync::watch;
 use self::follower::StorageFollower;
 use self::pace::StoragePace;
 use self::record_sink::{OpenedSink, SinkFault, SinkPlace};
+#[cfg(feature = "delta")]
+pub use self::lake_place::probe_lake;
 pub use self::retention::StoredLimitsSource;
 use super::follower::{FollowerControl, FollowerProfile};
 use super::sink::sqlite::SinkError;
