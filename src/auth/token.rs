@@ -23,7 +23,7 @@ use headgate_format::key::{CHECKSUM_CHARS, text_checksum};
 use super::scope::Scopes;
 use crate::filter::TopicFilter;
 use crate::limits::{TOKEN_TOPICS_BYTES_MAX, TOKEN_TOPICS_MAX};
-use crate::message::{KeyId, TimeMicros};
+use crate::message::{KeyId, TimeMicros, holds_access_token};
 
 /// The prefix of every access token.
 pub const ACCESS_TOKEN_PREFIX: &[u8; 4] = b"hgt_";
@@ -107,10 +107,16 @@ impl fmt::Debug for TokenSecret {
     }
 }
 
-/// Whether a presented text, without white space around it, is meant to be an access token.
+/// Whether a presented text, without white space before it, is meant to be an access token. A user name such as
+/// `hgt_sensor` is not.
 pub fn is_access_token(presented: &[u8]) -> bool {
-    presented.starts_with(ACCESS_TOKEN_PREFIX)
+    let start = presented.get(..ACCESS_TOKEN_LIKE_CHARS);
+    let start = start.filter(|start| start.starts_with(ACCESS_TOKEN_PREFIX));
+    start.is_some_and(|start| std::str::from_utf8(start).is_ok_and(holds_access_token))
 }
+
+/// As many characters of a token, its prefix among them, as [`holds_access_token`] asks for.
+const ACCESS_TOKEN_LIKE_CHARS: usize = 28;
 
 impl TokenClaims {
     /// The claims of a presented token, whose form and signature are right. Whether it has ended is not looked at.
@@ -176,7 +182,7 @@ impl TokenClaims {
 
 /// The claims and the signature of a token whose form and checksum are right.
 fn signed_bytes(token: &[u8]) -> Option<Vec<u8>> {
-    if token.len() > ACCESS_TOKEN_CHARS_MAX || !is_access_token(token) {
+    if token.len() > ACCESS_TOKEN_CHARS_MAX {
         return None;
     }
     let (covered, checksum) = token.split_last_chunk::<CHECKSUM_CHARS>()?;
@@ -272,6 +278,16 @@ mod tests {
         let token = AccessToken::sign(&claims, &SECRET);
         assert_eq!(token.expose().len(), ACCESS_TOKEN_CHARS_MAX);
         assert_eq!(read(token.expose().as_bytes()), Ok(claims));
+    }
+
+    #[test]
+    fn a_name_that_begins_like_a_token_is_none() {
+        let token = AccessToken::sign(&claims(&[]), &SECRET);
+        let text = token.expose().as_bytes();
+        assert!(is_access_token(text) && is_access_token(&text[..ACCESS_TOKEN_LIKE_CHARS]));
+        for name in [&text[..ACCESS_TOKEN_LIKE_CHARS - 1], b"hgt_", b"hgt_sensor", b"hgt_sensor of the left press, 4 m high"] {
+            assert!(!is_access_token(name), "{name:?}");
+        }
     }
 
     #[test]

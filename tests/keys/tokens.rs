@@ -202,8 +202,7 @@ fn topics_narrow_what_is_sent_and_what_is_read() {
     gateway.stored("press-4", 4);
     let schemas = json!({ "schemas": [
         { "filter": "secret/#", "schema": { "title": "hidden" } },
-        { "filter": "a/#", "schema": { "title": "shown" } },
-        { "filter": "#", "schema": true },
+        { "filter": "a/b", "schema": { "title": "shown" } },
     ] });
     let schemas = serde_json::to_vec(&schemas).expect("JSON");
     let set = gateway.request("PUT", "/v1/datasources/press-4/schema", &gateway.admin_key(), &[], &schemas);
@@ -251,12 +250,16 @@ fn topics_narrow_what_is_sent_and_what_is_read() {
     let refused = refusal(&gateway, "token_topics").expect("it is listed");
     assert!(refused["advice"].as_str().expect("advice").contains("other topics"), "{refused}");
     // Where a page of newest values goes on tells no name either.
-    for n in 0..2_000 {
-        let topic = format!("b/{n:04}");
-        assert_eq!(send(&gateway, &source.key, &topic), 200);
-    }
-    gateway.stored("press-4", 2_006);
-    hidden(&get("latest"));
+    let many: String = (0..3_000).map(|n| format!("0{n:04} value=1\n")).collect();
+    let by_key = [("authorization", format!("Token {}", source.key))];
+    let by_key = by_key.each_ref().map(|(name, value)| (*name, value.as_str()));
+    let sent = gateway.request("POST", "/api/v2/write?bucket=press-4", "", &by_key, many.as_bytes());
+    assert_eq!(sent.status, 204, "{}", sent.text());
+    gateway.stored("press-4", 3_006);
+    let newest = get("latest");
+    hidden(&newest);
+    assert!(!newest.text().contains("value=1") && !newest.text().contains("\"00"), "{}", newest.text());
+    assert_eq!(newest.json()["next"], Value::Null);
 }
 
 #[test]
@@ -273,7 +276,7 @@ fn over_mqtt_a_token_subscribes_within_its_topics_and_leaves_nothing_behind() {
     );
     assert_eq!(connack.number(0x11), Some(0), "the session ends with the connection");
     page.send(&subscribe(Version::V5, 1, &["a/+", "#", "z", "$share/g/a/b", "+/b"]));
-    assert_eq!(page.packet(9).codes(Version::V5), [0, 0x87, 0x87, 0x87, 0x87]);
+    assert_eq!(page.packet(9).codes(Version::V5), [1, 0x87, 0x87, 0x87, 0x87]);
     assert_eq!(page.publish(Version::V5, 2, "z", b"1"), 0x87);
     // A device of the same name is not pushed out, and its session is not taken up.
     let lasting = Connect {
@@ -284,7 +287,7 @@ fn over_mqtt_a_token_subscribes_within_its_topics_and_leaves_nothing_behind() {
     };
     let (mut device, _) = Wire::connect(gateway.mqtt, &lasting);
     device.send(&subscribe(Version::V5, 1, &["#"]));
-    assert_eq!(device.packet(9).codes(Version::V5), [0]);
+    assert_eq!(device.packet(9).codes(Version::V5), [1]);
     drop(device);
     let again = Connect { clean: false, ..Connect::with_key(Version::V5, &narrow) };
     let again = Connect { client_id: "device-1".to_owned(), ..again };
@@ -313,7 +316,7 @@ fn over_mqtt_a_token_subscribes_within_its_topics_and_leaves_nothing_behind() {
 #[test]
 fn what_a_token_has_opened_ends_with_it_and_with_its_key() {
     let (_dir, gateway, source) = scene();
-    let short = token(&gateway, "press-4", &source.key_id, &json!({ "ttl_s": 3 }));
+    let short = token(&gateway, "press-4", &source.key_id, &json!({ "ttl_s": 5 }));
     let long = token(&gateway, "press-4", &source.key_id, &json!({ "ttl_s": 600 }));
     let made = Instant::now();
     let mut wires: Vec<_> = VERSIONS.map(|version| (version, Wire::login(gateway.mqtt, version, &short))).into();
@@ -333,7 +336,7 @@ fn what_a_token_has_opened_ends_with_it_and_with_its_key() {
         }
     }
     let took = made.elapsed();
-    assert!((2..8).contains(&took.as_secs()), "{took:?}");
+    assert!((4..40).contains(&took.as_secs()), "{took:?}");
     assert_eq!(send(&gateway, &short, "t"), 401);
     let expired = refusal(&gateway, "expired_token").expect("it is listed");
     assert_eq!(expired["key_id"], source.key_id.as_str());
@@ -410,7 +413,7 @@ fn a_token_manages_nothing_and_signs_nobody_in() {
         ("GET", "/v1/live"),
         ("GET", "/v1/connect"),
         ("POST", "/v1/session"),
-        ("GET", "/v1/export"),
+        ("GET", "/v1/datasources/press-4/export"),
     ] {
         let answer = gateway.request(method, path, &of_admin, &[], &[]);
         assert_eq!((answer.status, &answer.json()["type"]), (403, &json!("/problems/beyond_token")), "{method} {path}");
@@ -436,7 +439,7 @@ fn a_token_for_all_datasources_names_them_in_its_topics() {
     assert_eq!(gateway.get("/v1/datasources/press-5/latest", &narrow).json()["topics"], json!([]));
     let mut wire = Wire::login(gateway.mqtt, Version::V5, &narrow);
     wire.send(&subscribe(Version::V5, 1, &["press-4/a/#", "#", "press-4/#", "press-5/a/#"]));
-    assert_eq!(wire.packet(9).codes(Version::V5), [0, 0x87, 0x87, 0x87]);
+    assert_eq!(wire.packet(9).codes(Version::V5), [1, 0x87, 0x87, 0x87]);
     assert_eq!(wire.publish(Version::V5, 2, "press-5/a/b", b"1"), 0x87);
     wire.send(&publish_with(Version::V5, 3, "press-4/a/c", &[], b"1"));
     let mut seen = Vec::new();

@@ -12,7 +12,7 @@ use axum::http::{HeaderMap, Uri};
 use super::answer::RequestMemory;
 use super::server::HttpPeer;
 use super::{HttpFrontState, dashboard};
-use crate::auth::token::is_access_token;
+use crate::auth::token::ACCESS_TOKEN_PREFIX;
 use crate::auth::{Actor, Grant, GrantDenial, Scope};
 use crate::front::credentials;
 use crate::front::problem::Problem;
@@ -188,7 +188,7 @@ pub(super) fn refuse_key_in_url(uri: &Uri) -> Result<(), Problem> {
     let is_token = |(name, value): &(String, String)| {
         is_stream(uri.path())
             && name == URL_TOKEN_PARAMETER
-            && is_access_token(value.as_bytes())
+            && value.as_bytes().starts_with(ACCESS_TOKEN_PREFIX)
             && !value.contains(KEY_PREFIX)
     };
     let is_key = |(name, value): &(String, String)| {
