@@ -139,14 +139,26 @@ mod tests {
             let [one, other] = [one, other].map(|text| TopicFilter::new(text).expect("a filter"));
             one.covers(&other)
         };
-        for (one, other) in
-            [("#", "a/b/#"), ("a/#", "a"), ("a/#", "a/#"), ("a/#", "a/+/b"), ("+/b", "a/b"), ("+/+", "a/+"), ("a", "a")]
-        {
+        for (one, other) in [
+            ("#", "a/b/#"),
+            ("a/#", "a"),
+            ("a/#", "a/#"),
+            ("a/#", "a/+/b"),
+            ("+/b", "a/b"),
+            ("+/+", "a/+"),
+            ("a", "a"),
+        ] {
             assert!(covers(one, other), "{one} {other}");
         }
-        for (one, other) in
-            [("a/#", "#"), ("a/+", "a/#"), ("a/+", "a"), ("a", "a/#"), ("a/b", "a/+"), ("+", "#"), ("a/b", "a/b/c")]
-        {
+        for (one, other) in [
+            ("a/#", "#"),
+            ("a/+", "a/#"),
+            ("a/+", "a"),
+            ("a", "a/#"),
+            ("a/b", "a/+"),
+            ("+", "#"),
+            ("a/b", "a/b/c"),
+        ] {
             assert!(!covers(one, other), "{one} {other}");
         }
     }

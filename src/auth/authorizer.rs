@@ -471,10 +471,8 @@ mod tests {
     fn a_token_of_another_registry_is_good_for_nothing_here_and_one_of_this_is_after_a_restart() {
         let ((dir, authorizer), (_other_dir, other)) = (empty(), empty());
         let scopes = Scopes::from_slice(&[Scope::Ingest]);
-        let (_, key, _) = authorizer
-            .registry()
-            .create_datasource(&Actor::SYSTEM, None, "a", scopes)
-            .expect("created");
+        let (_, key, _) =
+            authorizer.registry().create_datasource(&Actor::SYSTEM, None, "a", scopes).expect("created");
         let make = |registry: &Registry| {
             registry.make_token(&key, scopes, now_micros() + HOUR, Vec::new()).expect("made")
         };

@@ -32,12 +32,10 @@ const ACCESS_TOKEN_VERSION: u8 = 1;
 /// The length of a signature.
 const SIGNATURE_BYTES: usize = 32;
 /// The longest claims.
-const CLAIMS_BYTES_MAX: usize =
-    1 + 8 + 8 + 1 + 1 + 2 * TOKEN_TOPICS_MAX + TOKEN_TOPICS_BYTES_MAX;
+const CLAIMS_BYTES_MAX: usize = 1 + 8 + 8 + 1 + 1 + 2 * TOKEN_TOPICS_MAX + TOKEN_TOPICS_BYTES_MAX;
 /// The longest token.
-pub const ACCESS_TOKEN_CHARS_MAX: usize = ACCESS_TOKEN_PREFIX.len()
-    + (4 * (CLAIMS_BYTES_MAX + SIGNATURE_BYTES)).div_ceil(3)
-    + CHECKSUM_CHARS;
+pub const ACCESS_TOKEN_CHARS_MAX: usize =
+    ACCESS_TOKEN_PREFIX.len() + (4 * (CLAIMS_BYTES_MAX + SIGNATURE_BYTES)).div_ceil(3) + CHECKSUM_CHARS;
 
 const _: () = assert!(ACCESS_TOKEN_CHARS_MAX <= crate::limits::PRESENTED_KEY_BYTES_MAX);
 
@@ -125,8 +123,7 @@ impl TokenClaims {
     /// [`TokenFault`].
     pub fn read(presented: &[u8], secret: Option<&TokenSecret>) -> Result<Self, TokenFault> {
         let bytes = signed_bytes(presented.trim_ascii()).ok_or(TokenFault::Damaged)?;
-        let (claims, signature) =
-            bytes.split_last_chunk::<SIGNATURE_BYTES>().ok_or(TokenFault::Damaged)?;
+        let (claims, signature) = bytes.split_last_chunk::<SIGNATURE_BYTES>().ok_or(TokenFault::Damaged)?;
         // Compared in the same time whatever differs.
         let is_signed = secret.is_some_and(|secret| secret.signature_of(claims) == *signature);
         if !is_signed {
@@ -285,7 +282,12 @@ mod tests {
         let token = AccessToken::sign(&claims(&[]), &SECRET);
         let text = token.expose().as_bytes();
         assert!(is_access_token(text) && is_access_token(&text[..ACCESS_TOKEN_LIKE_CHARS]));
-        for name in [&text[..ACCESS_TOKEN_LIKE_CHARS - 1], b"hgt_", b"hgt_sensor", b"hgt_sensor of the left press, 4 m high"] {
+        for name in [
+            &text[..ACCESS_TOKEN_LIKE_CHARS - 1],
+            b"hgt_",
+            b"hgt_sensor",
+            b"hgt_sensor of the left press, 4 m high",
+        ] {
             assert!(!is_access_token(name), "{name:?}");
         }
     }

@@ -301,7 +301,10 @@ fn print_token(answer: Value, out: &mut CommandOutput) -> anyhow::Result<()> {
     writeln!(out, "topics      {}", topics.map_or("all".to_owned(), |topics| topics.join(", ")))?;
     if datasource != "*" && scopes.iter().any(|scope| scope == "subscribe") {
         writeln!(out)?;
-        writeln!(out, "in a page   new EventSource(\"/v1/datasources/{datasource}/stream?access_token=\" + token)")?;
+        writeln!(
+            out,
+            "in a page   new EventSource(\"/v1/datasources/{datasource}/stream?access_token=\" + token)"
+        )?;
     }
     Ok(())
 }

@@ -229,8 +229,17 @@ mod tests {
     #[test]
     fn every_command_that_tells_something_tells_it_as_json_too() {
         /// They serve, print JSON or a script anyway, or write pages.
-        const OTHERS: [&str; 9] =
-            ["serve", "demo", "completions", "man", "export", "schema show", "schema infer", "schema set", "schema clear"];
+        const OTHERS: [&str; 9] = [
+            "serve",
+            "demo",
+            "completions",
+            "man",
+            "export",
+            "schema show",
+            "schema infer",
+            "schema set",
+            "schema clear",
+        ];
         fn walk(command: &clap::Command, path: &str, lacking: &mut Vec<String>) {
             let mut is_leaf = true;
             for below in command.get_subcommands().filter(|below| below.get_name() != "help") {

@@ -11,8 +11,18 @@ use crate::common::{Gateway, scratch};
 const KEY_NAMES: [&str; 6] = ["KEY", "TOKEN", "hgk_", "hgt_", "SECRET", "PASSWORD"];
 /// Options of programs, behind which a key would be one of their arguments.
 const KEY_OPTIONS: [&str; 12] = [
-    "-u ", "-P ", "-pw ", "--username", "--pw ", "--password", "--user ", "--pass", "--token", "--api-key",
-    "-H \"Authorization", "-H \"X-API-Key",
+    "-u ",
+    "-P ",
+    "-pw ",
+    "--username",
+    "--pw ",
+    "--password",
+    "--user ",
+    "--pass",
+    "--token",
+    "--api-key",
+    "-H \"Authorization",
+    "-H \"X-API-Key",
 ];
 
 /// The option of a line that gives a key as an argument. What a builtin of the shell writes into a file or a pipe is none.
@@ -29,7 +39,8 @@ fn key_argument(line: &str) -> Option<&'static str> {
     KEY_OPTIONS.into_iter().find(|option| {
         line.match_indices(option).any(|(at, _)| {
             // An option stands alone: `--scope-u x` is another one.
-            line[..at].chars().next_back().is_none_or(char::is_whitespace) && is_key(&line[at + option.len()..])
+            line[..at].chars().next_back().is_none_or(char::is_whitespace)
+                && is_key(&line[at + option.len()..])
         })
     })
 }

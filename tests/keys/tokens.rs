@@ -61,7 +61,10 @@ fn a_token_is_made_by_an_admin_or_by_its_key_and_says_what_it_is_good_for() {
     let left = ends_at.duration_since(jiff::Timestamp::now());
     assert!((50..=60).contains(&left.as_secs()), "{left:?}");
     let by_default = ask_token(&gateway, &gateway.admin_key(), "press-4", &source.key_id, &json!({})).json();
-    assert_eq!((&by_default["topics"], &by_default["scopes"]), (&Value::Null, &json!(["ingest", "subscribe"])));
+    assert_eq!(
+        (&by_default["topics"], &by_default["scopes"]),
+        (&Value::Null, &json!(["ingest", "subscribe"]))
+    );
 
     let token = made["token"].as_str().expect("a token");
     // None makes another one, and no other key makes one of this.
@@ -77,7 +80,8 @@ fn a_token_is_made_by_an_admin_or_by_its_key_and_says_what_it_is_good_for() {
     // Never longer than its key.
     let soon = ahead(Duration::from_secs(30));
     let ending = create_key(&gateway, "press-4", &json!({ "expires_at": soon }));
-    let bounded = ask_token(&gateway, &ending.secret, "press-4", &ending.id, &json!({ "ttl_s": 3600 })).json();
+    let bounded =
+        ask_token(&gateway, &ending.secret, "press-4", &ending.id, &json!({ "ttl_s": 3600 })).json();
     let at = |text: &str| text.parse::<jiff::Timestamp>().expect("a time");
     assert!(at(bounded["expires_at"].as_str().expect("a time")) <= at(&soon), "{bounded}");
     assert_eq!(bounded["scopes"], json!(["ingest"]));
@@ -154,7 +158,8 @@ fn a_token_is_taken_wherever_a_key_is_and_its_records_name_the_key() {
             expected += 2;
         }
     }
-    let as_property = Connect { properties: user_property("authorization", &token), ..Connect::new(Version::V5) };
+    let as_property =
+        Connect { properties: user_property("authorization", &token), ..Connect::new(Version::V5) };
     let (mut wire, _) = Wire::connect(gateway.mqtt, &as_property);
     assert_eq!(wire.publish(Version::V5, 1, "t", b"1"), 0);
     // Of a message alone, on another key's connection.
@@ -181,7 +186,10 @@ fn a_token_is_taken_wherever_a_key_is_and_its_records_name_the_key() {
     let mut in_url = EventStream::ask_with(gateway.http, &query, &[]).expect("an answer");
     assert!(in_url.head.starts_with("HTTP/1.1 200 "), "{}", in_url.head);
     let head = in_url.head.to_lowercase();
-    assert!(head.contains("referrer-policy: no-referrer") && head.contains("cache-control: no-store"), "{head}");
+    assert!(
+        head.contains("referrer-policy: no-referrer") && head.contains("cache-control: no-store"),
+        "{head}"
+    );
     in_url.record();
     // Both count toward the key's connections.
     let limits = json!({ "limits": { "connections": 1 } });
@@ -225,7 +233,9 @@ fn topics_narrow_what_is_sent_and_what_is_read() {
         assert!(text.contains("a/b") && !text.contains("secret") && !text.contains("hidden"), "{text}");
         assert!(!text.contains("\"z\""), "{text}");
     };
-    for path in ["records", "records?topic=a/%23", "records?topic=a/b", "latest", "schema", "records?format=csv"] {
+    for path in
+        ["records", "records?topic=a/%23", "records?topic=a/b", "latest", "schema", "records?format=csv"]
+    {
         hidden(&get(path));
     }
     assert_eq!(get("series?topic=a/b&key=a_b").status, 200);
@@ -238,10 +248,15 @@ fn topics_narrow_what_is_sent_and_what_is_read() {
         "stream?topic=secret/x",
     ] {
         let answer = get(path);
-        assert_eq!((answer.status, &answer.json()["type"]), (403, &json!("/problems/beyond_token")), "{path}");
+        assert_eq!(
+            (answer.status, &answer.json()["type"]),
+            (403, &json!("/problems/beyond_token")),
+            "{path}"
+        );
     }
     let mut stream = EventStream::open(gateway.http, &narrow, "?from_offset=0");
-    let topics: Vec<String> = (0..4).map(|_| stream.record()["topic"].as_str().expect("one").to_owned()).collect();
+    let topics: Vec<String> =
+        (0..4).map(|_| stream.record()["topic"].as_str().expect("one").to_owned()).collect();
     assert_eq!(topics, ["a/b", "a/c", "a/b", "a"]);
     let two = token(&gateway, "press-4", &source.key_id, &json!({ "topics": ["a/+", "z"] }));
     let answer = gateway.get("/v1/datasources/press-4/records", &two);
@@ -295,7 +310,10 @@ fn over_mqtt_a_token_subscribes_within_its_topics_and_leaves_nothing_behind() {
     assert_eq!(connack.body[0] & 1, 0, "no session is there");
     assert_eq!(send(&gateway, &source.key, "z"), 200);
     assert_eq!(other_page.publish(Version::V5, 3, "a/b", b"2"), 0);
-    assert!(matches!(other_page.next_within(Duration::from_millis(200)), Next::Silent), "it has subscribed to nothing");
+    assert!(
+        matches!(other_page.next_within(Duration::from_millis(200)), Next::Silent),
+        "it has subscribed to nothing"
+    );
     let (_, connack) = Wire::connect(gateway.mqtt, &lasting);
     assert_eq!(connack.body[0] & 1, 1, "the device's session is");
 
@@ -304,12 +322,17 @@ fn over_mqtt_a_token_subscribes_within_its_topics_and_leaves_nothing_behind() {
         wire.send(&connect.packet());
         wire.packet(CONNACK).reason()
     };
-    let will = Connect { will: Some(("a/gone".to_owned(), b"1".to_vec())), ..Connect::with_key(Version::V5, &narrow) };
+    let will = Connect {
+        will: Some(("a/gone".to_owned(), b"1".to_vec())),
+        ..Connect::with_key(Version::V5, &narrow)
+    };
     assert_eq!(answered(&will), 0x87);
-    let old = Connect { clean: false, client_id: "x".to_owned(), ..Connect::with_key(Version::V311, &narrow) };
+    let old =
+        Connect { clean: false, client_id: "x".to_owned(), ..Connect::with_key(Version::V311, &narrow) };
     assert_eq!(answered(&old), 5);
     assert!(refusal(&gateway, "token_use").is_some());
-    let named = Connect { client_id: "headgate-token:x".to_owned(), ..Connect::with_key(Version::V5, &source.key) };
+    let named =
+        Connect { client_id: "headgate-token:x".to_owned(), ..Connect::with_key(Version::V5, &source.key) };
     assert_eq!(answered(&named), 0x85);
 }
 
@@ -319,11 +342,13 @@ fn what_a_token_has_opened_ends_with_it_and_with_its_key() {
     let short = token(&gateway, "press-4", &source.key_id, &json!({ "ttl_s": 5 }));
     let long = token(&gateway, "press-4", &source.key_id, &json!({ "ttl_s": 600 }));
     let made = Instant::now();
-    let mut wires: Vec<_> = VERSIONS.map(|version| (version, Wire::login(gateway.mqtt, version, &short))).into();
+    let mut wires: Vec<_> =
+        VERSIONS.map(|version| (version, Wire::login(gateway.mqtt, version, &short))).into();
     let mut ws = Wire::over(WsClient::open(gateway.http));
     ws.let_in(&Connect::with_key(Version::V5, &short));
     wires.push((Version::V5, ws));
-    let mut stream = EventStream::ask_with(gateway.http, &format!("{STREAM}?access_token={short}"), &[]).expect("an answer");
+    let mut stream = EventStream::ask_with(gateway.http, &format!("{STREAM}?access_token={short}"), &[])
+        .expect("an answer");
     stream.event().expect("it says where it begins");
     let mut stays = Wire::login(gateway.mqtt, Version::V5, &long);
     let mut reading = EventStream::open(gateway.http, &long, "");
@@ -361,7 +386,8 @@ fn a_token_dies_with_a_key_that_is_rotated_out_or_whose_datasource_is_made_again
     let undone = rotate(&gateway, "press-4", &source.key_id, &json!({ "undo": true }));
     assert_eq!(undone.status, 200, "{}", undone.text());
     assert_eq!(send(&gateway, &of_old, "t"), 200);
-    let rotated_again = Made::of(&rotate(&gateway, "press-4", &source.key_id, &json!({ "grace_seconds": 0 })));
+    let rotated_again =
+        Made::of(&rotate(&gateway, "press-4", &source.key_id, &json!({ "grace_seconds": 0 })));
     assert_eq!(send(&gateway, &of_old, "t"), 401);
     assert_eq!(send(&gateway, &rotated.secret, "t"), 401);
     let of_new = token(&gateway, "press-4", &rotated_again.id, &json!({}));
@@ -416,7 +442,11 @@ fn a_token_manages_nothing_and_signs_nobody_in() {
         ("GET", "/v1/datasources/press-4/export"),
     ] {
         let answer = gateway.request(method, path, &of_admin, &[], &[]);
-        assert_eq!((answer.status, &answer.json()["type"]), (403, &json!("/problems/beyond_token")), "{method} {path}");
+        assert_eq!(
+            (answer.status, &answer.json()["type"]),
+            (403, &json!("/problems/beyond_token")),
+            "{method} {path}"
+        );
         assert!(!answer.headers.contains_key("set-cookie"), "{path}");
     }
     assert_eq!(gateway.get("/v1/datasources/press-4/latest?incarnation=7", &of_admin).status, 403);
@@ -434,7 +464,13 @@ fn a_token_for_all_datasources_names_them_in_its_topics() {
     assert_eq!(gateway.post("/v1/ingest/press-5/a/b", &second.key, &json!({})).status, 200);
     gateway.stored("press-5", 1);
     gateway.stored("press-4", 1);
-    assert_eq!(gateway.get("/v1/datasources/press-4/records", &narrow).json()["records"].as_array().expect("a list").len(), 1);
+    assert_eq!(
+        gateway.get("/v1/datasources/press-4/records", &narrow).json()["records"]
+            .as_array()
+            .expect("a list")
+            .len(),
+        1
+    );
     assert_eq!(gateway.get("/v1/datasources/press-5/records", &narrow).status, 403);
     assert_eq!(gateway.get("/v1/datasources/press-5/latest", &narrow).json()["topics"], json!([]));
     let mut wire = Wire::login(gateway.mqtt, Version::V5, &narrow);
@@ -503,9 +539,12 @@ fn no_token_is_written_anywhere() {
     let token = token(&gateway, "press-4", &source.key_id, &json!({}));
     let mut answers = vec![gateway.get(&format!("{STREAM}?tail=x&access_token={token}"), "")];
     assert_eq!(send(&gateway, &token, "t"), 200);
-    let mut stream = EventStream::ask_with(gateway.http, &format!("{STREAM}?access_token={token}"), &[]).expect("an answer");
+    let mut stream = EventStream::ask_with(gateway.http, &format!("{STREAM}?access_token={token}"), &[])
+        .expect("an answer");
     stream.event().expect("it says where it begins");
-    for path in [format!("/v1/ingest/press-4/{token}"), format!("/v1/ingest/{token}"), format!("/{token}?{token}")] {
+    for path in
+        [format!("/v1/ingest/press-4/{token}"), format!("/v1/ingest/{token}"), format!("/{token}?{token}")]
+    {
         answers.push(gateway.post(&path, &source.key, &json!({})));
     }
     let damaged = format!("{token}0");
@@ -534,7 +573,9 @@ fn no_token_is_written_anywhere() {
     let mut left = vec![dir.path().to_owned()];
     while let Some(path) = left.pop() {
         if path.is_dir() {
-            left.extend(std::fs::read_dir(&path).expect("readable").map(|entry| entry.expect("an entry").path()));
+            left.extend(
+                std::fs::read_dir(&path).expect("readable").map(|entry| entry.expect("an entry").path()),
+            );
             continue;
         }
         let bytes = std::fs::read(&path).expect("readable");

@@ -583,8 +583,8 @@ mod tests {
             let (mut after, mut pages) = (None::<String>, Vec::new());
             loop {
                 let (mut budget, mut count) = (PageBudget::new(4), 0);
-                let next =
-                    reader.latest_json_within(&press(), after.as_deref(), &mut budget, &mut |_, _| count += 1);
+                let next = reader
+                    .latest_json_within(&press(), after.as_deref(), &mut budget, &mut |_, _| count += 1);
                 pages.push(count);
                 after = next.expect("reads");
                 if after.is_none() {

@@ -29,10 +29,10 @@ use parking_lot::Mutex;
 use tokio::sync::watch;
 
 use self::follower::StorageFollower;
-use self::pace::StoragePace;
-use self::record_sink::{OpenedSink, SinkFault, SinkPlace};
 #[cfg(feature = "delta")]
 pub use self::lake_place::probe_lake;
+use self::pace::StoragePace;
+use self::record_sink::{OpenedSink, SinkFault, SinkPlace};
 pub use self::retention::StoredLimitsSource;
 use super::follower::{FollowerControl, FollowerProfile};
 use super::sink::sqlite::SinkError;

@@ -280,7 +280,11 @@ mod tests {
         let of = |uri| token_in_url(&Uri::from_static(uri));
         assert_eq!(of("/v1/datasources/a/stream?topic=t&access_token=hgt_x").as_deref(), Some("hgt_x"));
         assert_eq!(of("/v1/datasources/a/stream?access_token=%68gt_x").as_deref(), Some("hgt_x"));
-        for uri in ["/v1/datasources/a/stream", "/v1/datasources/a/records?access_token=hgt_x", "/?access_token=hgt_x"] {
+        for uri in [
+            "/v1/datasources/a/stream",
+            "/v1/datasources/a/records?access_token=hgt_x",
+            "/?access_token=hgt_x",
+        ] {
             assert_eq!(of(uri), None, "{uri}");
         }
     }

@@ -309,7 +309,9 @@ impl Handshake<'_> {
         match grant.is_of_token() {
             true => Ok(format!("{TOKEN_CLIENT_PREFIX}{given}")),
             false if given.starts_with(TOKEN_CLIENT_PREFIX) => {
-                let words = format!("client identifiers that begin with {TOKEN_CLIENT_PREFIX} are those of access tokens");
+                let words = format!(
+                    "client identifiers that begin with {TOKEN_CLIENT_PREFIX} are those of access tokens"
+                );
                 Err(self.refuse(Cause::ClientId, ReasonCode::ClientIdentifierNotValid, &words))
             }
             false => Ok(given.to_owned()),

@@ -123,7 +123,11 @@ impl From<RegistryError> for AdoptionError {
     }
 }
 
-async fn try_adopt(nats: &Nats, config: &Config, order: AdoptionOrder) -> Result<AdoptionReport, AdoptionError> {
+async fn try_adopt(
+    nats: &Nats,
+    config: &Config,
+    order: AdoptionOrder,
+) -> Result<AdoptionReport, AdoptionError> {
     let refused = |error: anyhow::Error| AdoptionError::Refused(error);
     let (dir, replicas) = (&config.data_dir, config.nats.stream.replicas);
     let known = FollowedHistory::load(dir)
