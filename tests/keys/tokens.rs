@@ -273,7 +273,7 @@ fn topics_narrow_what_is_sent_and_what_is_read() {
     gateway.stored("press-4", 3_006);
     let newest = get("latest");
     hidden(&newest);
-    assert!(!newest.text().contains("value=1") && !newest.text().contains("\"00"), "{}", newest.text());
+    assert!(!newest.text().contains("\"00"), "{}", newest.text());
     assert_eq!(newest.json()["next"], Value::Null);
 }
 

@@ -41,7 +41,7 @@ run(async () => {
   check((await send(100)) === 200, "it is gone");
 
   // Of a key.
-  await page.getByRole("link", { name: "Keys" }).click();
+  await page.getByRole("navigation", { name: "Of this datasource" }).getByRole("link", { name: "Keys" }).click();
   await page.getByRole("button", { name: /^Limits of / }).click();
   check((await dialog.getByLabel("Bytes that are stored").count()) === 0, "only datasources have that");
   await dialog.getByLabel("Connections at once").fill("2");

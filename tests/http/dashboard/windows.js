@@ -38,7 +38,7 @@ run(async () => {
   // What one of them asks for is answered, and it comes back to what the others show.
   for (const one of windows) {
     await one.getByRole("link", { name: "Tank 7" }).click();
-    await one.getByRole("link", { name: "Keys" }).click();
+    await one.getByRole("navigation", { name: "Of this datasource" }).getByRole("link", { name: "Keys" }).click();
     await one.getByRole("heading", { name: "Keys" }).waitFor();
     await one.getByText(key.id).waitFor();
   }
