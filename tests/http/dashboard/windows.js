@@ -25,9 +25,15 @@ run(async () => {
     windows.push(next);
   }
   for (const one of windows) await one.getByRole("heading", { name: "Tank 7" }).waitFor();
+  // What comes while one window takes the stream over from another is shown with the next message.
   const allShow = async (value) => {
-    await publish(value);
-    for (const one of windows) await one.locator(".card").getByText(String(value), { exact: true }).first().waitFor();
+    for (const one of windows) {
+      const shown = one.locator(".card").getByText(String(value), { exact: true });
+      await until(`${value} in a window`, async () => {
+        await publish(value);
+        return shown.first().waitFor({ timeout: 1000 }).then(() => true, () => false);
+      });
+    }
   };
   await allShow(4711);
 
