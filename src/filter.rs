@@ -52,7 +52,11 @@ impl TopicFilter {
 
     /// Whether the filter selects `topic`.
     pub fn matches(&self, topic: &str) -> bool {
-        let mut levels = topic.split('/');
+        self.matches_levels(topic.split('/'))
+    }
+
+    /// Whether the filter selects the topic of these levels.
+    pub fn matches_levels<'t>(&self, mut levels: impl Iterator<Item = &'t str>) -> bool {
         for wanted in self.0.split('/') {
             match (wanted, levels.next()) {
                 ("#", _) => return true,
@@ -63,11 +67,101 @@ impl TopicFilter {
         }
         levels.next().is_none()
     }
+
+    /// Whether the filter selects every topic that `other` selects.
+    pub fn covers(&self, other: &TopicFilter) -> bool {
+        let (mut levels, mut others) = (self.0.split('/'), other.0.split('/'));
+        loop {
+            match (levels.next(), others.next()) {
+                (Some("#"), _) | (None, None) => return true,
+                (Some("+"), Some(level)) if level != "#" => {}
+                (Some(level), Some(other)) if level == other => {}
+                _ => return false,
+            }
+        }
+    }
+
+    /// Whether there is a topic that both filters select.
+    pub fn overlaps(&self, other: &TopicFilter) -> bool {
+        let (mut levels, mut others) = (self.0.split('/'), other.0.split('/'));
+        loop {
+            match (levels.next(), others.next()) {
+                (Some("#"), _) | (_, Some("#")) | (None, None) => return true,
+                (Some("+"), Some(_)) | (Some(_), Some("+")) => {}
+                (Some(level), Some(other)) if level == other => {}
+                _ => return false,
+            }
+        }
+    }
 }
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
+
+    /// Topics of few levels, so that many filters meet; the empty one, which nobody can publish to, is one too.
+    fn topics() -> Vec<String> {
+        let levels = ["", "a", "b"];
+        let two = levels.iter().flat_map(|a| levels.map(|b| format!("{a}/{b}")));
+        let three: Vec<String> = two.clone().flat_map(|ab| levels.map(|c| format!("{ab}/{c}"))).collect();
+        levels.iter().map(|a| (*a).to_owned()).chain(two).chain(three).collect()
+    }
+
+    fn any_filter() -> impl Strategy<Value = TopicFilter> {
+        let level = prop::sample::select(vec!["", "a", "b", "+"]);
+        let end = prop::sample::select(vec!["a", "b", "+", "#"]);
+        (prop::collection::vec(level, 0..=2), end).prop_map(|(levels, end)| {
+            let levels: Vec<&str> = levels.into_iter().chain([end]).collect();
+            TopicFilter::new(&levels.join("/")).expect("a filter")
+        })
+    }
+
+    proptest! {
+        #[test]
+        fn a_filter_covers_another_if_it_selects_all_its_topics(one in any_filter(), other in any_filter()) {
+            let topics = topics();
+            let both = topics.iter().any(|topic| one.matches(topic) && other.matches(topic));
+            prop_assert_eq!(one.overlaps(&other), both, "{:?} {:?}", &one, &other);
+            let all = topics.iter().filter(|topic| other.matches(topic)).all(|topic| one.matches(topic));
+            // A level has more names than those here, and a topic more levels.
+            let covers = one.covers(&other);
+            prop_assert!(!covers || all, "{:?} {:?}", &one, &other);
+            let is_literal = !other.as_str().contains(['+', '#']);
+            prop_assert!(!is_literal || covers == all, "{:?} {:?}", &one, &other);
+        }
+    }
+
+    #[test]
+    fn what_a_filter_covers_and_what_it_does_not() {
+        let covers = |one, other| {
+            let [one, other] = [one, other].map(|text| TopicFilter::new(text).expect("a filter"));
+            one.covers(&other)
+        };
+        for (one, other) in [
+            ("#", "a/b/#"),
+            ("a/#", "a"),
+            ("a/#", "a/#"),
+            ("a/#", "a/+/b"),
+            ("+/b", "a/b"),
+            ("+/+", "a/+"),
+            ("a", "a"),
+        ] {
+            assert!(covers(one, other), "{one} {other}");
+        }
+        for (one, other) in [
+            ("a/#", "#"),
+            ("a/+", "a/#"),
+            ("a/+", "a"),
+            ("a", "a/#"),
+            ("a/b", "a/+"),
+            ("+", "#"),
+            ("a/b", "a/b/c"),
+        ] {
+            assert!(!covers(one, other), "{one} {other}");
+        }
+    }
 
     fn matches(filter: &str, topic: &str) -> bool {
         TopicFilter::new(filter).expect("a filter").matches(topic)

@@ -18,8 +18,10 @@ use super::grant::{Grant, GrantDenial};
 use super::registry::Registry;
 use super::registry::index::KeyLookup;
 use super::shape::KeyShape;
+use super::token::{TokenClaims, TokenFault, is_access_token};
 use crate::config;
 use crate::message::{DatasourceId, KeyId};
+use crate::time::cluster_micros;
 
 /// Turns presented keys into grants. Cheap to clone.
 #[derive(Debug, Clone)]
@@ -83,7 +85,7 @@ impl Authorizer {
     /// [`Authorizer::identify_from`] for the key that was found.
     pub fn identify_among(&self, presented: &[&[u8]], from: IpAddr) -> Result<Grant, RejectedKey> {
         let presented = || presented.iter().map(|text| text.trim_ascii()).filter(|text| !text.is_empty());
-        let keys = || presented().filter(|text| text.starts_with(API_KEY_PREFIX));
+        let keys = || presented().filter(|text| text.starts_with(API_KEY_PREFIX) || is_access_token(text));
         match keys().next().or_else(|| presented().next()) {
             None => Err(GrantDenial::NoKey.into()),
             Some(key) if keys().any(|other| other != key) => Err(self.reject_ambiguous(from)),
@@ -112,8 +114,10 @@ impl Authorizer {
     fn reject(&self, denied: GrantDenial, presented: &[u8], from: Option<IpAddr>) -> RejectedKey {
         let (key_id, shape) = match denied {
             GrantDenial::Revoked | GrantDenial::Expired => {
-                (Digest::from_presented(presented).map(|d| d.key_id()), None)
+                let id = Digest::from_presented(presented).map(|digest| digest.key_id());
+                (id.or_else(|| self.key_of_token(presented)), None)
             }
+            GrantDenial::ExpiredToken => (self.key_of_token(presented), None),
             GrantDenial::Malformed | GrantDenial::Unknown => {
                 (None, Some(KeyShape::from_presented(presented)))
             }
@@ -136,13 +140,18 @@ impl Authorizer {
         &self.registry
     }
 
-    /// Identifies a presented key. Does not check what the key may do.
+    /// Identifies a presented key or access token. Does not check what it may do.
     ///
     /// # Errors
     /// [`GrantDenial::NoKey`] for an empty or blank text, [`GrantDenial::Malformed`] for a text that cannot be a key
-    /// (decided before any lookup), [`GrantDenial::Unknown`], [`GrantDenial::Revoked`] or [`GrantDenial::Expired`].
+    /// (decided before any lookup), [`GrantDenial::Unknown`], [`GrantDenial::Revoked`] or [`GrantDenial::Expired`]; for a
+    /// token [`GrantDenial::DamagedToken`] and [`GrantDenial::UnknownToken`], both before any lookup,
+    /// [`GrantDenial::ExpiredToken`], and the last two if its key has ended.
     pub fn identify(&self, presented: &[u8]) -> Result<Grant, GrantDenial> {
         let Some(digest) = Digest::from_presented(presented) else {
+            if is_access_token(presented.trim_ascii_start()) {
+                return self.identify_token(presented);
+            }
             let nothing = presented.trim_ascii().is_empty();
             return Err(if nothing { GrantDenial::NoKey } else { GrantDenial::Malformed });
         };
@@ -155,6 +164,32 @@ impl Authorizer {
         // checks it; checking it here too would cost one more cache miss.
         if key.has_expired() { Err(GrantDenial::Expired) } else { Ok(Grant::new(key)) }
     }
+
+    /// Identifies an access token, which stands on its key.
+    fn identify_token(&self, presented: &[u8]) -> Result<Grant, GrantDenial> {
+        let claims = self.read_token(presented).map_err(|fault| match fault {
+            TokenFault::Damaged => GrantDenial::DamagedToken,
+            TokenFault::Unsigned => GrantDenial::UnknownToken,
+        })?;
+        if claims.ends_at <= cluster_micros() {
+            return Err(GrantDenial::ExpiredToken);
+        }
+        // No two keys begin so, dead ones included: what is made again under a datasource's name has others.
+        match self.registry.look_up_beginning(claims.key) {
+            Some(KeyLookup::Key(key)) if key.has_expired() => Err(GrantDenial::Expired),
+            Some(KeyLookup::Key(key)) => Ok(Grant::of_token(key, claims)),
+            Some(KeyLookup::Revoked) | None => Err(GrantDenial::Revoked),
+        }
+    }
+
+    fn read_token(&self, presented: &[u8]) -> Result<TokenClaims, TokenFault> {
+        TokenClaims::read(presented, self.registry.token_secret().as_deref())
+    }
+
+    /// The key that a presented token was made from, if it was made here.
+    fn key_of_token(&self, presented: &[u8]) -> Option<KeyId> {
+        self.read_token(presented).ok().map(|claims| claims.key_id())
+    }
 }
 
 #[cfg(test)]
@@ -164,7 +199,9 @@ mod tests {
     use tempfile::TempDir;
 
     use super::*;
-    use crate::auth::{Actor, ApiKey, Scope, Scopes};
+    use crate::auth::registry::token_secret::NewToken;
+    use crate::auth::{Actor, ApiKey, Key, Scope, Scopes};
+    use crate::filter::TopicFilter;
     use crate::message::now_micros;
 
     const HOUR: i64 = 3_600_000_000;
@@ -362,6 +399,98 @@ mod tests {
         assert_eq!(authorizer.grant_of_key(&a.id, key.id).err(), Some(GrantDenial::Expired));
     }
 
+    fn filters(topics: &[&str]) -> Vec<TopicFilter> {
+        topics.iter().map(|topic| TopicFilter::new(topic).expect("a filter")).collect()
+    }
+
+    #[test]
+    fn a_token_allows_no_more_than_its_key_and_for_as_long_as_it_was_made_for() {
+        let (_dir, authorizer) = empty();
+        let registry = authorizer.registry();
+        let both = Scopes::from_slice(&[Scope::Ingest, Scope::Subscribe]);
+        let (a, key, _) = registry.create_datasource(&Actor::SYSTEM, None, "a", both).expect("created");
+        assert!(registry.token_secret().is_none(), "nothing is written before there is a token");
+        let make = |key: &Key, ends_at, topics: &[&str]| {
+            registry.make_token(key, both, ends_at, filters(topics)).expect("made")
+        };
+        let made = make(&key, now_micros() + HOUR, &["spindle/#"]);
+        let grant = authorizer.identify(made.token.expose().as_bytes()).expect("valid");
+        assert_eq!((grant.key_id(), grant.is_of_token(), grant.holds()), (key.id, true, true));
+        assert!(grant.allows(Scope::Subscribe, "a").is_ok() && grant.allows_topic("a", "spindle/x").is_ok());
+        assert_eq!(grant.allows_topic("a", "bed"), Err(GrantDenial::TokenTopics { key_id: key.id }));
+        let filter = |text: &str| grant.allows_filter(&filters(&[text])[0]);
+        assert!(filter("spindle/+").is_ok() && filter("spindle").is_ok());
+        assert!(filter("#").is_err() && filter("+/x").is_err() && filter("spindles").is_err());
+        for scope in Scope::ALL {
+            let other = GrantDenial::OtherDatasource { key_id: key.id };
+            assert_eq!(grant.allows(scope, "b"), Err(other));
+        }
+        let missing = GrantDenial::MissingScope { key_id: key.id, scope: Scope::Admin };
+        assert_eq!(grant.allows(Scope::Admin, "a"), Err(missing));
+        assert!(grant.require_key("do that").is_err());
+
+        let over = make(&key, now_micros(), &[]);
+        let over = over.token.expose().as_bytes();
+        assert_eq!(authorizer.identify(over).err(), Some(GrantDenial::ExpiredToken));
+        let from: IpAddr = [203, 0, 113, 9].into();
+        let rejected = authorizer.identify_from(over, from).expect_err("expired");
+        assert_eq!(rejected.key_id, Some(key.id));
+
+        registry.revoke_key(&Actor::SYSTEM, &a.id, key.id).expect("revoked");
+        assert!(!grant.holds());
+        let rejected = authorizer.identify_from(made.token.expose().as_bytes(), from).expect_err("dead");
+        assert_eq!((rejected.denied, rejected.key_id), (GrantDenial::Revoked, Some(key.id)));
+    }
+
+    #[test]
+    fn no_token_manages_anything_and_none_ends_after_its_key() {
+        let (_dir, authorizer) = empty();
+        let registry = authorizer.registry();
+        let (all, ends_at) = (DatasourceId::all(), now_micros() + HOUR);
+        let admin = Scopes::from_slice(&[Scope::Admin]);
+        let (key, _) = registry.create_key(&Actor::SYSTEM, &all, "", admin, Some(ends_at)).expect("created");
+        let every = Scopes::from_slice(&Scope::ALL);
+        let made = registry.make_token(&key, every, ends_at + HOUR, filters(&["a/#", "+/b"])).expect("made");
+        assert_eq!(made.claims.ends_at, ends_at);
+        let grant = authorizer.identify(made.token.expose().as_bytes()).expect("valid");
+        assert!(grant.allows(Scope::Ingest, "a").is_ok() && grant.allows(Scope::Subscribe, "a").is_ok());
+        assert!(grant.allows(Scope::Admin, "a").is_err() && grant.allows_scope(Scope::Admin).is_err());
+        // Its topics begin with the datasource, as those of its key do.
+        assert!(grant.allows_topic("a", "x/y").is_ok() && grant.allows_topic("z", "b").is_ok());
+        assert!(grant.allows_topic("z", "x").is_err() && grant.allows_topic("z", "a/x").is_err());
+        assert_eq!(grant.topics_within("a"), Some(filters(&["#", "b"])));
+        assert_eq!(grant.topics_within("z"), Some(filters(&["b"])));
+        let ingest = Scopes::from_slice(&[Scope::Ingest]);
+        let (reader, _) = registry
+            .create_key(&Actor::SYSTEM, &all, "", Scopes::from_slice(&[Scope::Subscribe]), None)
+            .expect("created");
+        assert!(registry.make_token(&reader, ingest, ends_at, Vec::new()).is_err(), "nothing would be left");
+    }
+
+    #[test]
+    fn a_token_of_another_registry_is_good_for_nothing_here_and_one_of_this_is_after_a_restart() {
+        let ((dir, authorizer), (_other_dir, other)) = (empty(), empty());
+        let scopes = Scopes::from_slice(&[Scope::Ingest]);
+        let (_, key, _) =
+            authorizer.registry().create_datasource(&Actor::SYSTEM, None, "a", scopes).expect("created");
+        let make = |registry: &Registry| {
+            registry.make_token(&key, scopes, now_micros() + HOUR, Vec::new()).expect("made")
+        };
+        let (own, foreign) = (make(authorizer.registry()), make(other.registry()));
+        let identify = |authorizer: &Authorizer, made: &NewToken| {
+            authorizer.identify(made.token.expose().as_bytes()).map(|grant| grant.key_id())
+        };
+        assert_eq!(identify(&authorizer, &own), Ok(key.id));
+        assert_eq!(identify(&authorizer, &foreign), Err(GrantDenial::UnknownToken));
+        let cut = &own.token.expose().as_bytes()[..40];
+        assert_eq!(authorizer.identify(cut).err(), Some(GrantDenial::DamagedToken));
+        drop(authorizer);
+        let again = Authorizer::new(Arc::new(Registry::open(dir.path()).expect("opens")));
+        assert_eq!(identify(&again, &own), Ok(key.id));
+        // Its signature is right, and its key is not here.
+        assert_eq!(identify(&other, &foreign), Err(GrantDenial::Revoked));
+    }
+
     #[test]
     fn of_a_revoked_key_the_id_is_told_and_of_an_unknown_one_the_shape() {
         let (_dir, authorizer) = empty();
@@ -391,6 +520,11 @@ mod tests {
             identify(&authorizer, &secret).expect_err("unknown"),
             GrantDenial::Revoked,
             GrantDenial::Expired,
+            GrantDenial::DamagedToken,
+            GrantDenial::UnknownToken,
+            GrantDenial::ExpiredToken,
+            GrantDenial::TokenTopics { key_id },
+            GrantDenial::TokenUse { key_id, what: "do that" },
             GrantDenial::TooManyFailures { retry_after: Duration::ZERO },
             GrantDenial::Ambiguous,
             GrantDenial::OtherDatasource { key_id },

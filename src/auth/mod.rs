@@ -15,6 +15,9 @@
 //! | `registry/cluster/follower.rs`, `registry/remote_changes.rs` | in a cluster: every other node does the same to its own live view and settles; the change waits for them |
 //! | `src/intake/mod.rs` | `Intake::settle` passes a barrier through the log, behind which nothing under the key can be appended, and waits until the last connection has left; then the call is answered |
 //!
+//! **An access token** (`token.rs`) stands on its key: it is checked against the live view, so that it dies where the key
+//! does, and ends by itself besides (`registry/token_ends.rs`).
+//!
 //! These join where the key ends in memory: a key that expires or whose grace is over (`registry/deadlines.rs`), a
 //! leak report (`registry/leaks.rs`), a deleted datasource (`registry/datasources.rs`), and a key that is to be replaced
 //! without grace and cannot be (`registry/rotations.rs`). Otherwise a rotation and its undoing are durable first, and
@@ -28,6 +31,7 @@ pub mod grant;
 pub mod registry;
 pub mod scope;
 pub mod shape;
+pub mod token;
 
 pub use authorizer::{Authorizer, RejectedKey};
 pub use grant::{Grant, GrantDenial};

@@ -75,6 +75,24 @@ impl Scopes {
         self.0 == 0
     }
 
+    /// The scopes of both sets. Admin counts as the other two, and is in none: what is made from a key manages nothing.
+    #[must_use]
+    pub fn of_token(self, asked: Scopes) -> Scopes {
+        let both = |scope: &Scope| *scope != Scope::Admin && self.allow(*scope) && asked.allow(*scope);
+        Self(Scope::ALL.into_iter().filter(both).fold(0, |bits, scope| bits | scope.bit()))
+    }
+
+    /// A bit for each scope, in the order of [`Scope::ALL`].
+    pub(super) fn bits(self) -> u8 {
+        self.0
+    }
+
+    /// The set with these bits; `None` for an empty one, and for bits that are no scope.
+    pub(super) fn from_bits(bits: u8) -> Option<Self> {
+        let known = Scope::ALL.into_iter().fold(0, |known, scope| known | scope.bit());
+        (bits != 0 && bits & !known == 0).then_some(Self(bits))
+    }
+
     /// The scopes that were given; those that admin implies are not added.
     pub fn iter(self) -> impl Iterator<Item = Scope> {
         Scope::ALL.into_iter().filter(move |scope| self.0 & scope.bit() != 0)

@@ -8,7 +8,7 @@ use serde_json::json;
 use super::out::{CommandOutput, print_json};
 use super::serve;
 use crate::config::Config;
-use crate::gateway::{AdoptionOrder, adopt_cluster, change_cluster};
+use crate::gateway::{AdoptionOrder, AdoptionReport, adopt_cluster, change_cluster};
 use crate::observe::trace;
 
 #[derive(Debug, clap::Subcommand)]
@@ -37,6 +37,9 @@ pub(super) struct ClusterAdoptArgs {
     /// Do it; without this, only say what would be done
     #[arg(long)]
     yes: bool,
+    /// Print what was done as JSON
+    #[arg(long)]
+    json: bool,
 }
 
 #[derive(Debug, clap::Args)]
@@ -92,6 +95,11 @@ fn adopt(args: ClusterAdoptArgs, is_restored: bool, out: &mut CommandOutput) -> 
     }
     trace::init(&config.trace)?;
     let order = AdoptionOrder { is_restored, is_new_registry: args.new_registry, apply: args.yes };
-    write!(out, "{}", adopt_cluster(&config, order)?)?;
+    let AdoptionReport { said, is_needed, is_done } = adopt_cluster(&config, order)?;
+    if args.json {
+        let said: Vec<&str> = said.lines().collect();
+        return print_json(&json!({ "said": said, "needed": is_needed, "done": is_done }), out);
+    }
+    write!(out, "{said}")?;
     Ok(())
 }

@@ -4,6 +4,7 @@ use anyhow::Error;
 
 use super::client::{GatewayAway, ProblemAnswer};
 use super::session::MqttClientError;
+use crate::gateway::ClusterCommandError;
 use crate::message::NameError;
 
 /// What did not fit any of those below.
@@ -23,9 +24,9 @@ Exit codes:
   0  done
   1  it failed in another way than those below
   2  the command line cannot be used: an argument is missing, unknown or not in order
-  3  the gateway refused it: the key is not good for it, a limit is reached, or it conflicts with what exists
+  3  the gateway or the cluster refused it: the key is not good for it, a limit is reached, or it conflicts with what exists
   4  not found: there is no datasource, key or other thing of that name
-  5  no gateway answers, or it cannot do it right now: try again later
+  5  no gateway answers, or NATS for a cluster, or it cannot be done right now: try again later
   130, 141  ended by Ctrl-C while draining; whoever read the output has closed it";
 
 /// An argument that cannot be used, found only once all of them are read.
@@ -64,6 +65,11 @@ pub(super) fn exit_code(error: &Error) -> u8 {
     }
     if error.downcast_ref::<GatewayAway>().is_some() {
         return AWAY;
+    }
+    match error.downcast_ref::<ClusterCommandError>() {
+        Some(ClusterCommandError::Away(_)) => return AWAY,
+        Some(ClusterCommandError::Refused(_)) => return REFUSED,
+        None => {}
     }
     match error.downcast_ref::<MqttClientError>() {
         Some(MqttClientError::Refused(_)) => REFUSED,
@@ -106,6 +112,8 @@ mod tests {
             (problem(404, "about:blank"), 1),
             (Error::new(refused), 3),
             (Error::new(MqttClientError::Broken("gone".to_owned())), 5),
+            (Error::new(ClusterCommandError::Away("NATS is away".to_owned())), 5),
+            (Error::new(ClusterCommandError::Refused("no key".to_owned())), 3),
             (Error::new(NameError::KeyId), 2),
             (Error::new(UsageError("no".to_owned())), 2),
             (anyhow::anyhow!("anything"), 1),

@@ -1,4 +1,5 @@
-//! `headgate key`: creates, lists, rotates, quarantines, limits and revokes a datasource's keys, over the HTTP API.
+//! `headgate key`: creates, lists, rotates, quarantines, limits and revokes a datasource's keys, and makes access tokens of
+//! them, over the HTTP API.
 
 use std::io::Write;
 
@@ -17,7 +18,7 @@ use super::quarantine;
 use super::time_argument::{TimeArgument, parse_seconds};
 use crate::auth::Digest;
 use crate::auth::key::may_hold_key;
-use crate::limits::GRACE_S_MAX;
+use crate::limits::{GRACE_S_MAX, TOKEN_TTL_S_MAX};
 use crate::message::KeyId;
 
 #[derive(Debug, clap::Subcommand)]
@@ -63,6 +64,25 @@ pub(super) enum KeyCommand {
         /// Before the grace is over: the old key lives on, and the new one is dead
         #[arg(long, conflicts_with = "grace")]
         undo: bool,
+        /// Print the gateway's answer as JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Make an access token of a key, for a page of a browser: it is shown once, ends soon and dies with its key
+    Token {
+        /// The datasource's id, or '*' for a key for all
+        datasource: String,
+        /// The key's id, as `key list` shows it
+        key_id: String,
+        /// For how long it is good: 90s, 15m, 1h; 24h at most
+        #[arg(long, value_name = "SPAN", default_value = "1h", value_parser = parse_ttl)]
+        ttl: u64,
+        /// A topic filter that it is for, such as 'spindle/#'; may be given more than once; all topics without
+        #[arg(long = "topic", value_name = "FILTER")]
+        topics: Vec<String>,
+        /// What it may be used for: ingest or subscribe; may be given more than once; all that its key may without
+        #[arg(long = "scope", value_name = "SCOPE")]
+        scopes: Vec<String>,
         /// Print the gateway's answer as JSON
         #[arg(long)]
         json: bool,
@@ -132,6 +152,14 @@ fn parse_grace(text: &str) -> Result<u64, String> {
     }
 }
 
+fn parse_ttl(text: &str) -> Result<u64, String> {
+    let seconds = parse_seconds(text)?;
+    match (1..=TOKEN_TTL_S_MAX).contains(&seconds) {
+        true => Ok(seconds),
+        false => Err(format!("it can be {} hours at most, and has to be a second", TOKEN_TTL_S_MAX / 3_600)),
+    }
+}
+
 /// A new key with its secret, which the gateway shows only once. It has no `Debug`.
 #[derive(Deserialize)]
 pub(super) struct NewKeyAnswer {
@@ -152,6 +180,7 @@ pub(super) fn run(command: KeyCommand, out: &mut CommandOutput) -> anyhow::Resul
     // An argument that cannot be used is told before anything is asked of a gateway, or of a person.
     let key_id = match &command {
         KeyCommand::Rotate { key_id, .. }
+        | KeyCommand::Token { key_id, .. }
         | KeyCommand::Quarantine { key_id, .. }
         | KeyCommand::Limit { key_id, .. }
         | KeyCommand::Revoke { key_id, .. } => Some(parse_key_id(key_id)?),
@@ -182,6 +211,17 @@ pub(super) fn run(command: KeyCommand, out: &mut CommandOutput) -> anyhow::Resul
             let wanted = if undo { json!({ "undo": true }) } else { json!({ "grace_seconds": grace }) };
             let path = format!("{}/rotate", key_path(&datasource)?);
             rotate(&client, &path, &wanted, as_json, out)
+        }
+        KeyCommand::Token { datasource, ttl, topics, scopes, json: as_json, .. } => {
+            let mut wanted = json!({ "ttl_s": ttl });
+            for (name, given) in [("topics", topics), ("scopes", scopes)] {
+                if !given.is_empty() {
+                    wanted[name] = given.into();
+                }
+            }
+            let path = format!("{}/tokens", key_path(&datasource)?);
+            let answer: Value = client.post(&path, &wanted)?;
+            if as_json { print_json(&answer, out) } else { print_token(answer, out) }
         }
         KeyCommand::Quarantine { datasource, since, json, .. } => {
             let since = since.map(|since| since.to_string());
@@ -243,6 +283,30 @@ fn print_created_key(answer: Value, out: &mut CommandOutput) -> anyhow::Result<(
     let created: KeyCreateAnswer = serde_json::from_value(answer)?;
     created.key.print(out)?;
     Ok(print_connect(&created.connect, out)?)
+}
+
+fn print_token(answer: Value, out: &mut CommandOutput) -> anyhow::Result<()> {
+    #[derive(Deserialize)]
+    struct TokenAnswer {
+        token: String,
+        datasource: String,
+        scopes: Vec<String>,
+        topics: Option<Vec<String>>,
+        expires_at: String,
+    }
+    let TokenAnswer { token, datasource, scopes, topics, expires_at } = serde_json::from_value(answer)?;
+    writeln!(out, "token       {token}")?;
+    writeln!(out, "            shown once; it ends with its key, and at {expires_at}")?;
+    writeln!(out, "good for    {}", scopes.join(", "))?;
+    writeln!(out, "topics      {}", topics.map_or("all".to_owned(), |topics| topics.join(", ")))?;
+    if datasource != "*" && scopes.iter().any(|scope| scope == "subscribe") {
+        writeln!(out)?;
+        writeln!(
+            out,
+            "in a page   new EventSource(\"/v1/datasources/{datasource}/stream?access_token=\" + token)"
+        )?;
+    }
+    Ok(())
 }
 
 /// Rotates a key, or undoes it, and keeps the `admin.key` that was presented in step.
@@ -312,6 +376,12 @@ mod tests {
         let words = parse_key_id(secret.expose()).expect_err("a key").to_string();
         assert!(words.contains(&secret.digest().key_id().to_string()), "{words}");
         assert!(parse_key_id("0123456789ab").is_ok() && parse_key_id("0123").is_err());
+    }
+
+    #[test]
+    fn a_token_s_time_has_bounds() {
+        assert_eq!((parse_ttl("1h"), parse_ttl("24h")), (Ok(3_600), Ok(TOKEN_TTL_S_MAX)));
+        assert!(parse_ttl("0").is_err() && parse_ttl("25h").is_err());
     }
 
     #[test]

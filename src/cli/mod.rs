@@ -99,7 +99,7 @@ enum CliCommand {
     /// Create, list, show and delete datasources
     #[command(subcommand, alias = "ds")]
     Datasource(datasource::DatasourceCommand),
-    /// Create, list and revoke the keys of a datasource
+    /// Create, list and revoke the keys of a datasource, and make access tokens of them
     #[command(subcommand)]
     Key(key::KeyCommand),
     /// Show, infer and set the JSON Schemas that a datasource's messages have to meet
@@ -226,6 +226,36 @@ mod tests {
     fn each_cause_is_told_once() {
         let error = anyhow::anyhow!("no such file").context("registry: no such file").context("starting");
         assert_eq!(error_text(&error), "starting: registry: no such file");
+    }
+
+    #[test]
+    fn every_command_that_tells_something_tells_it_as_json_too() {
+        /// They serve, print JSON or a script anyway, or write pages.
+        const OTHERS: [&str; 9] = [
+            "serve",
+            "demo",
+            "completions",
+            "man",
+            "export",
+            "schema show",
+            "schema infer",
+            "schema set",
+            "schema clear",
+        ];
+        fn walk(command: &clap::Command, path: &str, lacking: &mut Vec<String>) {
+            let mut is_leaf = true;
+            for below in command.get_subcommands().filter(|below| below.get_name() != "help") {
+                is_leaf = false;
+                walk(below, format!("{path} {}", below.get_name()).trim_start(), lacking);
+            }
+            let has_json = command.get_arguments().any(|argument| argument.get_long() == Some("json"));
+            if is_leaf && has_json == OTHERS.contains(&path) {
+                lacking.push(path.to_owned());
+            }
+        }
+        let mut lacking = Vec::new();
+        walk(&Cli::command(), "", &mut lacking);
+        assert!(lacking.is_empty(), "without --json, or with it against the list: {lacking:?}");
     }
 
     #[test]

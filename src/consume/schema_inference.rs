@@ -13,6 +13,7 @@ use serde::Serialize;
 use serde_json::{Map, Value, json};
 
 use super::query::{QueryError, RecordsReader, payload_bytes_of_row, row_id_of_scope};
+use crate::filter::TopicFilter;
 use crate::limits::{
     INFERENCE_BYTES_MAX, INFERENCE_DEPTH_MAX, INFERENCE_EXAMPLE_BYTES_MAX, INFERENCE_KEY_BYTES_MAX,
     INFERENCE_PARTS_MAX, INFERENCE_RECORDS_MAX, INFERENCE_TOPICS_MAX, SCHEMA_BYTES_MAX,
@@ -56,17 +57,21 @@ pub struct Inference {
 
 impl RecordsReader {
     /// Infers schemas from stored records of a datasource, in the incarnation with this scope: from all of them if they are
-    /// few, else from the newest and from some of every earlier time.
+    /// few, else from the newest and from some of every earlier time; with `topics`, from those of them that are on these.
     ///
     /// # Errors
     /// [`QueryError::Database`].
-    pub fn inference(&self, scope: &DatasourceId) -> Result<Inference, QueryError> {
+    pub fn inference(
+        &self,
+        scope: &DatasourceId,
+        topics: Option<&[TopicFilter]>,
+    ) -> Result<Inference, QueryError> {
         let stored = match self {
             Self::Sqlite(stored) => stored,
-            Self::Postgres(stored) => return stored.inference(scope),
+            Self::Postgres(stored) => return stored.inference(scope, topics),
         };
         stored.read(|connection| {
-            let mut observed = DatasourceObservation::default();
+            let mut observed = DatasourceObservation::of_topics(topics);
             let Some(id) = row_id_of_scope(connection, scope)? else {
                 observed.is_complete = true;
                 return Ok(observed.infer());
@@ -85,7 +90,12 @@ pub(super) const INFERENCE_NEWEST_RECORDS: usize = INFERENCE_RECORDS_MAX / 2;
 /// As many bytes of these.
 pub(super) const INFERENCE_NEWEST_BYTES: usize = INFERENCE_BYTES_MAX / 2;
 
-impl DatasourceObservation {
+impl<'t> DatasourceObservation<'t> {
+    /// Nothing was seen yet, of these topics or of all.
+    pub(super) fn of_topics(topics: Option<&'t [TopicFilter]>) -> Self {
+        Self { only: topics, ..Self::default() }
+    }
+
     /// Examines the newest records. Returns the oldest offset of these, if there may be earlier ones.
     fn observe_newest(&mut self, connection: &Connection, id: i64) -> rusqlite::Result<Option<i64>> {
         let mut newest = connection.prepare_cached(
@@ -96,7 +106,7 @@ impl DatasourceObservation {
         let mut oldest = None;
         while self.bytes < INFERENCE_NEWEST_BYTES {
             let Some(row) = rows.next()? else {
-                self.is_complete = self.records < INFERENCE_NEWEST_RECORDS;
+                self.is_complete = self.looked_at < INFERENCE_NEWEST_RECORDS;
                 break;
             };
             self.observe_row(row)?;
@@ -144,6 +154,10 @@ impl DatasourceObservation {
     /// Adds the next payload, which was received at this time.
     pub(super) fn observe_at(&mut self, topic: &str, payload: &[u8], at: TimeMicros) {
         self.bytes += payload.len();
+        self.looked_at += 1;
+        if self.only.is_some_and(|only| !only.iter().any(|filter| filter.matches(topic))) {
+            return;
+        }
         self.times = Some(self.times.map_or((at, at), |(from, to)| (from.min(at), to.max(at))));
         self.observe(topic, payload);
     }
@@ -151,7 +165,11 @@ impl DatasourceObservation {
 
 /// What the payloads of a datasource have shown so far.
 #[derive(Default)]
-pub(super) struct DatasourceObservation {
+pub(super) struct DatasourceObservation<'t> {
+    /// The topics that count, if not all do.
+    only: Option<&'t [TopicFilter]>,
+    /// How many records were looked at, on whatever topic.
+    pub(super) looked_at: usize,
     all: PayloadObservation,
     topics: BTreeMap<String, PayloadObservation>,
     pub(super) records: usize,
@@ -172,7 +190,7 @@ struct PayloadObservation {
     seen: u64,
 }
 
-impl DatasourceObservation {
+impl DatasourceObservation<'_> {
     /// Adds the next payload; the newest comes first.
     fn observe(&mut self, topic: &str, payload: &[u8]) {
         self.records += 1;

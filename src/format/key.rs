@@ -21,7 +21,7 @@ pub const API_KEY_PREFIX: &[u8; 4] = b"hgk_";
 /// 256 bits in base62: 62⁴³ is a little more than 2²⁵⁶.
 const SECRET_CHARS: usize = 43;
 /// 32 bits in base62.
-const CHECKSUM_CHARS: usize = 6;
+pub const CHECKSUM_CHARS: usize = 6;
 /// Offset of the checksum, which covers everything before it.
 const KEY_CHECKSUM_AT: usize = API_KEY_PREFIX.len() + SECRET_CHARS;
 /// Length of a whole key.
@@ -54,8 +54,8 @@ impl ApiKey {
         let mut text = [0; KEY_CHARS];
         text[..API_KEY_PREFIX.len()].copy_from_slice(API_KEY_PREFIX);
         write_base62(bits, &mut text[API_KEY_PREFIX.len()..KEY_CHECKSUM_AT]);
-        let checksum = crc32fast::hash(&text[..KEY_CHECKSUM_AT]);
-        write_base62(checksum.to_be_bytes(), &mut text[KEY_CHECKSUM_AT..]);
+        let checksum = text_checksum(&text[..KEY_CHECKSUM_AT]);
+        text[KEY_CHECKSUM_AT..].copy_from_slice(&checksum);
         Self(text.iter().copied().map(char::from).collect())
     }
 
@@ -94,6 +94,11 @@ impl Digest {
         Digest(*hasher.finalize().as_bytes())
     }
 
+    /// The digest's first 8 bytes, by which it is found among those of all keys.
+    pub fn beginning(&self) -> [u8; 8] {
+        *self.0.first_chunk().expect("32 bytes")
+    }
+
     /// The key id: the digest's first 6 bytes, safe to log.
     pub fn key_id(&self) -> KeyId {
         let [a, b, c, d, e, f, ..] = self.0;
@@ -107,9 +112,16 @@ impl fmt::Debug for Digest {
     }
 }
 
+/// The six base62 characters of the CRC-32 over a text, which a key and an access token end with.
+pub fn text_checksum(covered: &[u8]) -> [u8; CHECKSUM_CHARS] {
+    let mut checksum = [0; CHECKSUM_CHARS];
+    write_base62(crc32fast::hash(covered).to_be_bytes(), &mut checksum);
+    checksum
+}
+
 /// Whether a text may contain an API key, with or without its prefix: `hgk_` in any case, or a run of
-/// letters and digits that is as long as a key and has digits, lower case and upper case. Such a text is
-/// not shown, logged or stored.
+/// letters and digits that is as long as a key and has digits, lower case and upper case; or an access token. Such a text
+/// is not shown, logged or stored.
 pub fn may_hold_key(text: &str) -> bool {
     if holds_key(text) {
         return true;

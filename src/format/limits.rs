@@ -15,8 +15,17 @@ pub const POINT_TAGS_MAX: usize = TOPIC_LEVELS_MAX - 1;
 pub const CONTENT_TYPE_BYTES_MAX: usize = 255;
 /// An MQTT client identifier.
 pub const CLIENT_ID_BYTES_MAX: usize = 256;
-/// A presented key before anything looks at it; a real one has 53 characters.
-pub const PRESENTED_KEY_BYTES_MAX: usize = 256;
+/// A presented key or access token before anything looks at it; a real key has 53 characters.
+pub const PRESENTED_KEY_BYTES_MAX: usize = 1_024;
+
+/// How long an access token is good for if the request says nothing, in seconds.
+pub const TOKEN_TTL_DEFAULT_S: u64 = 3_600;
+/// The longest time that an access token is good for, in seconds.
+pub const TOKEN_TTL_S_MAX: u64 = 24 * 3_600;
+/// Topic filters of an access token.
+pub const TOKEN_TOPICS_MAX: usize = 16;
+/// What these may have in all, in bytes: the token carries them.
+pub const TOKEN_TOPICS_BYTES_MAX: usize = 512;
 
 /// The latest users of a key that its list shows.
 pub const USERS_PER_KEY_MAX: usize = 8;

@@ -274,10 +274,22 @@ pub fn check_topic(topic: &str) -> Result<(), NameError> {
     Ok(())
 }
 
-/// Whether a text contains the prefix of every API key, in any case. Such a text is never stored,
-/// shown or logged.
+/// Whether a text contains the prefix of every API key, in any case, or what is like an access token. Such a text is
+/// never stored, shown or logged.
 pub fn holds_key(text: &str) -> bool {
-    text.as_bytes().windows(4).any(|part| part.eq_ignore_ascii_case(b"hgk_"))
+    text.as_bytes().windows(4).any(|part| part.eq_ignore_ascii_case(b"hgk_")) || holds_access_token(text)
+}
+
+/// Characters behind the prefix that make a text like an access token: a name such as `hgt_cm` is none.
+const ACCESS_TOKEN_LIKE_CHARS: usize = 24;
+
+/// Whether a text contains the prefix of every access token and as many of its characters behind it as no name has.
+pub fn holds_access_token(text: &str) -> bool {
+    let is_of_token = |byte: &u8| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_');
+    text.as_bytes().windows(4 + ACCESS_TOKEN_LIKE_CHARS).any(|part| {
+        let (prefix, rest) = part.split_at(4);
+        prefix.eq_ignore_ascii_case(b"hgt_") && rest.iter().all(is_of_token)
+    })
 }
 
 /// Whether `c` is one of Unicode's 66 noncharacters (MQTT 5 section 1.5.4 lets a server refuse them).

@@ -15,6 +15,7 @@ use tokio::time::timeout;
 use tracing::trace;
 
 use super::connection_table::TableEntry;
+use crate::auth::token::ACCESS_TOKEN_PREFIX;
 use crate::auth::{Authorizer, Grant};
 use crate::limits::{EARLY_KEY_BYTES_MAX, EARLY_KEY_WAIT_MAX, EARLY_KEYS_MAX};
 use crate::processor::{ProcessorTime, TaskPayer};
@@ -58,7 +59,15 @@ async fn early_grant(tcp: &TcpStream, authorizer: &Authorizer) -> Option<Grant> 
 
 /// The grant of the first valid key in these bytes.
 fn valid_key_in(bytes: &[u8], authorizer: &Authorizer) -> Option<Grant> {
-    let keys = bytes.windows(KEY_CHARS).filter(|text| text.starts_with(API_KEY_PREFIX));
+    let places = bytes.windows(API_KEY_PREFIX.len()).enumerate();
+    let begins = places.filter(|(_, text)| *text == API_KEY_PREFIX || *text == ACCESS_TOKEN_PREFIX);
+    let keys = begins.filter_map(|(at, prefix)| match prefix == API_KEY_PREFIX {
+        true => bytes.get(at..at + KEY_CHARS),
+        false => {
+            let is_of_token = |b: &&u8| b.is_ascii_alphanumeric() || matches!(**b, b'-' | b'_');
+            Some(&bytes[at..at + bytes[at..].iter().take_while(is_of_token).count()])
+        }
+    });
     keys.take(EARLY_KEYS_MAX).find_map(|key| authorizer.identify(key).ok())
 }
 

@@ -9,6 +9,7 @@ use anyhow::bail;
 use headgate_bridge_nats::stream::SettingDifference;
 use headgate_bridge_nats::{ManagedStream, Nats, StreamError};
 
+use super::history::ClusterCommandError;
 use crate::auth::cluster;
 use crate::config::{Config, LogBackend};
 use crate::consume::subscriber::sessions::bucket::sessions_bucket_settings;
@@ -55,6 +56,19 @@ pub(super) async fn check_cluster_settings(nats: &Nats, config: &Config) -> Resu
     Err(StreamError::Refused(text))
 }
 
+/// How far the clock of NATS' servers is ahead of this machine's, in microseconds. `None` if they have no stream of the
+/// configuration, whose report tells it, or do not answer.
+pub async fn clock_of_servers(nats: &Nats, config: &Config) -> Option<i64> {
+    for stream in all_streams(config) {
+        if let Ok(Some(report)) = timed_report(&stream, nats).await
+            && let Some(clock) = report.clock
+        {
+            return Some(clock.ahead_micros());
+        }
+    }
+    None
+}
+
 /// Changes the cluster's settings to those of the configuration. With `apply` false nothing is changed. Returns what
 /// is (or would be) changed.
 ///
@@ -73,7 +87,9 @@ pub fn change_cluster(config: &Config, apply: bool) -> anyhow::Result<Vec<Settin
                 Err(StreamError::Away(_)) if Instant::now() < give_up_at => {
                     tokio::time::sleep(CLUSTER_CHANGE_PAUSE).await;
                 }
-                changed => return Ok(changed?),
+                Err(StreamError::Away(trouble)) => return Err(ClusterCommandError::Away(trouble).into()),
+                Err(error) => return Err(ClusterCommandError::Refused(error.to_string()).into()),
+                Ok(changed) => return Ok(changed),
             }
         }
     })

@@ -33,13 +33,13 @@ use crate::intake::Intake;
 use crate::log::Log;
 use crate::observe::metrics::Metrics;
 
-pub use cluster_settings::change_cluster;
+pub use cluster_settings::{change_cluster, clock_of_servers};
 use consumers::Consumers;
 pub(crate) use descriptors::fit_connections;
 use directory::ADMIN_KEY_FILE;
 pub(crate) use directory::write_secret;
 use fronts::RunningFronts;
-pub use history::{AdoptionOrder, adopt_cluster};
+pub use history::{AdoptionOrder, AdoptionReport, ClusterCommandError, adopt_cluster};
 pub use keep::{back_up_stopped, restore_backup};
 use listeners::Listeners;
 use member::{ClusterMember, JoiningMember};

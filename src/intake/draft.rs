@@ -205,6 +205,7 @@ impl Draft {
             grant.allows(Scope::Ingest, datasource.unwrap_or(own).as_str())?;
             own
         };
+        grant.allows_topic(datasource.as_str(), topic)?;
         let message = IncomingMessage { topic, ..message };
         match self.check_form(topic, &message) {
             Ok(()) | Err(Refusal::TooLarge { .. }) if self.only_asks => {

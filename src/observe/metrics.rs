@@ -218,7 +218,7 @@ fn describe_fronts() {
     describe_counter!(
         "headgate_stream_ended_total",
         "Streams over HTTP that have ended, by reason: client_left, key_dead, datasource_deleted, shutting_down, \
-         connection_closes, not_read, log_unreadable"
+         connection_closes, not_read, log_unreadable, session_over, token_over"
     );
     describe_gauge!("headgate_http_strangers", "HTTP connections that have presented no valid key");
     describe_gauge!(

@@ -164,6 +164,37 @@ async fn until_ok<E: std::fmt::Debug>(what: impl Fn() -> JoinHandle<Result<(), E
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_token_of_one_node_is_good_on_the_others_and_after_a_restart_and_dies_with_its_key_everywhere() {
+    let server = NatsServer::start();
+    let (a, b) = (Node::join(&server, "a").await, Node::join(&server, "b").await);
+    acquainted(&[&a, &b]).await;
+    let (key, _) = a.create("press-4").await.expect("created");
+    let ends_at = now_micros() + 3_600_000_000;
+    let make = |node: &Node| {
+        let key = key.clone();
+        let scopes = Scopes::from_slice(&[Scope::Ingest]);
+        node.run(move |registry| registry.make_token(&key, scopes, ends_at, Vec::new()))
+    };
+    // At once, so that each would have a secret of its own.
+    let (of_a, of_b) = tokio::join!(make(&a), make(&b));
+    let tokens = [of_a, of_b].map(|made| made.expect("no panic").expect("made").token);
+    let is_good = |node: &Node| {
+        let authorizer = Authorizer::new(node.registry.clone());
+        tokens.each_ref().map(|token| authorizer.identify(token.expose().as_bytes()).is_ok())
+    };
+    assert_eq!((is_good(&a), is_good(&b)), ([true; 2], [true; 2]));
+    let before = a.audited().await.len();
+    let more = make(&b).await.expect("no panic").expect("made").token;
+    assert_eq!(a.audited().await.len(), before, "no more is written");
+    assert!(Authorizer::new(a.registry.clone()).identify(more.expose().as_bytes()).is_ok());
+    let late = Node::join(&server, "late").await;
+    assert_eq!(is_good(&late), [true; 2]);
+    acquainted(&[&a, &b, &late]).await;
+    b.revoke(&slug("press-4"), key.id).await.expect("revoked").expect("was live");
+    assert_eq!((is_good(&a), is_good(&b), is_good(&late)), ([false; 2], [false; 2], [false; 2]));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_one_node_changes_holds_on_the_other_before_the_call_returns() {
     let server = NatsServer::start();
     let (a, b) = (Node::join(&server, "a").await, Node::join(&server, "b").await);

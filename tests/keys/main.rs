@@ -4,6 +4,7 @@
 #[path = "../common/mod.rs"]
 mod common;
 
+mod arguments;
 mod audit;
 mod commands;
 mod incarnations;
@@ -12,6 +13,7 @@ mod presented;
 mod revocation;
 mod rotation;
 mod secrets;
+mod tokens;
 
 use std::time::Duration;
 

@@ -24,6 +24,7 @@ mod data_file;
 mod error;
 mod http_connector;
 mod place;
+mod probe;
 mod snapshot;
 mod stats;
 mod table;
@@ -33,6 +34,7 @@ pub use columns::{ColumnType, TableColumn, TableSchema, TableSchemaError};
 pub use data_file::{DataFile, DataFileWriter, PartitionValues};
 pub use error::LakeError;
 pub use place::{BucketAccess, LakePlace, PlaceError};
+pub use probe::{StoreProbeError, probe_store};
 pub use snapshot::TableSnapshot;
 pub use table::vacuum::{ORPHAN_AGE_MIN, VacuumReport};
 pub use table::{

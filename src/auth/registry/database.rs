@@ -29,6 +29,7 @@
 //! leaks       (version INTEGER, datasource TEXT, key_id TEXT, since INTEGER, below INTEGER, at INTEGER)
 //! incarnations (version INTEGER, datasource TEXT, incarnation INTEGER, event TEXT, name TEXT,
 //!              created_at INTEGER, first_offset INTEGER, since INTEGER, at INTEGER)
+//! secrets     (name TEXT, value BLOB)
 //! ```
 //!
 //! Times are microseconds since the Unix epoch, in UTC. `scopes` reads `ingest,subscribe`. The
@@ -40,7 +41,8 @@
 //! `leaks` has every rule about the records of a leaked key that was ever made, see
 //! [`LeakRow`](super::leak_rules::LeakRow), and `incarnations` what has happened to the incarnations of datasources,
 //! see [`IncarnationRow`](super::incarnations::IncarnationRow); both share their versions, which count from 1, and
-//! nothing is deleted. The `incarnation` of a key is NULL for the first one.
+//! nothing is deleted. The `incarnation` of a key is NULL for the first one. `secrets` has what access tokens are signed
+//! with, once there is one (`token_secret.rs`).
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -66,7 +68,7 @@ pub(super) const REGISTRY_DATABASE: SqliteProfile = SqliteProfile {
 };
 
 /// One migration from each version to the next; the first starts from an empty file.
-const REGISTRY_MIGRATIONS: [&str; 5] = [
+const REGISTRY_MIGRATIONS: [&str; 6] = [
     "CREATE TABLE datasources (
         id         TEXT PRIMARY KEY,
         name       TEXT NOT NULL,
@@ -131,6 +133,10 @@ const REGISTRY_MIGRATIONS: [&str; 5] = [
     ) STRICT;
     CREATE INDEX incarnations_of_datasource ON incarnations (datasource, incarnation);",
     "ALTER TABLE datasources ADD COLUMN event_time TEXT;",
+    "CREATE TABLE secrets (
+        name  TEXT PRIMARY KEY,
+        value BLOB NOT NULL
+    ) STRICT, WITHOUT ROWID;",
 ];
 
 /// The open database. The registry serialises all changes.
@@ -185,7 +191,7 @@ impl RegistryDatabase {
         if all {
             transaction.execute_batch(
                 "DELETE FROM datasources; DELETE FROM keys; DELETE FROM audit; DELETE FROM leaks;
-                 DELETE FROM incarnations",
+                 DELETE FROM incarnations; DELETE FROM secrets",
             )?;
         }
         for row in rows {
@@ -321,14 +327,14 @@ mod tests {
     fn a_newer_format_is_refused_and_left_alone() {
         let dir = tempfile::tempdir().expect("temporary directory");
         drop(RegistryDatabase::open(dir.path()).expect("opens"));
-        written_by_hand(dir.path(), "PRAGMA user_version = 6");
+        written_by_hand(dir.path(), "PRAGMA user_version = 7");
         let error = RegistryDatabase::open(dir.path()).err().expect("newer");
         assert!(
-            matches!(error, RegistryError::Database(SqliteError::Newer { version: 6, known: 5, .. })),
+            matches!(error, RegistryError::Database(SqliteError::Newer { version: 7, known: 6, .. })),
             "{error}"
         );
         let connection = Connection::open(dir.path().join("registry.db")).expect("opens");
-        assert_eq!(version(&connection), 6);
+        assert_eq!(version(&connection), 7);
     }
 
     fn version(connection: &Connection) -> i64 {

@@ -3,7 +3,8 @@
 //!
 //! Deadlines are wall clock times, and the clock may be set. So the task that waits for them ([`run`])
 //! checks the clock at least once a second, and a key that has ended stays ended even if the clock goes
-//! back. In a cluster each node ends keys by the clock of the servers, and the first one records it for all.
+//! back. In a cluster each node ends keys by the clock of the servers, and the first one records it for all. What was opened
+//! with an access token is closed here too when that ends ([`TokenEnds`](super::token_ends)).
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -22,6 +23,8 @@ use crate::time::cluster_micros;
 
 /// How often the clock is checked.
 const DEADLINE_CHECK_INTERVAL: Duration = Duration::from_secs(1);
+/// The shortest pause between two of these checks for the ends of access tokens.
+const TOKEN_CHECK_PAUSE_MIN: Duration = Duration::from_millis(1);
 
 impl Registry {
     /// The earliest time at which a key ends by itself.
@@ -84,6 +87,7 @@ where
 {
     let mut settling = JoinSet::new();
     loop {
+        registry.token_ends.end_due(cluster_micros());
         let (for_change, started) = (Arc::clone(&registry), Instant::now());
         let is_due = registry.next_deadline().is_some_and(|at| at <= cluster_micros());
         let mut wait = DEADLINE_CHECK_INTERVAL;
@@ -95,6 +99,10 @@ where
             }
         }
         while settling.try_join_next().is_some() {}
+        if let Some(at) = registry.token_ends.next_end() {
+            let left = u64::try_from(at.saturating_sub(cluster_micros())).unwrap_or(0);
+            wait = wait.min(Duration::from_micros(left).max(TOKEN_CHECK_PAUSE_MIN));
+        }
         if let Some(at) = registry.next_deadline() {
             let left = u64::try_from(at.saturating_sub(cluster_micros())).unwrap_or(0);
             if left > 0 {
@@ -104,6 +112,7 @@ where
         tokio::select! {
             () = tokio::time::sleep(wait) => {}
             () = registry.live.deadline_set.notified() => {}
+            () = registry.token_ends.is_earlier.notified() => {}
         }
     }
 }

@@ -71,12 +71,21 @@ impl KeyIndex {
 
     /// Looks up a digest.
     pub(super) fn find(&self, digest: &Digest) -> Option<KeyLookup> {
+        self.find_head(digest_head(digest), |key| key.digest == *digest)
+    }
+
+    /// Looks up the one key whose digest begins so.
+    pub(super) fn find_beginning(&self, beginning: [u8; 8]) -> Option<KeyLookup> {
+        self.find_head(head_of(beginning), |_| true)
+    }
+
+    #[inline]
+    fn find_head(&self, head: u64, is_it: impl Fn(&Key) -> bool) -> Option<KeyLookup> {
         let guard = self.collector.enter();
         let table = guard.protect(&self.table, Ordering::Acquire);
         // SAFETY: a table exists from the beginning, and is retired only after it was replaced; the guard
         // keeps it alive until this returns.
         let table = unsafe { &*table };
-        let head = digest_head(digest);
         for slot in table.slots_from(head) {
             let key = guard.protect(&slot.key, Ordering::Acquire);
             if key.is_null() {
@@ -91,7 +100,7 @@ impl KeyIndex {
             // SAFETY: a pointer that is neither null nor `REVOKED_KEY` came from `Arc::into_raw`, and its
             // reference count is released only by `release_key`, which cannot run while the guard lives.
             unsafe {
-                if (*key).digest == *digest {
+                if is_it(&*key) {
                     Arc::increment_strong_count(key);
                     return Some(KeyLookup::Key(Arc::from_raw(key)));
                 }
@@ -251,7 +260,11 @@ unsafe fn release_key(key: *mut Key, _collector: &Collector) {
 
 /// The digest's first bytes serve as its hash: they are uniform, and only brute force finds a chosen one.
 fn digest_head(digest: &Digest) -> u64 {
-    u64::from_le_bytes(*digest.0.first_chunk().expect("32 bytes"))
+    head_of(digest.beginning())
+}
+
+fn head_of(beginning: [u8; 8]) -> u64 {
+    u64::from_le_bytes(beginning)
 }
 
 #[cfg(test)]

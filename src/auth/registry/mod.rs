@@ -41,6 +41,8 @@ mod replica;
 pub mod rotations;
 mod rows;
 pub mod setting;
+pub mod token_ends;
+pub mod token_secret;
 mod transaction;
 pub mod transfer;
 mod unwritten_ends;
@@ -53,9 +55,11 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 use std::sync::{self, Arc, OnceLock};
 
+use arc_swap::ArcSwapOption;
 use headgate_format::key::Digest;
 use parking_lot::Mutex;
 
+use super::token::TokenSecret;
 use crate::limits::CHANGE_ATTEMPTS_MAX;
 use crate::message::{DatasourceId, KeyId};
 use crate::sqlite::set_aside;
@@ -74,6 +78,7 @@ use leak_rules::RecordRuleFollower;
 use live::LiveRegistry;
 use quarantine_file::QuarantineFile;
 use replica::{RegistryReplica, RegistryRevision};
+use token_ends::TokenEnds;
 use unwritten_ends::UnwrittenEnds;
 
 /// Datasources and keys: the database and the live view.
@@ -98,6 +103,10 @@ pub struct Registry {
     reserve: Option<DiskReserve>,
     /// `None` in a cluster, which never had it.
     quarantine_file: Option<QuarantineFile>,
+    /// What access tokens are signed with. Changed only under the lock of the database.
+    token_secret: ArcSwapOption<TokenSecret>,
+    /// What is open with access tokens.
+    token_ends: Arc<TokenEnds>,
 }
 
 impl Registry {
@@ -145,7 +154,7 @@ impl Registry {
             database.join(replica.clone());
         }
         let live = LiveRegistry::load(&database)?;
-        Ok(Self {
+        let registry = Self {
             database: sync::Mutex::new(database),
             live,
             noted: Mutex::default(),
@@ -156,7 +165,11 @@ impl Registry {
             unwritten: UnwrittenEnds::default(),
             reserve: None,
             quarantine_file: None,
-        })
+            token_secret: ArcSwapOption::empty(),
+            token_ends: Arc::default(),
+        };
+        registry.load_token_secret(&registry.lock_database())?;
+        Ok(registry)
     }
 
     /// One datasource.
@@ -215,6 +228,11 @@ impl Registry {
     /// Looks up a digest, among revoked keys too.
     pub(in crate::auth) fn look_up(&self, digest: &Digest) -> Option<KeyLookup> {
         self.live.keys.find(digest)
+    }
+
+    /// As [`Registry::look_up`], by the first bytes of the digest.
+    pub(in crate::auth) fn look_up_beginning(&self, beginning: [u8; 8]) -> Option<KeyLookup> {
+        self.live.keys.find_beginning(beginning)
     }
 
     /// The key with this digest, unless it is revoked; it may have expired.

@@ -47,6 +47,9 @@ impl Registry {
             check_rows_format(*version)?;
         }
         database.take_over(&rows, revision, all)?;
+        if all || rows.iter().any(|row| matches!(row, RegistryRow::Secret(..))) {
+            self.load_token_secret(&database)?;
+        }
         let mut dead = if all { self.forget_all_but(&rows) } else { Vec::new() };
         // Datasources first: a key needs the datasource that it belongs to.
         for row in &rows {

@@ -1,5 +1,6 @@
 //! The registry's rows as the nodes of a cluster exchange them: each is a name and a JSON object with the
-//! columns of the row in `registry.db`. No row holds a secret: a key is represented by its digest.
+//! columns of the row in `registry.db`. No row holds a key: it is represented by its digest. The row `secret.token` has what
+//! access tokens are signed with (`token_secret.rs`).
 //!
 //! ```text
 //! datasource.{id}     {"name", "created_at", "limits", "schemas", "incarnation", "event_time"}
@@ -8,6 +9,7 @@
 //! audit.{id}          {"at", "who", "address", "action", "datasource", "key_id", "what"}
 //! leak.{version}      {"datasource", "key_id", "since", "below", "at"}
 //! incarnation.{version} {"datasource", "incarnation", "event", "name", "created_at", "first_offset", "since", "at"}
+//! secret.{name}       {"value"}
 //! format              2
 //! ```
 //!
@@ -17,6 +19,8 @@
 //! A digest has 64 hex characters, an id or version 12 digits. Absent values are left out, and so is the first
 //! incarnation. Times are
 //! microseconds since the Unix epoch; `limits`, `schemas`, `event_time` and `what` are JSON in a string, as given.
+
+use std::fmt;
 
 use headgate_format::key::Digest;
 use rusqlite::{Connection, OptionalExtension, params};
@@ -40,7 +44,32 @@ pub(super) enum RegistryRow {
     Audit(i64, AuditRow),
     Leak(u64, LeakRow),
     Incarnation(u64, IncarnationRow),
+    Secret(String, SecretRow),
     Format(u32),
+}
+
+/// The row of a secret of the registry, as 64 hex characters. `Debug` shows no part of it.
+#[derive(Clone, PartialEq, Serialize, Deserialize)]
+pub(super) struct SecretRow {
+    value: String,
+}
+
+impl fmt::Debug for SecretRow {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("SecretRow(redacted)")
+    }
+}
+
+impl SecretRow {
+    fn new(value: [u8; 32]) -> Self {
+        Self { value: blake3::Hash::from_bytes(value).to_hex().to_string() }
+    }
+
+    /// Its bytes, as [`RegistryRow::parse`] has checked them.
+    fn bytes(&self) -> rusqlite::Result<[u8; 32]> {
+        let value = blake3::Hash::from_hex(&self.value);
+        Ok(*value.map_err(|error| rusqlite::Error::ToSqlConversionFailure(Box::new(error)))?.as_bytes())
+    }
 }
 
 /// The row of a datasource.
@@ -132,6 +161,7 @@ impl RegistryRow {
             RegistryRow::Audit(id, _) => format!("audit.{id:012}"),
             RegistryRow::Leak(version, _) => format!("leak.{version:012}"),
             RegistryRow::Incarnation(version, _) => format!("incarnation.{version:012}"),
+            RegistryRow::Secret(name, _) => format!("secret.{name}"),
             RegistryRow::Format(_) => FORMAT_ROW_NAME.to_owned(),
         }
     }
@@ -147,6 +177,7 @@ impl RegistryRow {
             RegistryRow::Audit(_, row) => Some(json(row)),
             RegistryRow::Leak(_, row) => Some(json(row)),
             RegistryRow::Incarnation(_, row) => Some(json(row)),
+            RegistryRow::Secret(_, row) => Some(json(row)),
             RegistryRow::Format(version) => Some(json(version)),
         }
     }
@@ -172,6 +203,11 @@ impl RegistryRow {
             ("audit", Some(value)) => RegistryRow::Audit(parse_number(rest)?, json(value)?),
             ("leak", Some(value)) => RegistryRow::Leak(parse_number(rest)?, json(value)?),
             ("incarnation", Some(value)) => RegistryRow::Incarnation(parse_number(rest)?, json(value)?),
+            ("secret", Some(value)) => {
+                let row: SecretRow = json(value)?;
+                row.bytes().map_err(|_| "a secret has 64 hex characters".to_owned())?;
+                RegistryRow::Secret(rest.to_owned(), row)
+            }
             (FORMAT_ROW_NAME, Some(value)) => RegistryRow::Format(json(value)?),
             _ => return Ok(None),
         }))
@@ -260,6 +296,13 @@ impl RegistryRow {
         Ok(RegistryRow::Incarnation(version, row))
     }
 
+    /// Reads a secret of the registry from the database.
+    pub(super) fn read_secret(connection: &Connection, name: &str) -> rusqlite::Result<Self> {
+        let mut select = connection.prepare_cached("SELECT value FROM secrets WHERE name = ?1")?;
+        let row = select.query_row([name], |row| row.get(0).map(SecretRow::new))?;
+        Ok(RegistryRow::Secret(name.to_owned(), row))
+    }
+
     /// Writes this row to the database, or deletes it there.
     pub(super) fn write(&self, connection: &Connection) -> rusqlite::Result<()> {
         let changed = match self {
@@ -295,6 +338,9 @@ impl RegistryRow {
                 ]),
             RegistryRow::Leak(version, row) => row.write(connection, *version),
             RegistryRow::Incarnation(version, row) => row.write(connection, *version),
+            RegistryRow::Secret(name, row) => connection
+                .prepare_cached("INSERT OR REPLACE INTO secrets (name, value) VALUES (?1, ?2)")?
+                .execute(params![name, row.bytes()?]),
             // It is only checked.
             RegistryRow::Format(_) => Ok(0),
         };
@@ -380,6 +426,7 @@ mod tests {
             (RegistryRow::Key(Digest([0xab; 32]), None), format!("key.{}", "ab".repeat(32))),
             (RegistryRow::Audit(12, entry), "audit.000000000012".to_owned()),
             (RegistryRow::Leak(3, leak), "leak.000000000003".to_owned()),
+            (RegistryRow::Secret("token".to_owned(), SecretRow::new([0xcd; 32])), "secret.token".to_owned()),
             (RegistryRow::Format(1), "format".to_owned()),
         ] {
             assert_eq!(row.name(), name);
@@ -398,6 +445,7 @@ mod tests {
             ("leak.x", "{}"),
             ("leak.1", r#"{"datasource": "Not a slug", "key_id": "0a0b0c0d0e0f", "at": 1}"#),
             ("format", "x"),
+            ("secret.token", r#"{"value": "12"}"#),
         ] {
             assert!(RegistryRow::parse(name, Some(value.as_bytes())).is_err(), "{name}");
         }

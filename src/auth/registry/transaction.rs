@@ -91,6 +91,7 @@ enum TouchedRow {
     Datasource(DatasourceId),
     /// A gateway that does not know incarnations must not go on without them.
     Format,
+    Secret(&'static str),
     Audit(i64),
 }
 
@@ -111,6 +112,11 @@ impl<'a> RegistryTransaction<'a> {
         if self.replica.is_some() {
             self.touched.borrow_mut().push(row);
         }
+    }
+
+    /// Notes that a secret of the registry was written.
+    pub(super) fn touch_secret(&self, name: &'static str) {
+        self.touched(TouchedRow::Secret(name));
     }
 
     /// The time of the change.
@@ -430,6 +436,7 @@ impl<'a> RegistryTransaction<'a> {
                 TouchedRow::Incarnation(version) => {
                     RegistryRow::read_incarnation(&self.transaction, *version)
                 }
+                TouchedRow::Secret(name) => RegistryRow::read_secret(&self.transaction, name),
                 TouchedRow::Format => Ok(RegistryRow::Format(REGISTRY_ROWS_FORMAT)),
                 TouchedRow::Audit(id) => RegistryRow::read_audit(&self.transaction, *id),
             });

@@ -12,6 +12,9 @@ use ureq::Agent;
 use super::DoctorFinding;
 use crate::cli::client::{self, ApiClient};
 use crate::config::{Config, ListenAddress, LogBackend, SinkKind};
+#[cfg(feature = "delta")]
+use crate::consume::storage::probe_lake;
+use crate::gateway::clock_of_servers;
 
 /// How long an answer may take.
 const ANSWER_WAIT_MAX: Duration = Duration::from_secs(3);
@@ -199,45 +202,60 @@ fn mqtt_of(url: &str) -> Vec<String> {
 }
 
 /// Whether NATS is there, if the configuration has one, and lets the gateway in.
-pub(super) fn look_at_nats(config: &Config) -> Option<DoctorFinding> {
+pub(super) fn look_at_nats(config: &Config) -> Vec<DoctorFinding> {
     const WHAT: &str = "NATS";
+    const SETTINGS_ADVICE: &str = "correct the settings under [nats]";
     if config.nats.servers.is_empty() {
-        return None;
+        return Vec::new();
     }
     let settings = match config.nats.connection("doctor") {
         Ok(settings) => settings,
-        Err(error) => {
-            return Some(DoctorFinding::bad(WHAT, error.to_string(), "correct the settings under [nats]"));
-        }
+        Err(error) => return vec![DoctorFinding::bad(WHAT, error.to_string(), SETTINGS_ADVICE)],
     };
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().ok()?;
-    Some(runtime.block_on(async {
+    let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => return vec![DoctorFinding::bad(WHAT, error.to_string(), "free some of the machine")],
+    };
+    runtime.block_on(async {
         let nats = match Nats::connect(&settings).await {
             Ok(nats) => nats,
-            Err(error) => {
-                return DoctorFinding::bad(WHAT, error.to_string(), "correct the settings under [nats]");
-            }
+            Err(error) => return vec![DoctorFinding::bad(WHAT, error.to_string(), SETTINGS_ADVICE)],
         };
         let asked = Instant::now();
         while let Some(trouble) = nats.trouble() {
             if asked.elapsed() > ANSWER_WAIT_MAX {
                 let needs = config.log.backend == LogBackend::Jetstream;
                 let advice = "start it, or correct nats.servers and its credentials";
-                return match needs {
+                return vec![match needs {
                     true => DoctorFinding::bad(WHAT, trouble, format!("{advice}: the log is there")),
                     false => {
                         DoctorFinding::warn(WHAT, trouble, format!("{advice}; devices are served without it"))
                     }
-                };
+                }];
             }
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
         let server = nats.client().server_info();
-        DoctorFinding::ok(
-            WHAT,
-            format!("connected to {} (nats-server {})", server.server_name, server.version),
-        )
-    }))
+        let found = format!("connected to {} (nats-server {})", server.server_name, server.version);
+        let asked = tokio::time::timeout(ANSWER_WAIT_MAX, clock_of_servers(&nats, config)).await;
+        let clock = asked.ok().flatten().map(look_at_clock_of_nats);
+        std::iter::once(DoctorFinding::ok(WHAT, found)).chain(clock).collect()
+    })
+}
+
+/// This machine's clock beside that of NATS' servers, which is so far ahead of it.
+fn look_at_clock_of_nats(ahead_us: i64) -> DoctorFinding {
+    const WHAT: &str = "clock of NATS";
+    let seconds = ahead_us / 1_000_000;
+    if seconds.abs() <= CLOCK_OFF_S_MAX {
+        return DoctorFinding::ok(WHAT, "as this machine's");
+    }
+    let order = if seconds < 0 { "behind" } else { "ahead of" };
+    DoctorFinding::warn(
+        WHAT,
+        format!("{} s {order} this machine's", seconds.abs()),
+        "set the one right that is wrong: in a cluster keys end by the servers' clock, and records have the gateways' time",
+    )
 }
 
 /// Where records are stored.
@@ -245,10 +263,7 @@ pub(super) fn look_at_sinks(config: &Config) -> Vec<DoctorFinding> {
     let of = |sink: &SinkKind| match sink {
         SinkKind::Sqlite => look_at_sqlite(&config.data_dir.join("records.db")),
         SinkKind::Postgres => look_at_postgres(config),
-        SinkKind::Delta => DoctorFinding::ok(
-            "storage in a Delta lake",
-            "only a running gateway looks at it: headgate sinks says how it is",
-        ),
+        SinkKind::Delta => look_at_lake(config),
     };
     match config.storage.sinks.is_empty() {
         true => {
@@ -274,6 +289,32 @@ fn look_at_sqlite(file: &Path) -> DoctorFinding {
             WHAT,
             format!("{} cannot be read: {error}", file.display()),
             "devices are served without it; headgate repair says what can be done",
+        ),
+    }
+}
+
+#[cfg(not(feature = "delta"))]
+fn look_at_lake(_: &Config) -> DoctorFinding {
+    DoctorFinding::bad(
+        "storage in a Delta lake",
+        "this build is without it",
+        "use one with the feature delta (headgate --version says), or take delta out of storage.sinks",
+    )
+}
+
+#[cfg(feature = "delta")]
+fn look_at_lake(config: &Config) -> DoctorFinding {
+    const WHAT: &str = "storage in a Delta lake";
+    match probe_lake(&config.storage.delta, &config.data_dir) {
+        Ok((place, true)) => {
+            DoctorFinding::ok(WHAT, format!("{place} can be written, and creates no object twice"))
+        }
+        Ok((place, false)) => DoctorFinding::ok(WHAT, format!("{place} is not there yet: serve makes it")),
+        Err(trouble) => DoctorFinding::bad(
+            WHAT,
+            trouble,
+            "correct the settings under [storage.delta], or what the store lets the gateway do there: read, write, remove \
+             and conditional writes (If-None-Match); the log keeps records until it is there",
         ),
     }
 }

@@ -12,9 +12,10 @@ use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use headgate_bridge_nats::callout::CalloutSeeds;
 use rand::TryRng;
 use rand::rngs::SysRng;
+use serde_json::json;
 
 use super::server::{NatsServerConfig, NatsServerListeners};
-use crate::cli::out::CommandOutput;
+use crate::cli::out::{CommandOutput, print_json};
 use crate::config::Config;
 
 #[derive(Debug, clap::Args)]
@@ -27,6 +28,9 @@ pub(in crate::cli) struct NatsSetupArgs {
     /// Write over what is there, with new seeds and passwords: servers and gateways then need a restart
     #[arg(long)]
     force: bool,
+    /// Print what was written as JSON
+    #[arg(long)]
+    json: bool,
 }
 
 /// A file of the setup, with mode 0600.
@@ -53,6 +57,16 @@ pub(super) fn run(args: &NatsSetupArgs, out: &mut CommandOutput) -> anyhow::Resu
     // Load the written file, so that a mistake shows now and not at the first start.
     Config::load(Some(&dir.join("headgate.toml")))?;
     let port = args.listeners.listen;
+    if args.json {
+        let files: Vec<&str> = files.iter().map(|file| file.name).collect();
+        let server = format!("nats-server --config {dir_text}/nats-server.conf");
+        let gateway = format!("headgate serve --config {dir_text}/headgate.toml");
+        let set = json!({
+            "dir": dir_text, "files": files, "url": format!("nats://{port}"),
+            "commands": { "nats_server": server, "headgate": gateway },
+        });
+        return print_json(&set, out);
+    }
     writeln!(
         out,
         "wrote {dir_text}: the configuration of NATS and of Headgate, and their secrets (mode 0600)"

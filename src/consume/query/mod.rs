@@ -208,7 +208,7 @@ impl PageBudget {
     }
 
     /// Counts a record that the page takes, with its bytes.
-    pub(super) fn take(&mut self, bytes: usize) {
+    pub fn take(&mut self, bytes: usize) {
         self.records -= 1;
         self.bytes = self.bytes.saturating_sub(bytes);
         self.piece_bytes = self.piece_bytes.saturating_sub(bytes + RECORD_MEMORY_BYTES);
@@ -319,7 +319,7 @@ impl RecordsReader {
         })
     }
 
-    /// As [`RecordsReader::latest_within`], each topic as the JSON that it is shown as. Returns the topic after which it goes
+    /// As [`RecordsReader::latest_within`], each topic with the JSON that it is shown as. Returns the topic after which it goes
     /// on, if there are more.
     ///
     /// # Errors
@@ -329,7 +329,7 @@ impl RecordsReader {
         scope: &DatasourceId,
         after_topic: Option<&str>,
         budget: &mut PageBudget,
-        each: &mut dyn FnMut(&[u8]),
+        each: &mut dyn FnMut(&str, &[u8]),
     ) -> Result<Option<String>, QueryError> {
         if let Self::Sqlite(stored) = self
             && let Some(next) = stored.board.read(scope, after_topic, budget, each)
@@ -339,7 +339,7 @@ impl RecordsReader {
         let page = self.latest_within(scope, after_topic, budget)?;
         for topic in &page.topics {
             match serde_json::to_vec(topic) {
-                Ok(json) => each(&json),
+                Ok(json) => each(&topic.topic, &json),
                 // Into memory, of values that have a JSON form.
                 Err(error) => tracing::error!(%error, "a topic has no JSON form"),
             }

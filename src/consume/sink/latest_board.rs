@@ -108,7 +108,7 @@ impl LatestBoard {
         scope: &DatasourceId,
         after_topic: Option<&str>,
         budget: &mut PageBudget,
-        each: &mut dyn FnMut(&[u8]),
+        each: &mut dyn FnMut(&str, &[u8]),
     ) -> Option<Option<String>> {
         let topics = self.ask(scope)?;
         let mut topics = topics.lock();
@@ -126,7 +126,7 @@ impl LatestBoard {
                 more_bytes += rendered.len();
                 topic.rendered = Some(rendered);
             }
-            each(topic.rendered.as_deref().unwrap_or_default());
+            each(name, topic.rendered.as_deref().unwrap_or_default());
             last = Some(name);
         }
         topics.bytes += more_bytes;
@@ -454,7 +454,7 @@ mod tests {
 
     fn shown(reader: &RecordsReader) -> Vec<String> {
         let mut topics = Vec::new();
-        let mut each = |json: &[u8]| topics.push(String::from_utf8(json.to_vec()).expect("text"));
+        let mut each = |_: &str, json: &[u8]| topics.push(String::from_utf8(json.to_vec()).expect("text"));
         let mut budget = PageBudget::new(LATEST_TOPICS_MAX);
         reader.latest_json_within(&press(), None, &mut budget, &mut each).expect("reads");
         topics
@@ -583,8 +583,8 @@ mod tests {
             let (mut after, mut pages) = (None::<String>, Vec::new());
             loop {
                 let (mut budget, mut count) = (PageBudget::new(4), 0);
-                let next =
-                    reader.latest_json_within(&press(), after.as_deref(), &mut budget, &mut |_| count += 1);
+                let next = reader
+                    .latest_json_within(&press(), after.as_deref(), &mut budget, &mut |_, _| count += 1);
                 pages.push(count);
                 after = next.expect("reads");
                 if after.is_none() {

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use headgate_bridge_delta::{BucketAccess, LakePlace};
+use headgate_bridge_delta::{BucketAccess, LakePlace, probe_store};
 
 use super::record_sink::{OpenedSink, RecordSink, SinkFault, SinkPlace};
 use super::{StorageError, StoredLimitsSource};
@@ -12,6 +12,9 @@ use crate::config::{DeltaConfig, SinkKind};
 use crate::consume::sink::lake::{LakeFault, LakeSettings, LakeSink, NewestRow};
 use crate::log::{Log, WithheldRules};
 use crate::message::{Offset, RecordRef};
+
+/// How long the store may take to answer [`probe_lake`].
+const LAKE_PROBE_TIME_MAX: Duration = Duration::from_secs(20);
 
 /// The lake of the settings.
 pub(in crate::consume) struct DeltaPlace {
@@ -38,26 +41,7 @@ impl DeltaPlace {
     /// Reads the files of the settings each time: a secret may have been replaced.
     fn settings(&self) -> Result<LakeSettings, LakeFault> {
         let config = &self.config;
-        let said = |text: &str| (!text.is_empty()).then(|| text.to_owned());
-        let secret = config.secret().map_err(|error| LakeFault::Settings(error.to_string()))?;
-        let ca_pem = match config.ca.as_os_str().is_empty() {
-            true => None,
-            false => Some(std::fs::read(&config.ca).map_err(|error| {
-                LakeFault::Settings(format!("storage.delta.ca {}: {error}", config.ca.display()))
-            })?),
-        };
-        let access = BucketAccess {
-            endpoint: said(&config.endpoint),
-            region: said(&config.region),
-            access_key_id: said(&config.access_key_id),
-            secret_access_key: said(&secret),
-            session_token: None,
-            ca_pem,
-        };
-        let place = match LakePlace::parse(&config.place, access)? {
-            LakePlace::Directory(path) => LakePlace::Directory(self.data_dir.join(path)),
-            bucket => bucket,
-        };
+        let place = place_of(config, &self.data_dir)?;
         Ok(LakeSettings {
             place,
             interval: Duration::from_secs(config.interval_s),
@@ -97,6 +81,52 @@ impl DeltaPlace {
             .find(|record| record.offset == newest.offset)
             .map(|record| (record.key_id, record.received_at));
         record.is_some_and(|record| record != (newest.key_id, newest.received_at))
+    }
+}
+
+/// Where the lake of the settings is; a relative path is in `data_dir`.
+fn place_of(config: &DeltaConfig, data_dir: &Path) -> Result<LakePlace, LakeFault> {
+    let said = |text: &str| (!text.is_empty()).then(|| text.to_owned());
+    let secret = config.secret().map_err(|error| LakeFault::Settings(error.to_string()))?;
+    let ca_pem = match config.ca.as_os_str().is_empty() {
+        true => None,
+        false => Some(std::fs::read(&config.ca).map_err(|error| {
+            LakeFault::Settings(format!("storage.delta.ca {}: {error}", config.ca.display()))
+        })?),
+    };
+    let access = BucketAccess {
+        endpoint: said(&config.endpoint),
+        region: said(&config.region),
+        access_key_id: said(&config.access_key_id),
+        secret_access_key: said(&secret),
+        session_token: None,
+        ca_pem,
+    };
+    Ok(match LakePlace::parse(&config.place, access)? {
+        LakePlace::Directory(path) => LakePlace::Directory(data_dir.join(path)),
+        bucket => bucket,
+    })
+}
+
+/// Looks whether the lake of the settings can be reached and written, and creates no object twice. A directory that is not
+/// there yet is not made. Returns where it is, and whether it is there.
+///
+/// # Errors
+/// What is wrong with the settings or the store, for an operator.
+pub fn probe_lake(config: &DeltaConfig, data_dir: &Path) -> Result<(String, bool), String> {
+    let place = place_of(config, data_dir).map_err(|error| error.to_string())?;
+    let name = place.to_string();
+    if matches!(&place, LakePlace::Directory(path) if !path.exists()) {
+        return Ok((name, false));
+    }
+    let store = place.open().map_err(|error| format!("{name}: {error}"))?;
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    let runtime = runtime.map_err(|error| error.to_string())?;
+    let probed = runtime.block_on(tokio::time::timeout(LAKE_PROBE_TIME_MAX, probe_store(&*store)));
+    match probed {
+        Ok(Ok(())) => Ok((name, true)),
+        Ok(Err(fault)) => Err(format!("{name}: {fault}")),
+        Err(_) => Err(format!("{name}: it has not answered within {} s", LAKE_PROBE_TIME_MAX.as_secs())),
     }
 }
 

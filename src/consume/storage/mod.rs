@@ -29,6 +29,8 @@ use parking_lot::Mutex;
 use tokio::sync::watch;
 
 use self::follower::StorageFollower;
+#[cfg(feature = "delta")]
+pub use self::lake_place::probe_lake;
 use self::pace::StoragePace;
 use self::record_sink::{OpenedSink, SinkFault, SinkPlace};
 pub use self::retention::StoredLimitsSource;

@@ -25,7 +25,7 @@ use serde::{Deserialize, Serialize};
 
 use super::body::{self, ReceivedBody};
 use super::cors::wrap_page;
-use super::credentials::Caller;
+use super::credentials::{Caller, DataCaller};
 use super::limits::rate_headers;
 use super::messages::{RequestMessages, TopicBuffer};
 use super::middleware::wrap_request;
@@ -62,7 +62,7 @@ pub(super) struct IngestResponse {
 /// `POST /v1/ingest/{datasource}`
 pub(super) async fn to_datasource(
     State(shared): State<Arc<HttpFrontState>>,
-    caller: Caller,
+    DataCaller(caller): DataCaller,
     PathParameters(datasource): PathParameters<String>,
     request: Request,
 ) -> Result<Response, Problem> {
@@ -72,7 +72,7 @@ pub(super) async fn to_datasource(
 /// `POST /v1/ingest/{datasource}/{topic…}`
 pub(super) async fn to_topic(
     State(shared): State<Arc<HttpFrontState>>,
-    caller: Caller,
+    DataCaller(caller): DataCaller,
     PathParameters((datasource, topic)): PathParameters<(String, String)>,
     request: Request,
 ) -> Result<Response, Problem> {
@@ -109,8 +109,8 @@ impl IngestRoute {
         let handle = |request: Request| {
             Box::pin(async move {
                 let (mut parts, body) = request.into_parts();
-                let answered = match Caller::from_request_parts(&mut parts, shared).await {
-                    Ok(caller) => {
+                let answered = match DataCaller::from_request_parts(&mut parts, shared).await {
+                    Ok(DataCaller(caller)) => {
                         ingest(shared, caller, &datasource, topic, Request::from_parts(parts, body)).await
                     }
                     Err(problem) => Err(problem),

@@ -359,7 +359,7 @@ pub(super) fn undurable_answer(detail: &str) -> Response {
     (StatusCode::ACCEPTED, Json(body)).into_response()
 }
 
-fn no_key_problem(key_id: KeyId) -> Problem {
+pub(super) fn no_key_problem(key_id: KeyId) -> Problem {
     Problem::new(Cause::NoKeyId, format!("There is no key {key_id} here."))
 }
 

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use axum::body::HttpBody;
 use axum::extract::{MatchedPath, Request, State};
-use axum::http::header::{CACHE_CONTROL, CONNECTION, X_CONTENT_TYPE_OPTIONS};
+use axum::http::header::{CACHE_CONTROL, CONNECTION, REFERRER_POLICY, X_CONTENT_TYPE_OPTIONS};
 use axum::http::{HeaderValue, Method, Version};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
@@ -66,6 +66,7 @@ pub(super) async fn wrap_request<F: Future<Output = Response>>(
     let has_body = !request.body().is_end_stream();
     let http1 = request.version() < Version::HTTP_2;
     let persists = wants_to_persist(request.version(), request.headers());
+    let has_url_token = credentials::token_in_url(request.uri()).is_some();
     note_authority(&mut request);
     let host = check_host(request.version(), request.uri(), request.headers());
     // HTTP/2 carries other requests beside an unread body; HTTP/1.1 closes the connection below.
@@ -117,6 +118,10 @@ pub(super) async fn wrap_request<F: Future<Output = Response>>(
         announce_keep_alive(headers, &shared.keep_alive);
     }
     headers.insert(X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
+    if has_url_token {
+        // What the answer names, as a page that is followed from it, is not told the URL with the token.
+        headers.insert(REFERRER_POLICY, HeaderValue::from_static("no-referrer"));
+    }
     headers.entry(CACHE_CONTROL).or_insert(HeaderValue::from_static("no-store"));
     if let Some(reader) = response.extensions_mut().remove::<Arc<StreamReader>>() {
         reader.hold(held);

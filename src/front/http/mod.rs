@@ -51,6 +51,7 @@ mod sinks;
 mod socket;
 mod stranger_pace;
 mod stream;
+mod tokens;
 mod transfer;
 mod waiting;
 mod websocket;
@@ -406,6 +407,7 @@ fn routes() -> Vec<(Method, &'static str, MethodRouter<Arc<HttpFrontState>>)> {
         route(patch, "/v1/datasources/{datasource}/keys/{key_id}", limits::patch_key_limits),
         route(delete.clone(), "/v1/datasources/{datasource}/keys/{key_id}", keys::revoke),
         route(post.clone(), "/v1/datasources/{datasource}/keys/{key_id}/rotate", keys::rotate),
+        route(post.clone(), "/v1/datasources/{datasource}/keys/{key_id}/tokens", tokens::create),
         route(get.clone(), "/v1/datasources/{datasource}/records", records::records),
         route(get.clone(), "/v1/datasources/{datasource}/latest", query::latest),
         route(get.clone(), "/v1/datasources/{datasource}/series", series::series),
@@ -442,7 +444,7 @@ fn routes() -> Vec<(Method, &'static str, MethodRouter<Arc<HttpFrontState>>)> {
 
 /// The routes that are for devices and readers. All others are the administration's: where it has a listener of its own,
 /// they are not found at any other.
-const DEVICE_ROUTES: [(Method, &str); 19] = [
+const DEVICE_ROUTES: [(Method, &str); 20] = [
     (Method::POST, "/v1/ingest/{datasource}"),
     (Method::POST, "/v1/ingest/{datasource}/{*topic}"),
     (Method::POST, "/api/v2/write"),
@@ -455,6 +457,8 @@ const DEVICE_ROUTES: [(Method, &str); 19] = [
     (Method::GET, "/v1/datasources/{datasource}/latest"),
     (Method::GET, "/v1/datasources/{datasource}/series"),
     (Method::GET, "/v1/datasources/{datasource}/stream"),
+    // A key makes tokens of itself.
+    (Method::POST, "/v1/datasources/{datasource}/keys/{key_id}/tokens"),
     (Method::GET, "/v1/connect"),
     (Method::POST, "/v1/leaks"),
     (Method::GET, "/mqtt"),

@@ -8,12 +8,13 @@ use axum::http::Uri;
 use axum::response::Response;
 use serde::Deserialize;
 
-use super::credentials::Caller;
+use super::credentials::{Caller, DataCaller};
 use super::page_stream::{self, JsonItems, PageFrame, PageSource};
 use super::{HttpFrontState, PathParameters, run_in_turn};
 use crate::auth::Scope;
 use crate::consume::query::{PageBudget, QueryError, RecordsReader};
 use crate::consume::render::parse_time;
+use crate::filter::TopicFilter;
 use crate::front::problem::Problem;
 use crate::limits::{LATEST_TOPICS_MAX, QUERY_RECORDS_DEFAULT, QUERY_RECORDS_MAX};
 use crate::message::{DatasourceId, Incarnation, TimeMicros};
@@ -50,7 +51,7 @@ struct LatestParameters {
 /// `GET /v1/datasources/{datasource}/latest`
 pub(super) async fn latest(
     State(shared): State<Arc<HttpFrontState>>,
-    caller: Caller,
+    DataCaller(caller): DataCaller,
     PathParameters(datasource): PathParameters<String>,
     uri: Uri,
 ) -> Result<Response, Problem> {
@@ -58,7 +59,8 @@ pub(super) async fn latest(
     let scope = readable_scope(&shared, &caller, &datasource, incarnation)?;
     let (datasource, _) = scope.of_scope();
     let head = format!("{{\"datasource\":\"{datasource}\",\"topics\":[");
-    let source = LatestSource { scope, after_topic };
+    let topics = caller.0.topics_within(datasource.as_str());
+    let source = LatestSource { scope, after_topic, topics, shown: None };
     let (frame, budget) = (PageFrame::object(head), PageBudget::new(LATEST_TOPICS_MAX));
     page_stream::answer_page(&shared, &caller, frame, budget, source).await
 }
@@ -67,6 +69,10 @@ pub(super) async fn latest(
 struct LatestSource {
     scope: DatasourceId,
     after_topic: Option<String>,
+    /// Those that are shown, if an access token is not for all.
+    topics: Option<Vec<TopicFilter>>,
+    /// The last one of them that was shown.
+    shown: Option<String>,
 }
 
 impl PageSource for LatestSource {
@@ -77,9 +83,53 @@ impl PageSource for LatestSource {
         items: &mut JsonItems,
     ) -> Result<Option<String>, QueryError> {
         let (scope, after) = (&self.scope, self.after_topic.as_deref());
-        self.after_topic =
-            stored.latest_json_within(scope, after, budget, &mut |json| items.push_json(json))?;
-        Ok(self.after_topic.as_ref().map(|topic| serde_json::Value::from(topic.as_str()).to_string()))
+        let Some(topics) = &self.topics else {
+            self.after_topic =
+                stored.latest_json_within(scope, after, budget, &mut |_, json| items.push_json(json))?;
+            return Ok(self.after_topic.as_deref().map(json_text));
+        };
+        // What is looked at ends the piece, and what is shown the page: where that goes on tells no other topic's name.
+        let (mut looked_at, shown) = (budget.clone(), &mut self.shown);
+        let next = stored.latest_json_within(scope, after, &mut looked_at, &mut |topic, json| {
+            if topics.iter().any(|filter| filter.matches(topic)) {
+                budget.take(json.len());
+                items.push_json(json);
+                *shown = Some(topic.to_owned());
+            }
+        });
+        self.after_topic = next?;
+        let is_more = self.after_topic.is_some();
+        Ok(is_more.then(|| json_text(self.shown.as_deref().unwrap_or_default())))
+    }
+}
+
+/// A text as JSON.
+fn json_text(text: &str) -> String {
+    serde_json::Value::from(text).to_string()
+}
+
+/// The topic or filter that a read is for: the one that is asked for, if the caller's access token is for all of that; or
+/// else the one that the token is for.
+pub(super) fn topic_of_read(
+    caller: &Caller,
+    datasource: &str,
+    asked: Option<String>,
+) -> Result<Option<String>, Problem> {
+    let Some(topics) = caller.0.topics_within(datasource) else { return Ok(asked) };
+    match (asked, &*topics) {
+        (Some(asked), topics) => {
+            let filter = TopicFilter::new(&asked).map_err(QueryError::from)?;
+            match topics.iter().any(|topic| topic.covers(&filter)) {
+                true => Ok(Some(asked)),
+                false => Err(caller.0.outside_topics().into()),
+            }
+        }
+        (None, [topic]) => Ok(Some(topic.as_str().to_owned())),
+        (None, []) => Err(caller.0.outside_topics().into()),
+        (None, _) => {
+            let words = "The access token is for several topics: say which of them, as topic.";
+            Err(Problem::new(Cause::Malformed, words).with("parameter", "topic"))
+        }
     }
 }
 

@@ -13,9 +13,9 @@ use axum::response::Response;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use super::credentials::Caller;
+use super::credentials::DataCaller;
 use super::page_stream::{self, JsonItems, PageFrame, PageSource};
-use super::query::{readable_scope, stored_records_query, time_parameter};
+use super::query::{readable_scope, stored_records_query, time_parameter, topic_of_read};
 use super::{HttpFrontState, PathParameters, run_in_turn};
 use crate::consume::query::{PageBudget, QueryError, RecordsOrder, RecordsQuery, RecordsReader, StoredRange};
 use crate::consume::render::{self, CSV_HEADER};
@@ -155,13 +155,14 @@ impl RecordsParameters {
 /// `GET /v1/datasources/{datasource}/records`
 pub(super) async fn records(
     State(shared): State<Arc<HttpFrontState>>,
-    caller: Caller,
+    DataCaller(caller): DataCaller,
     PathParameters(datasource): PathParameters<String>,
     headers: HeaderMap,
     uri: Uri,
 ) -> Result<Response, Problem> {
-    let QueryString(parameters) = QueryString::<RecordsParameters>::try_from_uri(&uri)?;
+    let QueryString(mut parameters) = QueryString::<RecordsParameters>::try_from_uri(&uri)?;
     let scope = readable_scope(&shared, &caller, &datasource, parameters.incarnation)?;
+    parameters.topic = topic_of_read(&caller, &datasource, parameters.topic)?;
     let form = parameters.format.unwrap_or_else(|| RecordsForm::of_accept(&headers));
     let mut query = parameters.into_query(scope.clone(), form)?;
     let stored = stored_records_query(&shared)?;

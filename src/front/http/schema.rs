@@ -9,10 +9,11 @@ use axum::response::{IntoResponse, Response};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use super::credentials::Caller;
+use super::credentials::{Caller, DataCaller};
 use super::{HttpFrontState, PathParameters, query, run_blocking};
 use crate::auth::{Datasource, Scope};
 use crate::consume::schema_inference::Inference;
+use crate::filter::TopicFilter;
 use crate::front::problem::Problem;
 use crate::limits::HTTP_SCHEMAS_BYTES_MAX;
 use crate::observe::cause::{Cause, ProblemKind};
@@ -37,8 +38,16 @@ struct EnforcedSchema<'a> {
 
 impl<'a> EnforcedSchema<'a> {
     fn all(rules: Option<&'a Rules>) -> Vec<Self> {
+        Self::among(rules, None)
+    }
+
+    /// Those that may be for one of these topics, or all of them.
+    fn among(rules: Option<&'a Rules>, topics: Option<&[TopicFilter]>) -> Vec<Self> {
         let rules = rules.into_iter().flat_map(Rules::iter);
         rules
+            .filter(|rule| {
+                topics.is_none_or(|topics| topics.iter().any(|topic| topic.overlaps(&rule.filter)))
+            })
             .map(|rule| Self {
                 filter: rule.filter.as_str(),
                 version: rule.version,
@@ -99,12 +108,13 @@ pub(super) fn initial_rules(schema: Value) -> Result<Rules, Problem> {
 /// `GET /v1/datasources/{datasource}/schema`
 pub(super) async fn show(
     State(shared): State<Arc<HttpFrontState>>,
-    caller: Caller,
+    DataCaller(caller): DataCaller,
     PathParameters(id): PathParameters<String>,
 ) -> Result<Response, Problem> {
     caller.require_scope(Scope::Subscribe, &id)?;
     let datasource = shared.datasource(&id)?;
     let validation = Validation::from_setting(&datasource.schemas);
+    let topics = caller.0.topics_within(&id);
     query::run_query(&shared, &caller, move |stored| {
         #[derive(Serialize)]
         struct SchemasResponse<'a> {
@@ -112,8 +122,8 @@ pub(super) async fn show(
             #[serde(flatten)]
             inference: Inference,
         }
-        let inference = stored.inference(&datasource.scope())?;
-        let enforced = EnforcedSchema::all(validation.rules().ok().flatten());
+        let inference = stored.inference(&datasource.scope(), topics.as_deref())?;
+        let enforced = EnforcedSchema::among(validation.rules().ok().flatten(), topics.as_deref());
         Ok(Json(SchemasResponse { enforced, inference }).into_response())
     })
     .await

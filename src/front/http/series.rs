@@ -9,7 +9,7 @@ use axum::response::Response;
 use serde::{Deserialize, Serialize};
 
 use super::charged_list::ChargedList;
-use super::credentials::Caller;
+use super::credentials::DataCaller;
 use super::query::{readable_scope, stored_records_query, time_parameter};
 use super::{HttpFrontState, PathParameters, run_in_turn};
 use crate::config::parse_duration_ms;
@@ -99,13 +99,14 @@ impl From<SeriesPoint> for SeriesPointJson {
 /// `GET /v1/datasources/{datasource}/series`
 pub(super) async fn series(
     State(shared): State<Arc<HttpFrontState>>,
-    caller: Caller,
+    DataCaller(caller): DataCaller,
     PathParameters(datasource): PathParameters<String>,
     uri: Uri,
 ) -> Result<Response, Problem> {
     let QueryString(parameters) = QueryString::<SeriesParameters>::try_from_uri(&uri)?;
     let scope = readable_scope(&shared, &caller, &datasource, parameters.incarnation)?;
     let query = parameters.into_query(scope)?;
+    caller.0.allows_topic(&datasource, &query.topic)?;
     let stored = stored_records_query(&shared)?;
     let account = shared.parts.intake.memory_account(&caller.0);
     let mut memory = account.charge(SeriesReading::bytes_max(&query))?;

@@ -21,7 +21,8 @@ use super::session::MqttSession;
 use super::sessions::{ClientGuard, EnterError, EnteredClient};
 use super::wills::MqttWill;
 use super::{MqttFront, heard_by, report_proxy_header};
-use crate::auth::connections::{CloseReason, ConnectionControl, KeyConnectionGuard};
+use crate::auth::connections::{CloseReason, ConnectionControl};
+use crate::auth::registry::token_ends::GrantConnectionGuard;
 use crate::auth::usage::KeyClient;
 use crate::auth::{Grant, GrantDenial, RejectedKey};
 use crate::front::proxied::{ProxyHeaderError, is_proxy_header};
@@ -39,11 +40,14 @@ const TLS_HANDSHAKE_FIRST_BYTE: u8 = 0x16;
 /// What is read of a CONNECT first; most are shorter.
 const CONNECT_READ_BYTES: usize = 512;
 
+/// What the names of clients begin with that have presented an access token. Names like this are reserved.
+const TOKEN_CLIENT_PREFIX: &str = "headgate-token:";
+
 /// A connection whose key was accepted.
 pub(super) struct OpenedConnection {
     pub(super) inbound: Inbound,
     /// The connection's registration with its key.
-    pub(super) entered: KeyConnectionGuard,
+    pub(super) entered: GrantConnectionGuard,
     /// The client's entry among the sessions.
     pub(super) present: ClientGuard,
     pub(super) session: MqttSession,
@@ -174,7 +178,9 @@ impl Handshake<'_> {
     async fn open(&self) -> Result<Box<OpenedConnection>, ConnectRefusal> {
         let (connect, config) = (self.connect, &self.front.config);
         let grant = self.authorize()?;
-        let client_id = self.choose_client_id()?;
+        self.check_token_use(&grant)?;
+        let given_id = self.choose_client_id()?;
+        let client_id = self.name_of_client(&grant, &given_id)?;
         let publisher = publisher_hash(grant.datasource(), &client_id);
         let user = Arc::new(KeyClient::new(Transport::Mqtt, Some(self.peer.ip()), Some(&client_id)));
         let who = Arc::new(ClientIdentity {
@@ -184,14 +190,16 @@ impl Handshake<'_> {
             is_bridge: connect.is_bridge,
         });
         let mut will = self.check_will(&grant, &who, publisher)?;
-        let expiry_s = connect.session_expiry_s().min(config.session_expiry_s_max);
+        // What a token has opened ends with the connection.
+        let expiry_s_max = if grant.is_of_token() { 0 } else { config.session_expiry_s_max };
+        let expiry_s = connect.session_expiry_s().min(expiry_s_max);
         let keep_alive_s = self.choose_keep_alive_s();
         let limits = ConnackLimits {
             receive_maximum: config.receive_maximum,
             packet_bytes_max: u32::try_from(config.packet_bytes_max).unwrap_or(u32::MAX),
             topic_alias_maximum: MQTT_TOPIC_ALIAS_MAXIMUM,
             keep_alive_s: (keep_alive_s != connect.keep_alive_s).then_some(keep_alive_s),
-            client_id: connect.client_id.is_empty().then_some(client_id),
+            client_id: connect.client_id.is_empty().then_some(given_id),
             session_expiry_s: (connect.session_expiry_s() != expiry_s).then_some(expiry_s),
         };
         // Before the session, which ends an earlier connection.
@@ -279,6 +287,37 @@ impl Handshake<'_> {
         })
     }
 
+    /// Refuses what an access token cannot be used for: what outlives its connection would outlive the token.
+    fn check_token_use(&self, grant: &Grant) -> Result<(), ConnectRefusal> {
+        let connect = self.connect;
+        let what = match (connect.version, &connect.will) {
+            (_, Some(_)) => "leave a will, which may be published when it has ended",
+            (MqttVersion::V311 | MqttVersion::V31, None) if !connect.clean => {
+                "have a session that outlives its connection: connect with clean session"
+            }
+            _ => return Ok(()),
+        };
+        grant.require_key(what).map_err(|denied| {
+            self.report_of_key(grant, RefusalNote::new(Transport::Mqtt, denied.cause(), &denied));
+            (ReasonCode::NotAuthorized, denied.to_string())
+        })
+    }
+
+    /// The name that a client has among the sessions of its datasource: the identifier that it gives. Who has presented a
+    /// token is named apart, so that it pushes out no device and takes up no session of one.
+    fn name_of_client(&self, grant: &Grant, given: &str) -> Result<String, ConnectRefusal> {
+        match grant.is_of_token() {
+            true => Ok(format!("{TOKEN_CLIENT_PREFIX}{given}")),
+            false if given.starts_with(TOKEN_CLIENT_PREFIX) => {
+                let words = format!(
+                    "client identifiers that begin with {TOKEN_CLIENT_PREFIX} are those of access tokens"
+                );
+                Err(self.refuse(Cause::ClientId, ReasonCode::ClientIdentifierNotValid, &words))
+            }
+            false => Ok(given.to_owned()),
+        }
+    }
+
     /// The client identifier: the client's own, or one that is made for it.
     fn choose_client_id(&self) -> Result<String, ConnectRefusal> {
         let (connect, v5) = (self.connect, self.connect.version == MqttVersion::V5);
@@ -329,18 +368,20 @@ impl Handshake<'_> {
         grant: &Grant,
         who: &ClientIdentity,
         expiry_s: u32,
-    ) -> Result<(KeyConnectionGuard, EnteredClient), ConnectRefusal> {
+    ) -> Result<(GrantConnectionGuard, EnteredClient), ConnectRefusal> {
         let (front, connect) = (self.front, self.connect);
         let control = Arc::new(ConnectionControl::default());
         // Before the session: a key that dies while the session is fetched has to close this connection too.
-        let entered = grant.key().connections().enter(control.clone());
+        let entered = front.intake.authorizer().registry().enter_connection(grant, &control);
         let is_new = connect.client_id.is_empty();
+        // A token takes up no session: whoever had it may have subscribed to more.
+        let clean = connect.clean || grant.is_of_token();
         let client = who.client.clone();
         let Some(scope) = front.intake.authorizer().registry().scope_of(grant.key()) else {
             let (reason, words) = close_reason(CloseReason::KeyDead);
             return Err((reason, words.to_owned()));
         };
-        let entering = front.sessions.enter(&scope, client, control, connect.clean, is_new, expiry_s);
+        let entering = front.sessions.enter(&scope, client, control, clean, is_new, expiry_s);
         let client = entering.await.map_err(|not_entered| match not_entered {
             EnterError::Closed(why) => {
                 let (reason, words) = close_reason(why);

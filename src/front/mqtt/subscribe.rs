@@ -19,7 +19,7 @@ use super::metadata_wish::parse_metadata_wish;
 use super::outbound::Outbound;
 use super::session::{MqttSession, Subscription, SubscriptionFilter};
 use super::sessions::Sessions;
-use crate::auth::{Grant, Scope};
+use crate::auth::{Grant, GrantDenial, Scope};
 use crate::consume::subscriber::sessions::{SessionStoreChange, StoredGroup};
 use crate::consume::subscriber::{GroupJoinError, ReplayError, ReplayStart, ShareGroupKey, Subscribers};
 use crate::filter::TopicFilter;
@@ -290,6 +290,10 @@ impl SubscribeServices {
             let words = "'+' stands alone in its level, '#' alone in the last one, and a shared subscription is $share/{group}/{filter}";
             FilterRefusal::new(ReasonCode::TopicFilterInvalid, words.to_owned())
         })?;
+        self.check_token_topics(&wanted).map_err(|denied| FilterRefusal {
+            cause: denied.cause(),
+            ..FilterRefusal::new(ReasonCode::NotAuthorized, denied.to_string())
+        })?;
         if self.has_no_room_for(filter, session) {
             return Err(FilterRefusal::new(ReasonCode::QuotaExceeded, self.too_many_words()));
         }
@@ -303,6 +307,16 @@ impl SubscribeServices {
             }
         }
         Ok(wanted)
+    }
+
+    /// Checks that the key's access token, if one was presented, is for all that a filter selects. It is for no group: what
+    /// one of its members takes, the others do not get.
+    fn check_token_topics(&self, wanted: &SubscriptionFilter) -> Result<(), GrantDenial> {
+        self.grant.allows_filter(&wanted.filter)?;
+        match wanted.group {
+            Some(_) => self.grant.require_key("join a group ($share), whose others would miss what it takes"),
+            None => Ok(()),
+        }
     }
 
     /// Whether the session has as many subscriptions as it may, and not this one.

@@ -3,6 +3,10 @@
 //! `subscribe` may subscribe to its stream. Intake checks what the client publishes, like any message, under
 //! the key that the server attests (`attested.rs`). A key that dies loses its connections (`kick.rs`).
 //!
+//! With an access token (`src/auth/token.rs`) a client has the permissions that are left of its key's: fewer subjects, a
+//! nearer end. Its name is that of the key, so that it is counted and ended with the key's others; what it publishes is
+//! judged as the key's, and which topics it may name is the servers' to enforce.
+//!
 //! Any gateway may answer a request. The server's permissions are a second fence, not the only one. A leaf
 //! node is refused whatever key it presents, because a server speaks for others, and nats-server does not
 //! enforce the connection types of an answer.
@@ -61,11 +65,13 @@ use super::kick::{NatsConnectionKicker, RecentNatsConnections};
 use crate::auth::usage::KeyClient;
 use crate::auth::{Grant, GrantDenial, RejectedKey, Scope};
 use crate::config::{self, ConfigError};
+use crate::filter::TopicFilter;
 use crate::intake::Intake;
 use crate::limits::NATS_SUBSCRIPTIONS_MAX;
-use crate::message::{Transport, now_micros};
+use crate::message::{DatasourceId, Transport, now_micros};
 use crate::observe::cause::Cause;
 use crate::observe::refusals::RefusalNote;
+use crate::subject::SubjectSpace;
 
 /// The only denial text for a bad key: it does not say what is wrong with the key.
 const KEY_DENIAL_TEXT: &str = "no valid API key as user name, password or token";
@@ -175,6 +181,12 @@ impl NatsKeyCallout {
             watch.abort();
         }
     }
+}
+
+/// The subjects of the topics that an access token is for. One that has no subject is none.
+fn subjects_of(space: SubjectSpace, owner: &DatasourceId, topics: &[TopicFilter]) -> Vec<String> {
+    let datasource = (!owner.is_all()).then_some(owner);
+    topics.iter().flat_map(|topic| space.filter_wildcards(datasource, topic.as_str())).collect()
 }
 
 /// Starts to admit what the clients publish, if messages are taken from NATS.
@@ -324,18 +336,29 @@ impl KeyCalloutAuthorizer {
         };
         let parent = |root: &str| under(root).trim_end_matches(".>").to_owned();
         let (mut publish, mut subscribe) = (Vec::new(), Vec::new());
-        if key.scopes.allow(Scope::Ingest) {
-            publish.push(under("ingest"));
-            subscribe.push(format!("_INBOX_{}.>", key.id));
+        if grant.allows_scope(Scope::Ingest).is_ok() {
+            match grant.topics() {
+                None => {
+                    publish.push(under("ingest"));
+                    subscribe.push(format!("_INBOX_{}.>", key.id));
+                }
+                // Answers to others with the key may quote what they have sent: such a token hears none of them.
+                Some(topics) => publish.extend(subjects_of(SubjectSpace::Ingest, &key.datasource, topics)),
+            }
             subscribe.extend(self.reply_prefixes.iter().map(|prefix| format!("{prefix}.>")));
         }
-        if key.scopes.allow(Scope::Subscribe) {
-            subscribe.push(under("stream"));
-            // The MQTT filter `stream/press-4/#` includes its parent level (MQTT 3.1.1 section 4.7.1.2).
-            subscribe.push(parent("stream"));
+        if grant.allows_scope(Scope::Subscribe).is_ok() {
+            match grant.topics() {
+                None => {
+                    subscribe.push(under("stream"));
+                    // The MQTT filter `stream/press-4/#` includes its parent level (MQTT 3.1.1 section 4.7.1.2).
+                    subscribe.push(parent("stream"));
+                }
+                Some(topics) => subscribe.extend(subjects_of(SubjectSpace::Stream, &key.datasource, topics)),
+            }
         }
         let soon_s = (now_micros() / 1_000_000).saturating_add(self.expiry_s);
-        let expires_at_s = key.ends_at().map_or(soon_s, |at| soon_s.min(at / 1_000_000));
+        let expires_at_s = grant.ends_at().map_or(soon_s, |at| soon_s.min(at / 1_000_000));
         let subscriptions_max = NATS_SUBSCRIPTIONS_MAX;
         ClientPermit { name: nats_user_of_key(key), publish, subscribe, expires_at_s, subscriptions_max }
     }

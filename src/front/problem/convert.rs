@@ -40,6 +40,15 @@ impl From<GrantDenial> for Problem {
             GrantDenial::OtherDatasource { key_id } => {
                 Self::new(cause, UNAUTHORIZED_DETAIL).with_key_id(key_id)
             }
+            GrantDenial::DamagedToken | GrantDenial::UnknownToken => Self::new(cause, UNAUTHORIZED_DETAIL),
+            // It was made here, so that who has it is no stranger.
+            GrantDenial::ExpiredToken => Self::new(cause, "The access token has expired: ask for a new one."),
+            GrantDenial::TokenTopics { key_id } => {
+                Self::new(cause, "The access token is for other topics than this.").with_key_id(key_id)
+            }
+            GrantDenial::TokenUse { key_id, .. } => {
+                Self::new(cause, format!("{}.", sentence(&words))).with_key_id(key_id)
+            }
             // These words may be specific: they follow from the request alone and reveal nothing about a key.
             GrantDenial::Ambiguous => {
                 Self::new(cause, "The request carries two different API keys. Send one, in one header.")
@@ -57,6 +66,12 @@ impl From<GrantDenial> for Problem {
         problem.0.note.words = words;
         problem
     }
+}
+
+/// Words with a capital letter at their beginning.
+fn sentence(words: &str) -> String {
+    let (first, rest) = words.split_at(words.chars().next().map_or(0, char::len_utf8));
+    first.to_uppercase() + rest
 }
 
 impl From<Refusal> for Problem {

@@ -33,12 +33,34 @@ pub struct AdoptionOrder {
     pub apply: bool,
 }
 
+/// What was (or would be) done.
+#[derive(Debug)]
+pub struct AdoptionReport {
+    /// For people, a line each.
+    pub said: String,
+    /// There is something to decide.
+    pub is_needed: bool,
+    /// It was decided.
+    pub is_done: bool,
+}
+
+/// Why a command about a cluster did nothing.
+#[derive(Debug, thiserror::Error)]
+pub enum ClusterCommandError {
+    /// NATS does not answer now.
+    #[error("{0}")]
+    Away(String),
+    /// Something stands against it.
+    #[error("{0}")]
+    Refused(String),
+}
+
 /// Lets the cluster of a configuration go on from what its servers have. Returns what is (or would be) done, for people.
 ///
 /// # Errors
-/// The configuration has no cluster, NATS is away, there is nothing to decide, or a registry without keys is not wanted;
-/// worded for an operator.
-pub fn adopt_cluster(config: &Config, order: AdoptionOrder) -> anyhow::Result<String> {
+/// The configuration has no cluster; [`ClusterCommandError`]: NATS is away, there is no cluster, or a registry without
+/// keys is not wanted; worded for an operator.
+pub fn adopt_cluster(config: &Config, order: AdoptionOrder) -> anyhow::Result<AdoptionReport> {
     if config.log.backend != LogBackend::Jetstream {
         bail!("log.backend is not \"jetstream\": this configuration has no cluster");
     }
@@ -51,12 +73,14 @@ pub fn adopt_cluster(config: &Config, order: AdoptionOrder) -> anyhow::Result<St
                 Some(trouble) => trouble,
                 None => match try_adopt(&nats, config, order).await {
                     Err(AdoptionError::Away(trouble)) => trouble,
-                    Err(AdoptionError::Refused(error)) => return Err(error),
-                    Ok(said) => return Ok(said),
+                    Err(AdoptionError::Refused(error)) => {
+                        return Err(ClusterCommandError::Refused(format!("{error:#}")).into());
+                    }
+                    Ok(report) => return Ok(report),
                 },
             };
             if Instant::now() >= give_up_at {
-                bail!("{trouble}");
+                return Err(ClusterCommandError::Away(trouble).into());
             }
             tokio::time::sleep(ADOPTION_RETRY_PAUSE).await;
         }
@@ -99,7 +123,11 @@ impl From<RegistryError> for AdoptionError {
     }
 }
 
-async fn try_adopt(nats: &Nats, config: &Config, order: AdoptionOrder) -> Result<String, AdoptionError> {
+async fn try_adopt(
+    nats: &Nats,
+    config: &Config,
+    order: AdoptionOrder,
+) -> Result<AdoptionReport, AdoptionError> {
     let refused = |error: anyhow::Error| AdoptionError::Refused(error);
     let (dir, replicas) = (&config.data_dir, config.nats.stream.replicas);
     let known = FollowedHistory::load(dir)
@@ -139,7 +167,7 @@ async fn try_adopt(nats: &Nats, config: &Config, order: AdoptionOrder) -> Result
         }
     };
     if let Some(nothing) = nothing {
-        return Ok(format!("{nothing}\n"));
+        return Ok(AdoptionReport { said: format!("{nothing}\n"), is_needed: false, is_done: false });
     }
     let end = found.log().map_or(1, |log| log.last + 1);
     let settings = registry_bucket_settings(replicas);
@@ -170,7 +198,7 @@ async fn try_adopt(nats: &Nats, config: &Config, order: AdoptionOrder) -> Result
     } else {
         let _ = writeln!(said, "nothing is changed yet: with --yes it is done");
     }
-    Ok(said)
+    Ok(AdoptionReport { said, is_needed: true, is_done: order.apply })
 }
 
 /// The history from here on.

@@ -27,7 +27,7 @@ use headgate_bridge_nats::{ManagedStream, Nats, StreamError};
 use serde::{Deserialize, Serialize};
 
 pub(super) use admission::{AdmissionError, AdmittedHistory};
-pub use adoption::{AdoptionOrder, adopt_cluster};
+pub use adoption::{AdoptionOrder, AdoptionReport, ClusterCommandError, adopt_cluster};
 pub(super) use set_back::set_back_stores;
 pub(super) use verdict::{HistoryVerdict, judge, judge_anchor};
 pub(super) use watch::HistoryWatch;

@@ -90,6 +90,11 @@ pub async fn timed_report(stream: &ManagedStream, nats: &Nats) -> Result<Option<
 }
 
 impl ServersClock {
+    /// How far it is ahead of this machine's, in microseconds.
+    pub fn ahead_micros(self) -> i64 {
+        self.0
+    }
+
     /// Takes the servers' time over for whatever is judged by it. Returns what is wrong with this machine's clock, if
     /// anything is.
     pub fn note(self) -> Option<String> {

@@ -38,6 +38,7 @@ problem_kinds! {
     Unauthorized     401 "unauthorized"       "A valid API key is needed";
     KeyInUrl         401 "key_in_url"         "An API key does not belong in a URL";
     MissingScope     403 "missing_scope"      "The API key lacks a scope";
+    BeyondToken      403 "beyond_token"       "The access token is not for this";
     NotFound         404 "not_found"          "Not found";
     MethodNotAllowed 405 "method_not_allowed" "Method not allowed";
     Timeout          408 "timeout"            "The request took too long to arrive";

@@ -59,6 +59,16 @@ causes! {
         "it presented two different keys: it has to send one";
     KeyInUrl "key_in_url" KeyInUrl:
         "a key stood in a URL, which is kept in logs on the way: rotate it if it is real";
+    DamagedToken "damaged_token" Unauthorized:
+        "the access token that it sent is cut or mistyped: those begin with hgt_; take all of what the gateway answered";
+    UnknownToken "unknown_token" Unauthorized:
+        "the access token that it sent was made by another gateway, or by nobody: ask this one for a token";
+    ExpiredToken "expired_token" Unauthorized:
+        "the access token that it sent was good for a time, which is over: whoever gives it its tokens has to ask for a new one";
+    TokenTopics "token_topics" BeyondToken:
+        "the access token is for other topics: use one of those, or make a token for this topic";
+    TokenUse "token_use" BeyondToken:
+        "access tokens are for sending and reading data in a session that ends with its connection: use the key for anything else";
     OtherDatasource "other_datasource" Unauthorized:
         "the key is good for another datasource: check the address or the topic";
     MissingScope "missing_scope" MissingScope:
@@ -246,6 +256,11 @@ impl GrantDenial {
             GrantDenial::Unknown => Cause::UnknownKey,
             GrantDenial::Revoked => Cause::RevokedKey,
             GrantDenial::Expired => Cause::ExpiredKey,
+            GrantDenial::DamagedToken => Cause::DamagedToken,
+            GrantDenial::UnknownToken => Cause::UnknownToken,
+            GrantDenial::ExpiredToken => Cause::ExpiredToken,
+            GrantDenial::TokenTopics { .. } => Cause::TokenTopics,
+            GrantDenial::TokenUse { .. } => Cause::TokenUse,
             GrantDenial::TooManyFailures { .. } => Cause::TooManyFailures,
             GrantDenial::Ambiguous => Cause::AmbiguousKey,
             GrantDenial::OtherDatasource { .. } => Cause::OtherDatasource,

@@ -30,6 +30,27 @@ fn in_a_browser_a_key_that_may_only_read_looks_and_is_out_when_it_is_revoked() {
 }
 
 #[test]
+fn in_a_browser_a_page_reads_a_stream_with_a_token_in_its_url() {
+    let dir = scratch();
+    let gateway = Setup::on(dir.path()).set("http.cors_origins", "[\"*\"]").start();
+    in_browser(&gateway, include_str!("token.js"));
+}
+
+#[test]
+fn in_a_browser_eight_windows_share_its_six_connections() {
+    let dir = scratch();
+    let gateway = Gateway::start(dir.path());
+    in_browser(&gateway, include_str!("windows.js"));
+}
+
+#[test]
+fn in_a_browser_limits_are_set_and_taken_away() {
+    let dir = scratch();
+    let gateway = Gateway::start(dir.path());
+    in_browser(&gateway, include_str!("limits.js"));
+}
+
+#[test]
 fn in_a_browser_over_https_the_cookie_is_for_this_host_alone() {
     let dir = scratch();
     let identity = Identity::issuer(dir.path(), "issuer").issue(dir.path(), "gateway");

@@ -13,7 +13,7 @@ fn with(key: &str) -> ConnectOptions {
 }
 
 /// Waits until the connection is closed.
-async fn closed(mut connected: Connected) {
+pub(crate) async fn closed(mut connected: Connected) {
     loop {
         if matches!(connected.event().await, Event::Disconnected | Event::Closed) {
             return;

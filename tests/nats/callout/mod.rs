@@ -6,3 +6,4 @@ mod lets_in;
 mod setup;
 mod stage;
 mod strangers;
+mod tokens;

@@ -9,6 +9,7 @@ use crate::consume::query::QueryError;
 use crate::consume::schema_inference::{
     DatasourceObservation, INFERENCE_NEWEST_BYTES, INFERENCE_NEWEST_RECORDS, Inference,
 };
+use crate::filter::TopicFilter;
 use crate::limits::{INFERENCE_BYTES_MAX, INFERENCE_RECORDS_MAX};
 use crate::message::DatasourceId;
 
@@ -35,9 +36,13 @@ impl PostgresRecords {
     ///
     /// # Errors
     /// [`QueryError`].
-    pub(in crate::consume) fn inference(&self, scope: &DatasourceId) -> Result<Inference, QueryError> {
+    pub(in crate::consume) fn inference(
+        &self,
+        scope: &DatasourceId,
+        topics: Option<&[TopicFilter]>,
+    ) -> Result<Inference, QueryError> {
         self.read(|snapshot| {
-            let mut observed = DatasourceObservation::default();
+            let mut observed = DatasourceObservation::of_topics(topics);
             let Some(id) = row_id_of_scope(snapshot, scope)? else {
                 observed.is_complete = true;
                 return Ok(observed.infer());
@@ -52,7 +57,7 @@ impl PostgresRecords {
 
 /// Examines the newest records. Returns the oldest offset of these, if there may be earlier ones.
 fn observe_newest(
-    observed: &mut DatasourceObservation,
+    observed: &mut DatasourceObservation<'_>,
     snapshot: &PostgresSnapshot,
     id: i32,
 ) -> Result<Option<i64>, PostgresFault> {
@@ -67,13 +72,13 @@ fn observe_newest(
         ControlFlow::Continue(())
     })?;
     observed.is_complete =
-        observed.bytes < INFERENCE_NEWEST_BYTES && observed.records < INFERENCE_NEWEST_RECORDS;
+        observed.bytes < INFERENCE_NEWEST_BYTES && observed.looked_at < INFERENCE_NEWEST_RECORDS;
     Ok(oldest.filter(|_| !observed.is_complete))
 }
 
 /// Examines records from below an offset on, at equal distances down to the oldest one.
 fn observe_earlier(
-    observed: &mut DatasourceObservation,
+    observed: &mut DatasourceObservation<'_>,
     snapshot: &PostgresSnapshot,
     id: i32,
     below: i64,
@@ -98,6 +103,6 @@ fn observe_earlier(
     })
 }
 
-fn observe_row(observed: &mut DatasourceObservation, row: &Row) {
+fn observe_row(observed: &mut DatasourceObservation<'_>, row: &Row) {
     observed.observe_at(row.get(0), row.get(1), row.get::<_, PostgresTime>(2).0);
 }

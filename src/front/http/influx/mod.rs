@@ -27,7 +27,7 @@ use self::answer::InfluxDialect;
 use self::presented::influx_key;
 use super::HttpFrontState;
 use super::body::{self, BodyLimits};
-use super::credentials::Caller;
+use super::credentials::{Caller, DataCaller};
 use super::ingest::{self, IngestDestination};
 use super::limits::rate_headers;
 use crate::auth::{Grant, Scope};
@@ -100,7 +100,7 @@ async fn write(
     let (parts, body) = request.into_parts();
     let presented = influx_key(&parts.headers);
     let key = presented.as_deref().map_err(Clone::clone);
-    let caller = Caller::identify(&parts, shared, key).await?;
+    let DataCaller(caller) = DataCaller::identify(&parts, shared, key).await?;
     let query = WriteQuery::read(&parts.uri)?;
     let datasource = named_datasource(&caller.0, query.datasource(dialect), dialect)?.to_owned();
     let destination = IngestDestination {
@@ -150,8 +150,8 @@ struct StatementQuery {
 async fn create_database(shared: &HttpFrontState, request: Request) -> Result<Response, Problem> {
     let (parts, body) = request.into_parts();
     let presented = influx_key(&parts.headers);
-    let Caller(grant, _) =
-        Caller::identify(&parts, shared, presented.as_deref().map_err(Clone::clone)).await?;
+    let DataCaller(Caller(grant, _)) =
+        DataCaller::identify(&parts, shared, presented.as_deref().map_err(Clone::clone)).await?;
     let Query(StatementQuery { q }) = Query::try_from_uri(&parts.uri)?;
     let statement = match q {
         // The client for Python may announce gzip then, and send nothing.

@@ -22,11 +22,12 @@ use axum::http::header::{CACHE_CONTROL, CONTENT_TYPE};
 use axum::http::{HeaderMap, HeaderName, HeaderValue, Method, Uri, Version};
 use axum::response::Response;
 use serde::Deserialize;
+use serde::de::IgnoredAny;
 
 use self::event::StreamForm;
 use self::source::{SourceParts, StreamSource};
-use super::credentials::Caller;
-use super::query::readable_scope;
+use super::credentials::{Caller, DataCaller};
+use super::query::{readable_scope, topic_of_read};
 use super::{HttpFrontState, PathParameters};
 use crate::consume::query::QueryError;
 use crate::consume::subscriber::{ReplayError, ReplayStart, SubscriberFeed};
@@ -55,6 +56,9 @@ struct StreamParameters {
     from_offset: Option<String>,
     from_time: Option<String>,
     tail: Option<String>,
+    /// The caller's; it has been read.
+    #[serde(rename = "access_token")]
+    _access_token: Option<IgnoredAny>,
 }
 
 impl StreamParameters {
@@ -98,7 +102,7 @@ fn last_event_id(headers: &HeaderMap) -> Result<Option<Offset>, Problem> {
 /// `GET /v1/datasources/{datasource}/stream`
 pub(super) async fn read(
     State(shared): State<Arc<HttpFrontState>>,
-    caller: Caller,
+    DataCaller(caller): DataCaller,
     PathParameters(datasource): PathParameters<String>,
     (method, version, uri, headers): (Method, Version, Uri, HeaderMap),
 ) -> Result<Response, Problem> {
@@ -107,13 +111,14 @@ pub(super) async fn read(
     let form = accept::form_of(&headers);
     let start = parameters.start(&headers)?;
     drop(headers);
-    let filter = parameters.topic.as_deref().unwrap_or("#");
-    let filter = TopicFilter::new(filter).map_err(QueryError::from)?;
+    let topic = topic_of_read(&caller, &datasource, parameters.topic)?;
+    let filter = TopicFilter::new(topic.as_deref().unwrap_or("#")).map_err(QueryError::from)?;
     let mut response = Response::new(Body::empty());
     if method != Method::HEAD {
         let parts = open(&shared, &caller, scope, form, &filter, start).await?;
         let reader =
             StreamReader::open(&shared.streams, &caller.1, version, Box::new(StreamSource::new(parts)));
+        reader.end_with_token(shared.registry(), &caller.0);
         *response.body_mut() = Body::new(StreamBody::new(reader.clone()));
         response.extensions_mut().insert(reader);
     }

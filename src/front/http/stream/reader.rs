@@ -3,8 +3,8 @@
 
 use std::io;
 use std::pin::Pin;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, OnceLock, Weak};
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
@@ -18,6 +18,8 @@ use super::super::answer::AnswerHold;
 use super::super::request_clock::StreamUnderWay;
 use super::super::server::HttpPeer;
 use super::table::{ConnectionStreams, StreamReaders};
+use crate::auth::registry::token_ends::{TokenEndGuard, TokenUse};
+use crate::auth::{Grant, Registry};
 use crate::message::DatasourceId;
 
 /// The largest piece that is handed over at once.
@@ -43,11 +45,13 @@ pub(in super::super) enum StreamEnd {
     ClientLeft = 7,
     /// The session of the dashboard is over.
     SessionOver = 8,
+    /// The access token that it was opened with has expired.
+    TokenOver = 9,
 }
 
 impl StreamEnd {
     /// All of them.
-    const ALL: [Self; 8] = [
+    const ALL: [Self; 9] = [
         Self::KeyDead,
         Self::DatasourceDeleted,
         Self::ShuttingDown,
@@ -56,6 +60,7 @@ impl StreamEnd {
         Self::LogUnreadable,
         Self::ClientLeft,
         Self::SessionOver,
+        Self::TokenOver,
     ];
 
     /// Its name, for programs.
@@ -69,6 +74,7 @@ impl StreamEnd {
             StreamEnd::LogUnreadable => "log_unreadable",
             StreamEnd::ClientLeft => "client_left",
             StreamEnd::SessionOver => "session_over",
+            StreamEnd::TokenOver => "token_over",
         }
     }
 
@@ -85,6 +91,7 @@ impl StreamEnd {
             StreamEnd::LogUnreadable => "The log cannot be read now: connect again later.",
             StreamEnd::ClientLeft => "The client has gone.",
             StreamEnd::SessionOver => "The session is over: sign in again.",
+            StreamEnd::TokenOver => "The access token has expired: ask for a new one.",
         }
     }
 }
@@ -131,6 +138,8 @@ pub(in super::super) struct StreamReader {
     asked_ms: AtomicU64,
     taken_ms: AtomicU64,
     told_ms: AtomicU64,
+    /// Its place among what ends with access tokens.
+    of_token: OnceLock<TokenEndGuard>,
 }
 
 enum StreamPlace {
@@ -174,10 +183,19 @@ impl StreamReader {
             asked_ms: AtomicU64::new(now_ms),
             taken_ms: AtomicU64::new(now_ms),
             told_ms: AtomicU64::new(0),
+            of_token: OnceLock::new(),
         });
         table.enter(reader.number, &reader);
         reader.connection.enter(reader.number, &reader);
         reader
+    }
+
+    /// Ends it when the access token of `grant` does, if it is that of one.
+    pub(in super::super) fn end_with_token(self: &Arc<Self>, registry: &Registry, grant: &Grant) {
+        let weak: Weak<Self> = Arc::downgrade(self);
+        if let Some(guard) = registry.end_with_token(grant, weak) {
+            let _ = self.of_token.set(guard);
+        }
     }
 
     /// What the request is charged for is held until the stream ends.
@@ -281,6 +299,12 @@ impl StreamReader {
         let piece = rest.split_to(rest.len().min(STREAM_PIECE_BYTES));
         let chunk = StreamChunk { bytes: piece.to_vec(), reader: self.clone() };
         Poll::Ready(Some(Ok(Bytes::from_owner(chunk))))
+    }
+}
+
+impl TokenUse for StreamReader {
+    fn end_with_token(&self) {
+        self.tell(StreamEnd::TokenOver);
     }
 }
 

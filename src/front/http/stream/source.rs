@@ -17,7 +17,7 @@ use super::super::answer::AnswerHold;
 use super::super::request_clock::StreamUnderWay;
 use super::event::{StreamForm, record_bytes_max};
 use super::reader::{ChunkSource, StreamEnd, StreamReader};
-use crate::auth::{Grant, Scope};
+use crate::auth::{Grant, GrantDenial, Scope};
 use crate::consume::subscriber::{FeedItem, MatchedRecords, OutputCover, SubscriberFeed};
 use crate::limits::{
     DELIVERY_STEPS_MAX, HTTP_REQUEST_BYTES, OUTPUT_FREE_BYTES, STREAM_BYTES_PER_TURN, STREAM_CHUNK_BYTES,
@@ -191,16 +191,20 @@ impl StreamSource {
     /// Why the stream has to end here, if it has to.
     fn find_end(&self, reader: &StreamReader) -> Option<StreamEnd> {
         let SourceParts { shared, grant, scope, .. } = &self.parts;
-        let is_dead = grant.allows(Scope::Subscribe, self.datasource.as_str()).is_err();
+        let denied = grant.allows(Scope::Subscribe, self.datasource.as_str()).err();
         let told = reader.told();
-        if !is_dead && told.is_none() {
+        if denied.is_none() && told.is_none() {
             return None;
         }
         let present = shared.registry().datasource(self.datasource.as_str());
         if present.is_none_or(|present| present.scope() != *scope) {
             return Some(StreamEnd::DatasourceDeleted);
         }
-        if is_dead { Some(StreamEnd::KeyDead) } else { told }
+        match denied {
+            Some(GrantDenial::ExpiredToken) => Some(StreamEnd::TokenOver),
+            Some(_) => Some(StreamEnd::KeyDead),
+            None => told,
+        }
     }
 
     /// The last part of the stream, which says why it ends.

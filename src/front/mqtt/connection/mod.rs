@@ -35,7 +35,7 @@ use super::subscribe::{self, SubscribeServices, SubscriptionRequest};
 use super::wills::MqttWill;
 use super::{MqttFront, unless_evicted};
 use crate::auth::Scope;
-use crate::auth::connections::KeyConnectionGuard;
+use crate::auth::registry::token_ends::GrantConnectionGuard;
 use crate::config::MetadataPolicy;
 use crate::front::connection_table::TableEntry;
 use crate::intake::{AdmittedDraft, Draft, Refusal};
@@ -132,7 +132,7 @@ struct MqttConnection<'a> {
     front: &'a Arc<MqttFront>,
     stream: &'a mut ClientStream,
     /// The connection's registration with its key; dropped before the goodbye.
-    entered: KeyConnectionGuard,
+    entered: GrantConnectionGuard,
     present: ClientGuard,
     will: Option<Box<MqttWill>>,
     inbound: Inbound,
@@ -275,7 +275,7 @@ impl<'a> MqttConnection<'a> {
             if inbound.form.version != MqttVersion::V5 || disconnect.reason == 0 {
                 discarded = will.take();
             }
-            if let Some(expiry_s) = disconnect.session_expiry_s {
+            if let Some(expiry_s) = disconnect.session_expiry_s.filter(|_| !inbound.grant.is_of_token()) {
                 let before = session.expiry_s;
                 session.expiry_s = expiry_s.min(front.config.session_expiry_s_max);
                 if session.expiry_s > before {

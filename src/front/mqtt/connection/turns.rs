@@ -210,7 +210,8 @@ impl MqttConnection<'_> {
                 (&mut self.sending, &self.requesting, &self.ended, &self.exit)
             {
                 let may = self.inbound.grant.allows_scope(Scope::Subscribe);
-                if matches!(may, Err(GrantDenial::Revoked | GrantDenial::Expired)) {
+                if matches!(may, Err(GrantDenial::Revoked | GrantDenial::Expired | GrantDenial::ExpiredToken))
+                {
                     return Err(StopReason::Close(CloseReason::KeyDead));
                 }
                 if may.is_ok() && is_stuffed {

@@ -7,6 +7,7 @@ import { chartPanel } from "./chart.js";
 import { clientsPanel } from "./clients.js";
 import { age, count, plural, rate, time } from "./format.js";
 import { keysPanel } from "./keys.js";
+import { limitsButton, limitsList } from "./limits.js";
 import { datasources, rateOf } from "./live.js";
 import { quarantinePanel } from "./quarantine.js";
 import { refusalsPanel } from "./refusals.js";
@@ -126,17 +127,20 @@ function livePanels(body, id, rewatch) {
 function settingsPanel(place, id) {
   const facts = h("dl", { class: "facts big" });
   const limits = h("div", {});
+  let set = {};
+  const showLimits = (now) => {
+    set = now;
+    fill(limits, limitsList(set, "None but the gateway's own."));
+  };
   fill(place, h("h2", {}, "Settings"), facts, h("h3", {}, "Limits"), limits,
+    h("p", {}, limitsButton(of(id), { isKey: false, limits: () => set, whenSet: showLimits })),
     h("h3", { class: "apart" }, "Delete"),
     h("p", { class: "muted" }, "Its keys end at once and no key reads its records any more."),
     button("Delete the datasource", () => deleteDialog(id), { class: "danger" }));
   get(of(id)).then((datasource) => {
     const shown = [["Name", datasource.name], ["Id", datasource.id], ["Created", time(datasource.created_at)], ["Incarnation", count(datasource.incarnation)]];
     fill(facts, shown.map(([name, text]) => h("div", {}, h("dt", {}, name), h("dd", {}, text))));
-    const set = Object.entries(datasource.limits).filter(([, of_]) => of_ !== null);
-    fill(limits, set.length
-      ? h("ul", {}, set.map(([name, of_]) => h("li", {}, h("code", {}, `${name} = ${typeof of_ === "object" ? of_.max : of_}`))))
-      : h("p", { class: "muted" }, "None but the gateway's own."));
+    showLimits(datasource.limits);
   }).catch((error) => {
     if (error.status !== 401) notify(error.message, true);
   });

@@ -3,6 +3,7 @@
 import { get, of, post, query, remove } from "./api.js";
 import { button, field, fill, h, notify, refill, select, table } from "./dom.js";
 import { confirm, formDialog, showSecret } from "./dialogs.js";
+import { limitsButton, limitsList } from "./limits.js";
 import { age, count, localInput, payload, plural, time, until } from "./format.js";
 
 const GRACES = [["0", "none: the old key ends at once"], ["3600", "1 hour"], ["86400", "24 hours"], ["604800", "7 days"]];
@@ -61,6 +62,7 @@ export function keysPanel(place, datasource) {
       key.state === "rotating"
         ? button("Undo rotation", () => undo(key), label("Undo rotation of"))
         : key.state === "active" ? button("Rotate", () => rotate(key), label("Rotate")) : null,
+      limitsButton(of(datasource, "keys", key.id), { isKey: true, limits: () => key.limits, whenSet: reload, ...label("Limits of") }),
       button("Quarantine", () => quarantine(key), label("Quarantine what came in with")),
       button("Revoke", () => revoke(key), { class: "danger", ...label("Revoke") }));
   }
@@ -171,7 +173,8 @@ export function keysPanel(place, datasource) {
 }
 
 function nameOf(key) {
-  return h("div", {}, key.label ? h("div", {}, key.label) : null, h("code", {}, key.id));
+  const hasLimits = Object.keys(key.limits).length > 0;
+  return h("div", {}, key.label ? h("div", {}, key.label) : null, h("code", {}, key.id), hasLimits ? h("small", {}, limitsList(key.limits, "")) : null);
 }
 
 function stateOf(key) {

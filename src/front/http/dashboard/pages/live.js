@@ -1,13 +1,16 @@
-// What happens, as the gateway tells it: one stream for the page. Its events go to whatever view is there.
+// What happens, as the gateway tells it: one stream for the page, which it shares with other windows. Its events go to
+// whatever view is there.
 
 import { query, request } from "./api.js";
 import { setNow } from "./format.js";
+import { follow, leave } from "./shared-stream.js";
 
 const HISTORY_S = 60;
 // A page that nobody sees gives its connection back: a browser has few of them for one gateway.
 const HIDDEN_MS = 5_000;
 
-let stream = null;
+// The stream that is followed, or null.
+let followed = null;
 let wanted = null;
 let listener = () => {};
 let hiddenTimer = null;
@@ -31,7 +34,7 @@ export function onEnded(act) {
 export function watch(parameters, act) {
   listener = act;
   const path = `/v1/live${query(parameters)}`;
-  if (wanted === path && stream && stream.readyState !== EventSource.CLOSED) return;
+  if (wanted === path && followed === path) return;
   wanted = path;
   open();
 }
@@ -45,26 +48,22 @@ export function stop() {
 
 function close() {
   clearTimeout(retryTimer);
-  stream?.close();
-  stream = null;
+  leave();
+  followed = null;
 }
 
 function open() {
   close();
   if (!wanted || document.hidden) return;
-  const opened = new EventSource(wanted);
-  stream = opened;
-  for (const name of ["hello", "datasources", "tick", "health", "keys", "refusals", "end"]) {
-    opened.addEventListener(name, (event) => {
-      if (stream === opened) take(name, JSON.parse(event.data));
-    });
-  }
-  opened.onerror = () => {
-    if (stream !== opened) return;
+  followed = wanted;
+  follow(wanted, take, (isRefused) => {
     connected(false);
     // It comes again by itself unless the gateway has said no.
-    if (opened.readyState === EventSource.CLOSED) whenEnded(null, again);
-  };
+    if (isRefused) {
+      followed = null;
+      whenEnded(null, again);
+    }
+  });
 }
 
 // What the gateway says to the stream that it has refused.
@@ -166,7 +165,7 @@ document.addEventListener("visibilitychange", () => {
   hiddenTimer = null;
   if (document.hidden) {
     hiddenTimer = setTimeout(close, HIDDEN_MS);
-  } else if (wanted && !stream) {
+  } else if (wanted && !followed) {
     open();
   }
 });
