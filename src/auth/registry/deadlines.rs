@@ -16,6 +16,7 @@ use super::Registry;
 use super::audit::Actor;
 use super::key::Key;
 use super::key_ends::KeyEnd;
+use super::token_ends::TokenEnds;
 use super::transaction::KeyEndReason;
 use crate::auth::connections::CloseReason;
 use crate::message::TimeMicros;
@@ -85,10 +86,33 @@ pub async fn run<S>(registry: Arc<Registry>, settle: impl Fn(Vec<Arc<Key>>, Inst
 where
     S: Future<Output = ()> + Send + 'static,
 {
+    // Apart: the end of a key waits for the disk or for NATS, and that of a token for nothing.
+    tokio::join!(end_tokens(&registry.token_ends), end_keys(&registry, settle));
+}
+
+/// Closes what was opened with an access token when that ends, until dropped.
+async fn end_tokens(ends: &TokenEnds) {
+    loop {
+        ends.end_due(cluster_micros());
+        let left = ends.next_end().map(|at| at.saturating_sub(cluster_micros()));
+        let wait = left.map_or(DEADLINE_CHECK_INTERVAL, |left| {
+            let left = Duration::from_micros(u64::try_from(left).unwrap_or(0));
+            left.clamp(TOKEN_CHECK_PAUSE_MIN, DEADLINE_CHECK_INTERVAL)
+        });
+        tokio::select! {
+            () = tokio::time::sleep(wait) => {}
+            () = ends.is_earlier.notified() => {}
+        }
+    }
+}
+
+async fn end_keys<S>(registry: &Arc<Registry>, settle: impl Fn(Vec<Arc<Key>>, Instant) -> S)
+where
+    S: Future<Output = ()> + Send + 'static,
+{
     let mut settling = JoinSet::new();
     loop {
-        registry.token_ends.end_due(cluster_micros());
-        let (for_change, started) = (Arc::clone(&registry), Instant::now());
+        let (for_change, started) = (Arc::clone(registry), Instant::now());
         let is_due = registry.next_deadline().is_some_and(|at| at <= cluster_micros());
         let mut wait = DEADLINE_CHECK_INTERVAL;
         if is_due {
@@ -99,10 +123,6 @@ where
             }
         }
         while settling.try_join_next().is_some() {}
-        if let Some(at) = registry.token_ends.next_end() {
-            let left = u64::try_from(at.saturating_sub(cluster_micros())).unwrap_or(0);
-            wait = wait.min(Duration::from_micros(left).max(TOKEN_CHECK_PAUSE_MIN));
-        }
         if let Some(at) = registry.next_deadline() {
             let left = u64::try_from(at.saturating_sub(cluster_micros())).unwrap_or(0);
             if left > 0 {
@@ -112,7 +132,6 @@ where
         tokio::select! {
             () = tokio::time::sleep(wait) => {}
             () = registry.live.deadline_set.notified() => {}
-            () = registry.token_ends.is_earlier.notified() => {}
         }
     }
 }

@@ -281,6 +281,14 @@ impl CalloutAuthorizer for KeyCalloutAuthorizer {
             Ok(grant) => grant,
             Err(rejected) => return self.deny(visitor, address, &rejected),
         };
+        // nats-server keeps sessions and wills beyond the connection, and knows clients by their identifier alone.
+        if visitor.kind == "mqtt"
+            && let Err(denied) =
+                grant.require_key("connect to NATS' MQTT, whose sessions and wills outlive it")
+        {
+            let rejected = RejectedKey { denied, key_id: Some(grant.key_id()), shape: None };
+            return self.deny(visitor, address, &rejected);
+        }
         let key = grant.key();
         // Remember the connection before the second check of the grant: a revocation in between then either
         // finds the connection or is seen by the check.
@@ -335,7 +343,11 @@ impl KeyCalloutAuthorizer {
             datasource => format!("{root}.{datasource}.>"),
         };
         let parent = |root: &str| under(root).trim_end_matches(".>").to_owned();
-        let (mut publish, mut subscribe) = (Vec::new(), Vec::new());
+        let (mut publish, mut subscribe, mut deny_subscribe) = (Vec::new(), Vec::new(), Vec::new());
+        if grant.is_of_token() {
+            // No queue group, whose others would miss what it takes.
+            deny_subscribe.push("> >".to_owned());
+        }
         if grant.allows_scope(Scope::Ingest).is_ok() {
             match grant.topics() {
                 None => {
@@ -354,13 +366,20 @@ impl KeyCalloutAuthorizer {
                     // The MQTT filter `stream/press-4/#` includes its parent level (MQTT 3.1.1 section 4.7.1.2).
                     subscribe.push(parent("stream"));
                 }
-                Some(topics) => subscribe.extend(subjects_of(SubjectSpace::Stream, &key.datasource, topics)),
+                Some(topics) => {
+                    let subjects = subjects_of(SubjectSpace::Stream, &key.datasource, topics);
+                    // nats-server lets a subscription `a.>` pass for the permission `a.*`.
+                    deny_subscribe
+                        .extend(subjects.iter().filter(|s| s.ends_with(".*")).map(|s| format!("{s}.>")));
+                    subscribe.extend(subjects);
+                }
             }
         }
         let soon_s = (now_micros() / 1_000_000).saturating_add(self.expiry_s);
         let expires_at_s = grant.ends_at().map_or(soon_s, |at| soon_s.min(at / 1_000_000));
         let subscriptions_max = NATS_SUBSCRIPTIONS_MAX;
-        ClientPermit { name: nats_user_of_key(key), publish, subscribe, expires_at_s, subscriptions_max }
+        let name = nats_user_of_key(key);
+        ClientPermit { name, publish, subscribe, deny_subscribe, expires_at_s, subscriptions_max }
     }
 
     fn deny(&self, visitor: &ConnectingClient, address: IpAddr, rejected: &RejectedKey) -> CalloutVerdict {

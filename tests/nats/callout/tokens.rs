@@ -50,6 +50,43 @@ async fn a_token_opens_nats_for_its_topics_and_its_records_name_the_key() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_token_for_one_level_reads_nothing_below_it_and_takes_nothing_from_a_queue_group() {
+    let stage = Stage::set();
+    let source = stage.create("press-4", &["ingest", "subscribe"]);
+    let narrow = token(&stage, "press-4", &source.key_id, &json!({ "topics": ["a/+"] }));
+    let mut narrow = stage.connect(&narrow).await;
+    let mut level = narrow.client.subscribe("stream.press-4.a.*").await.expect("subscribed");
+    let mut below = narrow.client.subscribe("stream.press-4.a.>").await.expect("asked");
+    let mut deep = narrow.client.subscribe("stream.press-4.a.*.>").await.expect("asked");
+    let taking = narrow.client.queue_subscribe("stream.press-4.a.*", "workers".to_owned());
+    let mut taking = taking.await.expect("asked");
+    narrow.reached().await;
+    let whole = stage.connect(&token(&stage, "press-4", &source.key_id, &json!({}))).await;
+    let mut taking_all = {
+        let queued = whole.client.queue_subscribe("stream.press-4.>", "workers".to_owned());
+        queued.await.expect("asked")
+    };
+    let mut all = whole.client.subscribe("stream.press-4.>").await.expect("subscribed");
+    whole.client.flush().await.expect("flushed");
+    let backend = stage.headgate().await;
+    for subject in ["stream.press-4.a.b.c", "stream.press-4.a.b"] {
+        backend.publish(subject, "1".into()).await.expect("sent");
+    }
+    let seen = tokio::time::timeout(PATIENCE, level.next()).await.expect("in time").expect("a record");
+    assert_eq!(seen.subject.as_str(), "stream.press-4.a.b");
+    for subject in ["stream.press-4.a.b.c", "stream.press-4.a.b"] {
+        let seen = tokio::time::timeout(PATIENCE, all.next()).await.expect("in time").expect("a record");
+        assert_eq!(seen.subject.as_str(), subject);
+    }
+    for not_its_own in [&mut deep, &mut taking, &mut taking_all] {
+        assert!(tokio::time::timeout(SILENCE, not_its_own.next()).await.is_err(), "it sees too much");
+    }
+    while let Ok(Some(seen)) = tokio::time::timeout(SILENCE, below.next()).await {
+        assert_eq!(seen.subject.as_str(), "stream.press-4.a.b", "it sees too much");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn in_a_header_a_token_is_judged_message_by_message() {
     let stage = Stage::set();
     let (first, second) = (stage.create("press-4", &["ingest"]), stage.create("press-5", &["ingest"]));

@@ -168,8 +168,8 @@ impl CalloutRequest {
             "nats": {
                 "type": "user",
                 "version": 2,
-                "pub": permissions_for(&permit.publish),
-                "sub": permissions_for(&permit.subscribe),
+                "pub": permissions_for(&permit.publish, &[]),
+                "sub": permissions_for(&permit.subscribe, &permit.deny_subscribe),
                 "subs": permit.subscriptions_max,
                 "data": -1,
                 "payload": -1,
@@ -209,9 +209,13 @@ impl CalloutRequest {
     }
 }
 
-/// Permissions for these subjects and no others. An empty list would mean everything to NATS.
-fn permissions_for(subjects: &[String]) -> serde_json::Value {
-    if subjects.is_empty() { json!({ "deny": [">"] }) } else { json!({ "allow": subjects }) }
+/// Permissions for these subjects and no others, without those denied. An empty list would mean everything to NATS.
+fn permissions_for(subjects: &[String], denied: &[String]) -> serde_json::Value {
+    match (subjects, denied) {
+        ([], _) => json!({ "deny": [">"] }),
+        (_, []) => json!({ "allow": subjects }),
+        _ => json!({ "allow": subjects, "deny": denied }),
+    }
 }
 
 fn sign_jwt(issuer: &KeyPair, claims: &serde_json::Value) -> Result<String, nkeys::error::Error> {
@@ -308,6 +312,7 @@ mod tests {
             name: "press-4/0123456789ab".to_owned(),
             publish: vec!["ingest.press-4.>".to_owned()],
             subscribe: Vec::new(),
+            deny_subscribe: Vec::new(),
             expires_at_s: NOW_S + 60,
             subscriptions_max: 8,
         };

@@ -78,6 +78,8 @@ pub struct ClientPermit {
     pub publish: Vec<String>,
     /// Subjects that it may subscribe to.
     pub subscribe: Vec<String>,
+    /// Of these, the ones that it may not subscribe to; a subject and a queue group with a space between is such a group.
+    pub deny_subscribe: Vec<String>,
     /// When the server disconnects it, in seconds since 1970.
     pub expires_at_s: i64,
     /// How many subscriptions it may have.
