@@ -7,11 +7,12 @@
 //! Records in quarantine are not in the table. Those of a leaked key are taken out of it and kept aside, until they are
 //! given back or purged ([`rules`]).
 //!
-//! Where gateways share a lake, each commit says which offset and which rules it follows: the first one counts, and the
-//! others lose nothing but their work. Whoever was too late leaves the lake to the faster one until that stands still
+//! Where gateways share a lake, each commit says which offset, which rules and which epoch of the log ([`epochs`]) it
+//! follows: the first one counts, and the others lose nothing but their work. Whoever was too late leaves the lake to the faster one until that stands still
 //! ([`turns`]).
 
 mod columns;
+mod epochs;
 mod pending;
 mod rules;
 mod turns;
@@ -39,6 +40,9 @@ const WITHHELD_MARK: &str = "withheld";
 /// The one that says up to which of them what was purged is erased from earlier versions of the table too.
 const ERASED_MARK: &str = "erased";
 
+/// The one that says of which epoch of the log its rows are.
+const EPOCH_MARK: &str = "epoch";
+
 /// Why the lake has not taken records, or could not be opened.
 #[derive(Debug, thiserror::Error)]
 pub enum LakeFault {
@@ -57,6 +61,14 @@ pub enum LakeFault {
     /// Another gateway, which has another log, writes into the table.
     #[error("another gateway writes into the lake at {place}")]
     OtherWriter {
+        /// Where it is.
+        place: String,
+    },
+    /// The table is of a later epoch of the log than this gateway.
+    #[error(
+        "another gateway has begun a later epoch of the log in the lake at {place}, and this one has not yet"
+    )]
+    LaterEpoch {
         /// Where it is.
         place: String,
     },
@@ -92,6 +104,7 @@ impl LakeFault {
             | Self::Table(LakeError::OtherTable(_) | LakeError::ProtocolNewer { .. }) => {
                 "name another place in storage.delta.place"
             }
+            Self::LaterEpoch { .. } => "this gateway begins it by itself, or with its next start",
             Self::Table(_) | Self::Threads(_) => "it is tried again",
             Self::Place(_) | Self::Settings(_) => "see [storage.delta]",
         }
@@ -131,6 +144,8 @@ pub(in crate::consume) struct LakeSink {
     cursor: Offset,
     /// The table's cursor when what waits began: it is committed behind that, or not at all.
     base: Option<i64>,
+    /// The epoch of the log that its rows are of; `None` without a cluster.
+    epoch: Option<i64>,
     /// The rules about what is left out and their version, once they are known.
     left_out: Option<(WithheldSnapshot, u64)>,
     /// `None` since it was opened: what failed before is seen to fail or to work at once.
@@ -164,6 +179,7 @@ impl LakeSink {
             pending,
             cursor: 0,
             base: None,
+            epoch: None,
             left_out: None,
             committed_at: None,
             other_writer: None,
@@ -256,13 +272,15 @@ impl LakeSink {
             return Ok(());
         }
         let rows = self.pending.take(self.table.file_settings())?;
+        let rules = self.left_out.as_ref().map(|(_, version)| (WITHHELD_MARK, cursor_of(*version)));
+        let marks = rules.into_iter().chain(self.epoch.map(|epoch| (EPOCH_MARK, epoch)));
         let append = TableAppend {
             previous: self.base,
             through: cursor_of(self.cursor - 1),
             columns: rows.columns,
             files: rows.files,
             aside: rows.aside,
-            mark: self.left_out.as_ref().map(|(_, version)| (WITHHELD_MARK.to_owned(), cursor_of(*version))),
+            marks: marks.map(|(name, version)| (name.to_owned(), version)).collect(),
         };
         match self.runtime.block_on(self.table.append(&append)) {
             Err(LakeError::Superseded { .. }) => return self.yield_to_other(),
