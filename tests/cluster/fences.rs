@@ -23,6 +23,7 @@ fn setup(dir: &Path, urls: &[String]) -> Setup {
     Setup::embedded_on(dir)
         .set("log.backend", "jetstream")
         .set("nats.servers", serde_json::to_string(urls).expect("JSON"))
+        .set("log.retention_bytes", "1GiB")
 }
 
 fn signal(pid: u32, signal: libc::c_int) {

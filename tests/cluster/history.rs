@@ -20,6 +20,7 @@ fn setup(dir: &Path, server: &NatsServer) -> Setup {
         .set("nats.servers", format!("[\"{}\"]", server.url()))
         .set("data_dir", dir.display())
         .set("drain_ms_max", 2_000)
+        .set("log.retention_bytes", "1GiB")
 }
 
 fn send(gateway: &Gateway, source: &Source, numbers: std::ops::Range<u64>) {

@@ -41,6 +41,7 @@ fn setup(dir: &Path, nats: &NatsServer, lake: &Path) -> Setup {
         .set("log.backend", "jetstream")
         .set("nats.servers", format!("[\"{}\"]", nats.url()))
         .set("drain_ms_max", 2_000)
+        .set("log.retention_bytes", "1GiB")
         .set("storage.sinks", "delta")
         .set("storage.delta.place", lake.display())
         .set("storage.delta.interval_s", 1)

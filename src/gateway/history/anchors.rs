@@ -62,7 +62,7 @@ pub(super) async fn end_of_followed(
     let is = report.extent();
     let end = is.last + 1;
     let Some((known, log)) = known.and_then(|known| Some((known, known.streams.get(stream.name())?))) else {
-        return Ok(at(end));
+        return Ok(FollowedEnd { sure: is.first.max(1), end });
     };
     let mut is_another = log.created != is.created;
     let newest = (log.last, log.last_at);
@@ -84,7 +84,8 @@ pub(super) async fn end_of_followed(
             None => {}
         }
     }
-    Ok(at(if is_another { is.first.max(1) } else { end }))
+    let sure = is.first.max(1);
+    Ok(FollowedEnd { sure, end: if is_another { sure } else { end } })
 }
 
 #[cfg(test)]

@@ -195,36 +195,3 @@ async fn a_gateway_without_the_curve_seed_says_why_nobody_gets_in() {
     }
     stage.assert_no_log_has(&[&source.key]);
 }
-
-/// What a server asked for one client was sent again, and changed, by somebody in the callout's account. The servers take no
-/// answer but the one that they wait for, so only what the gateway says to it is left to see.
-#[tokio::test(flavor = "multi_thread")]
-async fn a_question_that_was_changed_or_comes_too_late_has_no_answer() {
-    let stage = Stage::set();
-    let source = stage.create("press-4", &["ingest"]);
-    let spy = stage.user("callout", "callout.password").await;
-    let mut asked = spy.subscribe("$SYS.REQ.USER.AUTH").await.expect("subscribed");
-    spy.flush().await.expect("flushed");
-    stage.connect(&source.key).await;
-    let question = tokio::time::timeout(PATIENCE, asked.next()).await.expect("in time").expect("a question");
-    let ask = async |payload: Vec<u8>| {
-        let headers = question.headers.clone().unwrap_or_default();
-        let asking = spy.request_with_headers("$SYS.REQ.USER.AUTH", headers, payload.into());
-        tokio::time::timeout(SILENCE, asking).await.is_ok_and(|answer| answer.is_ok())
-    };
-    for place in [0, question.payload.len() / 2, question.payload.len() - 1] {
-        let mut changed = question.payload.to_vec();
-        changed[place] ^= 1;
-        assert!(!ask(changed).await, "byte {place}");
-    }
-    assert!(!ask(Vec::new()).await);
-    // A server's question is good for two seconds.
-    let begun = Instant::now();
-    while ask(question.payload.to_vec()).await {
-        assert!(begun.elapsed() < PATIENCE, "a question is answered for ever");
-        tokio::time::sleep(SILENCE).await;
-    }
-    assert!(stage.gateway.output().contains("auth callout: a request cannot be answered"));
-    // Nobody is kept out by that.
-    stage.connect(&source.key).await;
-}
