@@ -166,7 +166,7 @@ impl MissingRecords {
                 (next, at) = (first, first);
             }
         }
-        let mut publishing = Republishing::new(nats, self.is_in_place, next).await?;
+        let mut publishing = OrderedPublisher::new(nats, self.is_in_place, next).await?;
         loop {
             let page = self.copy.read(at, COMPARED_RECORDS_MAX)?;
             let Some(last) = page.last() else { break };
@@ -198,14 +198,14 @@ impl MissingRecords {
 }
 
 /// Publishes messages in order, several at once.
-struct Republishing {
+struct OrderedPublisher {
     publisher: StreamPublisher<Offset>,
     /// Whether each message has to get the next offset.
     is_in_place: bool,
     next: Offset,
 }
 
-impl Republishing {
+impl OrderedPublisher {
     async fn new(nats: &Nats, is_in_place: bool, next: Offset) -> Result<Self, AdoptionError> {
         let publisher = StreamPublisher::new(nats, REPUBLISH_ACK_TIMEOUT).await?;
         Ok(Self { publisher, is_in_place, next })
