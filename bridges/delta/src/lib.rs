@@ -36,7 +36,7 @@ pub use place::{BucketAccess, LakePlace, PlaceError};
 pub use snapshot::TableSnapshot;
 pub use table::vacuum::{ORPHAN_AGE_MIN, VacuumReport};
 pub use table::{
-    AppendOutcome, FileSettings, LakeTable, RewriteReport, RowTarget, RowTargets, SetBackOrder,
+    AppendOutcome, FileSettings, FileStage, LakeTable, RewriteReport, RowTarget, RowTargets, SetBackOrder,
     SetBackReport, TableAppend, TableSpec,
 };
 
