@@ -18,6 +18,7 @@ fn setup(dir: &Path, server: &NatsServer) -> Setup {
         .set("log.backend", "jetstream")
         .set("nats.servers", format!("[\"{}\"]", server.url()))
         .set("intake.dedup_window_s", WINDOW_S)
+        .set("log.retention_bytes", "1GiB")
 }
 
 /// A client whose session stays.
