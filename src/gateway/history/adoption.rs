@@ -289,7 +289,8 @@ async fn end_of_copied(
     };
     let stream = open_log_stream(nats, config).await?;
     let other = first_other(&stream, &copy, (followed.sure, log.last)).await?;
-    Ok(other.map_or(followed.end, |other| other.min(followed.end)))
+    let has_all = copy.cursor()? > log.last;
+    Ok(other.unwrap_or(if has_all { log.last + 1 } else { followed.end }))
 }
 
 /// Compares this gateway's copy of the records with the log.

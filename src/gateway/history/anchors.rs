@@ -7,8 +7,10 @@ use serde::{Deserialize, Serialize};
 use super::{FollowedHistory, HistoryFindings};
 use crate::message::Offset;
 
-/// How many are kept. The older they are, the further they are from each other.
-const LOG_ANCHORS_MAX: usize = 64;
+/// How many are kept.
+const LOG_ANCHORS_MAX: usize = 256;
+/// An anchor is as far from the next newer one as this part of its age: the older, the further apart.
+const ANCHOR_AGE_SHARE: i64 = 16;
 
 /// Offsets of messages and when JetStream stored them, in nanoseconds since the Unix epoch; oldest first.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -23,13 +25,23 @@ impl LogAnchors {
         }
         self.0.push((last, last_at));
         if self.0.len() > LOG_ANCHORS_MAX {
-            // Of the older half every second one stays.
-            let (mut place, older) = (0, LOG_ANCHORS_MAX / 2);
-            self.0.retain(|_| {
-                place += 1;
-                place > older || place % 2 == 0
-            });
+            self.thin_out(last_at);
         }
+    }
+
+    fn thin_out(&mut self, now: i64) {
+        let mut kept: Vec<(Offset, i64)> = Vec::with_capacity(LOG_ANCHORS_MAX);
+        for (offset, at) in self.0.iter().rev().copied() {
+            let is_far = |(_, newer): &(Offset, i64)| {
+                newer.saturating_sub(at) >= now.saturating_sub(at) / ANCHOR_AGE_SHARE
+            };
+            if kept.last().is_none_or(is_far) {
+                kept.push((offset, at));
+            }
+        }
+        kept.truncate(LOG_ANCHORS_MAX * 3 / 4);
+        kept.reverse();
+        self.0 = kept;
     }
 
     /// Those of a log that goes on at `end` from an earlier state.
@@ -102,7 +114,7 @@ mod tests {
         assert!(anchors.0.len() <= LOG_ANCHORS_MAX, "{}", anchors.0.len());
         assert!(anchors.0.is_sorted());
         assert_eq!(anchors.0.last(), Some(&(999_990, 99_999)));
-        assert_eq!(anchors.0[anchors.0.len() - 20].0, 999_800);
+        assert_eq!(anchors.0[anchors.0.len() - 10].0, 999_900);
         assert!(anchors.0[0].0 < 500_000, "{:?}", anchors.0[0]);
         assert!(anchors.clone().below(999_800).0.iter().all(|(offset, _)| *offset < 999_800));
     }
