@@ -20,7 +20,7 @@ pub(super) enum ClusterCommand {
     /// bucket was put back to an earlier state, made anew, or is gone. What is beyond it is set aside
     Adopt(ClusterAdoptArgs),
     /// As adopt, and publish the registry (datasources and keys) again as the gateway of this data directory has it
-    Restore(ClusterAdoptArgs),
+    Restore(ClusterRestoreArgs),
 }
 
 #[derive(Debug, clap::Args)]
@@ -43,6 +43,15 @@ pub(super) struct ClusterAdoptArgs {
 }
 
 #[derive(Debug, clap::Args)]
+pub(super) struct ClusterRestoreArgs {
+    #[command(flatten)]
+    adopted: ClusterAdoptArgs,
+    /// Publish the records again, too, that the log has no longer and records.db of this data directory has
+    #[arg(long)]
+    records: bool,
+}
+
+#[derive(Debug, clap::Args)]
 pub(super) struct ClusterChangeArgs {
     /// The configuration (TOML) of a gateway [env: HEADGATE_CONFIG]; without it, the defaults and the environment
     #[arg(long, value_name = "FILE")]
@@ -58,8 +67,8 @@ pub(super) struct ClusterChangeArgs {
 pub(super) fn run(command: ClusterCommand, out: &mut CommandOutput) -> anyhow::Result<()> {
     let args = match command {
         ClusterCommand::Change(args) => args,
-        ClusterCommand::Adopt(args) => return adopt(args, false, out),
-        ClusterCommand::Restore(args) => return adopt(args, true, out),
+        ClusterCommand::Adopt(args) => return adopt(args, false, false, out),
+        ClusterCommand::Restore(args) => return adopt(args.adopted, true, args.records, out),
     };
     let config = Config::load(serve::config_file(args.config).as_deref())?;
     trace::init(&config.trace)?;
@@ -88,13 +97,19 @@ pub(super) fn run(command: ClusterCommand, out: &mut CommandOutput) -> anyhow::R
     Ok(())
 }
 
-fn adopt(args: ClusterAdoptArgs, is_restored: bool, out: &mut CommandOutput) -> anyhow::Result<()> {
+fn adopt(
+    args: ClusterAdoptArgs,
+    is_restored: bool,
+    has_records: bool,
+    out: &mut CommandOutput,
+) -> anyhow::Result<()> {
     let mut config = Config::load(serve::config_file(args.config).as_deref())?;
     if let Some(data_dir) = args.data_dir {
         config.data_dir = data_dir;
     }
     trace::init(&config.trace)?;
-    let order = AdoptionOrder { is_restored, is_new_registry: args.new_registry, apply: args.yes };
+    let is_new_registry = args.new_registry;
+    let order = AdoptionOrder { is_restored, has_records, is_new_registry, apply: args.yes };
     let AdoptionReport { said, is_needed, is_done } = adopt_cluster(&config, order)?;
     if args.json {
         let said: Vec<&str> = said.lines().collect();

@@ -13,7 +13,7 @@ use rand::TryRng;
 use rand::rngs::SysRng;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
-use tracing::{error, info};
+use tracing::{error, info, warn};
 
 use super::cluster_settings::{all_streams, check_cluster_settings};
 use super::directory::{ADMIN_KEY_LABEL, write_secret};
@@ -69,6 +69,24 @@ impl JoiningMember {
     pub(super) async fn join(&self, config: &Config) -> anyhow::Result<(ClusterMember, Arc<JetstreamLog>)> {
         let name = node_name(&config.data_dir)?;
         loop {
+            match self.try_join(config, &name).await {
+                Err(error) if is_overtaken(&error) => {
+                    warn!("{error}: it joins again");
+                    *self.waits_for.lock() = error.to_string();
+                }
+                joined => return joined,
+            }
+            tokio::time::sleep(CLUSTER_RETRY_PAUSE).await;
+        }
+    }
+
+    /// Joins once: what it opens belongs to the history that was admitted at its beginning.
+    async fn try_join(
+        &self,
+        config: &Config,
+        name: &str,
+    ) -> anyhow::Result<(ClusterMember, Arc<JetstreamLog>)> {
+        loop {
             match check_cluster_settings(&self.nats, config).await {
                 Ok(()) => break,
                 Err(StreamError::Away(trouble)) => *self.waits_for.lock() = trouble,
@@ -82,7 +100,7 @@ impl JoiningMember {
         let nats = Nats::connect(&config.nats.connection("headgate log")?).await?;
         let following = Nats::connect(&config.nats.connection("headgate log, following")?).await?;
         let log = loop {
-            let error = match JetstreamLog::open(&nats, &following, config, &name).await {
+            let error = match JetstreamLog::open(&nats, &following, config, name).await {
                 Ok(log) => break Arc::new(log),
                 Err(error @ LogOpenError::Away(_)) => error,
                 Err(error) => return Err(error.into()),
@@ -142,7 +160,8 @@ impl JoiningMember {
         member.open_cells(config).await?;
         let streams = all_streams(config);
         let known = loop {
-            match admitted.complete(&self.nats, &streams, config.nats.stream.replicas).await {
+            let replicas = config.nats.stream.replicas;
+            match admitted.complete(&self.nats, &streams, replicas, log.next_offset()).await {
                 Ok(known) => break known,
                 Err(AdmissionError::Away(text)) => *self.waits_for.lock() = text,
                 Err(error) => return Err(error.into()),
@@ -156,6 +175,11 @@ impl JoiningMember {
         member.history = Some(tokio::spawn(watch.run(vec![log.nats().clone(), following])));
         Ok(())
     }
+}
+
+/// Whether a start has to join again, because the history that it was admitted to has ended meanwhile.
+fn is_overtaken(error: &anyhow::Error) -> bool {
+    matches!(error.downcast_ref(), Some(AdmissionError::Overtaken))
 }
 
 /// The gateway's name in the cluster, kept in its data directory across restarts.

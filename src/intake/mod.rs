@@ -29,11 +29,12 @@ use crate::auth::setting::JsonSetting;
 use crate::auth::{Authorizer, Grant, GrantDenial, Key};
 use crate::config;
 use crate::limits::{RETRY_AFTER, REVOCATION_WAIT_MAX, SLOW_IN_FLIGHT_BYTES_MAX};
-use crate::log::{AppendError, Log, SectionOutcome};
+use crate::log::{AppendError, FencedMessage, Log, SectionOutcome};
 use crate::memory::{MemoryAccount, MemoryBudget};
 use crate::message::{DatasourceId, Transport, now_micros};
+use crate::observe::cause::Cause;
 use crate::observe::metrics::Metrics;
-use crate::observe::refusals::Refusals;
+use crate::observe::refusals::{RefusalNote, Refusals};
 use crate::processor::{DiskTurn, ProcessorTime, pauses_after_large};
 use crate::quota::{Limit, LimitExceeded, LimitOwner, LimitPolicy, LimitSetting, Meters, Quota, QuotaLimits};
 use crate::retained_topics::{RetainedFull, RetainedTopics};
@@ -90,6 +91,14 @@ impl Intake {
         let memory = MemoryBudget::new(limits.memory_bytes_max, limits.memory_share_bytes_max);
         let refusals = Arc::new(Refusals::new(metrics.clone()));
         let (closer, retained) = (OnceLock::new(), OnceLock::new());
+        log.listen_fenced({
+            let refusals = refusals.clone();
+            Box::new(move |FencedMessage { datasource, key_id, transport }| {
+                let words = "it reached the cluster's log behind the end of its key, and is no record";
+                let note = RefusalNote::new(transport, Cause::Fenced, &words);
+                refusals.note(RefusalNote { datasource, key_id: Some(key_id), ..note });
+            })
+        });
         Self(Arc::new(IntakeInner {
             authorizer,
             log,

@@ -94,14 +94,28 @@ pub use headgate_format::log::section::Section;
 pub use incarnations::{IncarnationHistory, IncarnationStep};
 pub use jetstream::{
     DeliveredRecord, HistoryGate, HistorySetBack, JetstreamLog, LogHistory, SHARED_KEEP_INTERVAL, ShareError,
-    SharedPlace, SharedPlaces, SharedRecords, managed_streams, timed_report,
+    SharedPlace, SharedPlaces, SharedRecords, managed_streams, open_log_stream, timed_report,
 };
 pub use retention::Hold;
 pub use withheld::{WithheldChange, WithheldRule, WithheldRules, WithheldSnapshot};
 
-use crate::message::{KeyId, Offset, TimeMicros};
+use crate::message::{KeyId, Offset, TimeMicros, Transport};
 use crate::subject::SubjectError;
 use crate::trouble::TroubleCell;
+
+/// A message that came behind the end of its key.
+#[derive(Debug, Clone, Copy)]
+pub struct FencedMessage<'a> {
+    /// The datasource that it was for.
+    pub datasource: &'a str,
+    /// The key that it came in under.
+    pub key_id: KeyId,
+    /// The way that it came.
+    pub transport: Transport,
+}
+
+/// Is told of messages behind the ends of their keys.
+pub type FencedListener = Box<dyn Fn(FencedMessage<'_>) + Send + Sync>;
 
 /// The future of a log operation that has to wait.
 pub type LogFuture<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
@@ -251,6 +265,9 @@ pub trait Log: Send + Sync {
     fn fenced_records(&self) -> u64 {
         0
     }
+
+    /// Has `listener` called for each of them from now on. Only the first call counts.
+    fn listen_fenced(&self, _listener: FencedListener) {}
 
     /// How many records are lost to damage of the log's files, as far as this process has seen; they were
     /// skipped because `log.accept_corruption` allows it. 0 where others keep the files.

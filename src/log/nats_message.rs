@@ -9,7 +9,7 @@ use bytes::Bytes;
 use headgate_bridge_nats::stream::{OutgoingMessage, StoredMessage};
 use headgate_bridge_nats::{HeaderMap, HeaderName};
 
-use super::{RecordBody, Section};
+use super::{FencedMessage, RecordBody, Section};
 use crate::message::{DatasourceId, KeyId, Lease, RecordFlags, RecordRef, TimeMicros, Transport};
 use crate::subject::{SubjectError, SubjectSpace, topic_from_tokens};
 use crate::time::{Rfc3339, parse_time};
@@ -34,11 +34,14 @@ pub(super) const RECORD_TOGETHER_HEADER: HeaderName = HeaderName::from_static("H
 /// In the log of a cluster, on the first message with an id: the digest of all that share the id.
 pub(super) const RECORD_DIGEST_HEADER: HeaderName = HeaderName::from_static("Headgate-Digest");
 /// JetStream stores a message with this header only behind the message with that sequence.
-pub(super) const NATS_EXPECTED_LAST_SEQUENCE_HEADER: HeaderName =
+pub const NATS_EXPECTED_LAST_SEQUENCE_HEADER: HeaderName =
     HeaderName::from_static("Nats-Expected-Last-Sequence");
 /// JetStream stores a message with this header only behind one with that id.
 pub(super) const NATS_EXPECTED_LAST_MESSAGE_ID_HEADER: HeaderName =
     HeaderName::from_static("Nats-Expected-Last-Msg-Id");
+/// In the log of a cluster, on a record that was published again from a gateway's copy: the epoch that had ended, and the
+/// offset that it had there.
+pub const RECORD_RESTORED_HEADER: HeaderName = HeaderName::from_static("Headgate-Restored");
 /// In the stream of egress: the record's offset in the log. In the log of a cluster it is the sequence.
 pub const RECORD_OFFSET_HEADER: HeaderName = HeaderName::from_static("Headgate-Offset");
 /// In the stream of egress: how many records right before this one were removed from the log unsent.
@@ -108,6 +111,17 @@ pub fn header_text(headers: &HeaderMap, name: HeaderName) -> Option<&str> {
 pub(super) fn is_redriven(headers: &HeaderMap) -> bool {
     let flags = header_text(headers, RECORD_FLAGS_HEADER).and_then(|text| text.parse().ok());
     flags.is_some_and(|flags| RecordFlags(flags).contains(RecordFlags::REDRIVEN))
+}
+
+/// What a message says of where it came from; `None` if no gateway wrote it.
+pub(super) fn message_origin(message: &StoredMessage) -> Option<FencedMessage<'_>> {
+    let text = |name| header_text(&message.headers, name);
+    let (_, rest) = message.subject.as_str().split_once('.')?;
+    Some(FencedMessage {
+        datasource: rest.split_once('.')?.0,
+        key_id: KeyId::parse(text(RECORD_KEY_ID_HEADER)?).ok()?,
+        transport: Transport::parse(text(RECORD_TRANSPORT_HEADER)?)?,
+    })
 }
 
 /// The last parsed time: neighbouring messages usually have the same time, and parsing one is

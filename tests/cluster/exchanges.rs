@@ -10,7 +10,7 @@ use crate::common::wire::{
 use crate::common::{Gateway, Setup, scratch};
 
 /// For how long JetStream knows an id here, and somewhat longer.
-const WINDOW_S: u64 = 5;
+const WINDOW_S: u64 = 2;
 const LONGER_THAN_WINDOW: Duration = Duration::from_secs(WINDOW_S + 2);
 
 fn setup(dir: &Path, server: &NatsServer) -> Setup {
@@ -18,6 +18,7 @@ fn setup(dir: &Path, server: &NatsServer) -> Setup {
         .set("log.backend", "jetstream")
         .set("nats.servers", format!("[\"{}\"]", server.url()))
         .set("intake.dedup_window_s", WINDOW_S)
+        .set("log.retention_bytes", "1GiB")
 }
 
 /// A client whose session stays.

@@ -4,7 +4,7 @@
 use std::collections::HashSet;
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crate::common::cluster::log_at;
 use crate::common::kept::in_storage;
@@ -16,11 +16,14 @@ use crate::common::{Gateway, Setup, scratch, wait_for};
 
 /// For how long a process stays paused after the key is dead: longer than the others wait for it.
 const PAUSE: Duration = Duration::from_millis(1_500);
+/// Within what time all work again: a leader may have to be elected first, on a busy machine.
+const RECOVERY_MAX: Duration = Duration::from_secs(20);
 
 fn setup(dir: &Path, urls: &[String]) -> Setup {
     Setup::embedded_on(dir)
         .set("log.backend", "jetstream")
         .set("nats.servers", serde_json::to_string(urls).expect("JSON"))
+        .set("log.retention_bytes", "1GiB")
 }
 
 fn signal(pid: u32, signal: libc::c_int) {
@@ -35,37 +38,75 @@ fn stored(gateway: &Gateway, dir: &Path) -> Vec<u64> {
     in_storage(dir).iter().map(|record| record.offset).collect()
 }
 
-/// Loads a gateway, pauses a process, ends the key elsewhere, and lets the process go on: from the return of the
-/// revocation on nothing of the key comes in anywhere, and what was acknowledged is there.
+/// When the key is revoked, at the other gateway.
+#[derive(Clone, Copy, PartialEq)]
+enum Revoked {
+    /// While the processes are paused: the others do it without them.
+    Meanwhile,
+    /// Right before they are paused: nobody can do it without them, and it returns after they go on.
+    Before,
+}
+
+/// Two gateways and the way to the log's stream.
+struct Pair<'a> {
+    loaded: (&'a Gateway, &'a Path),
+    other: (&'a Gateway, &'a Path),
+    url: &'a str,
+}
+
+/// Loads a gateway, pauses processes, ends the key elsewhere, and lets the processes go on: from the return of the
+/// revocation on nothing of the key comes in anywhere, what was acknowledged is there, and all go on by themselves.
 fn a_dead_key_stays_dead(
-    loaded: &Gateway,
-    other: &Gateway,
-    (loaded_dir, other_dir): (&Path, &Path),
-    (paused, url): (u32, &str),
+    Pair { loaded: (loaded, loaded_dir), other: (other, other_dir), url }: &Pair<'_>,
+    paused: &[u32],
+    revoked: Revoked,
 ) {
     // The cluster's first gateway has made the admin key for all.
     let admin_key = |dir: &Path| dir.join("admin.key");
     std::fs::copy(admin_key(other_dir), admin_key(loaded_dir)).expect("the admin key is there");
     let source = other.create("press-4");
+    let probe = other.create("probe");
     let ledger = Arc::<Ledger>::default();
     let senders: Vec<_> = (0..8).map(|_| mqtt_sender(loaded, &source, &ledger, Version::V5, 1_000)).collect();
     wait_for("the load to flow", || (ledger.acked() > 5_000).then_some(()));
-    signal(paused, libc::SIGSTOP);
-    let path = format!("/v1/datasources/press-4/keys/{}", source.key_id);
-    let revoked = other.request("DELETE", &path, &other.admin_key(), &[], b"");
-    assert_eq!(revoked.status, 204, "{}", revoked.text());
-    // The fence is the last message that counts.
-    let end = log_at(url.to_owned()).next_offset();
-    std::thread::sleep(PAUSE);
-    signal(paused, libc::SIGCONT);
+    let (admin, path) = (other.admin_key(), format!("/v1/datasources/press-4/keys/{}", source.key_id));
+    let revoke = || {
+        let revoked = other.request("DELETE", &path, &admin, &[], b"");
+        assert!([204, 503].contains(&revoked.status), "{}", revoked.text());
+        revoked.status == 204
+    };
+    let end = std::thread::scope(|scope| {
+        let revoking = (revoked == Revoked::Before).then(|| scope.spawn(revoke));
+        paused.iter().for_each(|pid| signal(*pid, libc::SIGSTOP));
+        let is_revoked = revoked == Revoked::Meanwhile && {
+            assert!(revoke());
+            true
+        };
+        // The fence is the last message that counts.
+        let end = is_revoked.then(|| log_at((*url).to_owned()).next_offset());
+        std::thread::sleep(PAUSE);
+        paused.iter().for_each(|pid| signal(*pid, libc::SIGCONT));
+        end.unwrap_or_else(|| {
+            let is_revoked = revoking.is_some_and(|revoking| revoking.join().expect("an answer"));
+            // What was refused meanwhile is asked again, as its answer says.
+            if !is_revoked {
+                wait_for("the key to be revoked", || revoke().then_some(()));
+            }
+            log_at((*url).to_owned()).next_offset()
+        })
+    });
+    let went_on = Instant::now();
     let acked: Vec<u64> =
         senders.into_iter().flat_map(|sender| sender.join().expect("a sender").acked).collect();
     // All that it had has reached the stream: the same connection carries these.
-    let probe = other.create("probe");
     let body = serde_json::json!({ "n": u64::MAX });
     wait_for("the paused one to work again", || {
         (loaded.post("/v1/ingest/probe/t", &probe.key, &body).status == 200).then_some(())
     });
+    wait_for("all to be ready by themselves", || {
+        [loaded, other].iter().all(|gateway| gateway.get("/readyz", "").status == 200).then_some(())
+    });
+    assert!(went_on.elapsed() < RECOVERY_MAX, "{:?}", went_on.elapsed());
     other.stored("probe", 1);
     other.settle();
     let late = in_storage(other_dir).into_iter().filter(|record| record.offset >= end);
@@ -76,6 +117,19 @@ fn a_dead_key_stays_dead(
     let kept: HashSet<u64> = in_storage(other_dir).iter().map(|record| number(&record.payload)).collect();
     let lost: Vec<_> = acked.iter().filter(|n| !kept.contains(n)).collect();
     assert!(lost.is_empty(), "{} of {} acknowledged messages are no records", lost.len(), acked.len());
+    // Each gateway counts what it has found behind the end of the key, and lists it for the datasource.
+    let shut_out = other.metric("headgate_log_fenced_records_total");
+    let listed = other.get("/v1/refusals?cause=fenced&datasource=press-4", &admin).json();
+    let counted: u64 = listed["refusals"]
+        .as_array()
+        .expect("a list")
+        .iter()
+        .map(|refusal| {
+            assert_eq!(refusal["key_id"], source.key_id.as_str(), "{refusal}");
+            refusal["count"].as_u64().expect("a count")
+        })
+        .sum();
+    assert!((counted > 0) == (shut_out > 0.0), "{shut_out} were shut out: {listed}");
 }
 
 #[test]
@@ -84,11 +138,21 @@ fn what_a_paused_gateway_still_had_is_no_record() {
     let urls = [server.url()];
     let other = setup(first.path(), &urls).start();
     let loaded = setup(second.path(), &urls).start();
-    a_dead_key_stays_dead(&loaded, &other, (second.path(), first.path()), (loaded.pid(), &urls[0]));
+    let pair = Pair { loaded: (&loaded, second.path()), other: (&other, first.path()), url: &urls[0] };
+    a_dead_key_stays_dead(&pair, &[loaded.pid()], Revoked::Meanwhile);
 }
 
-#[test]
-fn what_a_paused_server_still_had_is_no_record() {
+/// Who stands still, of three servers and two gateways.
+enum Still {
+    Server,
+    GatewayAndServer,
+    Servers,
+    /// The machine that all of them are on.
+    All,
+}
+
+/// One gateway has its load over a server that leads nothing, the other one works with the two others.
+fn a_dead_key_stays_dead_of_a_replicated_log(still: &Still, revoked: Revoked) {
     let (servers, first, second) = (Servers::start(), scratch(), scratch());
     let urls = servers.urls();
     let replicated = |dir: &Path, urls: &[String]| setup(dir, urls).set("nats.stream.replicas", 3);
@@ -101,12 +165,35 @@ fn what_a_paused_server_still_had_is_no_record() {
         urls.iter().enumerate().filter(|(n, _)| *n != follower).map(|(_, url)| url.clone()).collect();
     let other = replicated(first.path(), &others).start();
     let loaded = replicated(second.path(), &urls[follower..=follower]).start();
-    a_dead_key_stays_dead(
-        &loaded,
-        &other,
-        (second.path(), first.path()),
-        (servers.pid(follower), &others[0]),
-    );
+    let all_servers = (0..urls.len()).map(|server| servers.pid(server));
+    let paused: Vec<u32> = match still {
+        Still::Server => vec![servers.pid(follower)],
+        Still::GatewayAndServer => vec![loaded.pid(), servers.pid(follower)],
+        Still::Servers => all_servers.collect(),
+        Still::All => all_servers.chain([loaded.pid(), other.pid()]).collect(),
+    };
+    let pair = Pair { loaded: (&loaded, second.path()), other: (&other, first.path()), url: &others[0] };
+    a_dead_key_stays_dead(&pair, &paused, revoked);
+}
+
+#[test]
+fn what_a_paused_server_still_had_is_no_record() {
+    a_dead_key_stays_dead_of_a_replicated_log(&Still::Server, Revoked::Meanwhile);
+}
+
+#[test]
+fn what_a_paused_gateway_and_its_server_still_had_is_no_record() {
+    a_dead_key_stays_dead_of_a_replicated_log(&Still::GatewayAndServer, Revoked::Meanwhile);
+}
+
+#[test]
+fn what_all_servers_still_had_when_they_stood_still_is_no_record() {
+    a_dead_key_stays_dead_of_a_replicated_log(&Still::Servers, Revoked::Before);
+}
+
+#[test]
+fn what_a_suspended_machine_still_had_is_no_record() {
+    a_dead_key_stays_dead_of_a_replicated_log(&Still::All, Revoked::Before);
 }
 
 /// A fence judged what an admin sent again by the key that it had once come in under.

@@ -7,6 +7,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use serde_json::json;
+use tempfile::TempDir;
 
 use crate::common::kept::in_storage;
 use crate::common::nats::{NatsServer, nats_py};
@@ -19,6 +20,7 @@ fn setup(dir: &Path, server: &NatsServer) -> Setup {
         .set("nats.servers", format!("[\"{}\"]", server.url()))
         .set("data_dir", dir.display())
         .set("drain_ms_max", 2_000)
+        .set("log.retention_bytes", "1GiB")
 }
 
 fn send(gateway: &Gateway, source: &Source, numbers: std::ops::Range<u64>) {
@@ -56,7 +58,7 @@ fn set_aside(dir: &Path) -> Vec<u64> {
 }
 
 /// What `/readyz` says once it refuses for its history.
-fn refusal(gateway: &Gateway) -> String {
+pub fn refusal(gateway: &Gateway) -> String {
     wait_for("the gateway to notice", || {
         let ready = gateway.get("/readyz", "");
         (ready.status == 503 && ready.text().contains("headgate cluster adopt")).then(|| ready.text())
@@ -69,7 +71,7 @@ fn takes_nothing(gateway: &Gateway, source: &Source) {
     assert!(sent.text().contains("log_history") || sent.text().contains("another one"), "{}", sent.text());
 }
 
-fn decide(setup: &Setup, arguments: &[&str]) -> String {
+pub fn decide(setup: &Setup, arguments: &[&str]) -> String {
     let output = setup.run(arguments);
     let said = String::from_utf8_lossy(&output.stdout).into_owned();
     assert!(output.status.success(), "{arguments:?}: {said}{}", String::from_utf8_lossy(&output.stderr));
@@ -77,7 +79,7 @@ fn decide(setup: &Setup, arguments: &[&str]) -> String {
 }
 
 /// Until it is ready, on the addresses that it had.
-fn comes_back(gateway: &Gateway) {
+pub fn comes_back(gateway: &Gateway) {
     wait_for("the gateway to start again", || {
         let answer = http(&http_agent(), gateway.http, "GET", "/readyz", "", &[], b"");
         answer.is_ok_and(|answer| answer.status == 200).then_some(())
@@ -187,6 +189,187 @@ fn a_stream_that_is_gone_is_refused_and_made_anew_when_that_is_adopted() {
     stored_becomes(dir.path(), &[10, 11, 12]);
     assert_eq!(set_aside(dir.path()), (0..10).collect::<Vec<_>>());
     ends_keys(&gateway, &admin);
+}
+
+/// The stream was put back, and a gateway that did not know more has gone on with it.
+struct GrownLog {
+    server: NatsServer,
+    known: TempDir,
+    fresh: TempDir,
+    source: Source,
+    on: Gateway,
+}
+
+/// Numbers 0..20 are in both histories, 20..50 in the one that `known` has followed, 100..105 in the one that goes on.
+fn log_that_has_grown_since() -> GrownLog {
+    let (mut server, known, fresh) = (NatsServer::start(), scratch(), scratch());
+    let a = setup(known.path(), &server).start();
+    let source = a.create("press-4");
+    send(&a, &source, 0..20);
+    let kept = server.keep_store();
+    comes_back(&a);
+    send(&a, &source, 20..50);
+    stored_becomes(known.path(), &(0..50).collect::<Vec<_>>());
+    a.kill();
+    server.put_back_store(kept.path());
+    let on = setup(fresh.path(), &server).start();
+    send(&on, &source, 100..105);
+    GrownLog { server, known, fresh, source, on }
+}
+
+#[test]
+fn what_has_grown_since_it_was_put_back_is_one_history_in_each_store_when_it_is_adopted() {
+    let GrownLog { server, known, fresh, source, on } = log_that_has_grown_since();
+    decide(&setup(known.path(), &server), &["cluster", "adopt", "--yes"]);
+    let a = setup(known.path(), &server).start();
+    comes_back(&on);
+    send(&a, &source, 105..107);
+    let all: Vec<u64> = (0..20).chain(100..107).collect();
+    stored_becomes(known.path(), &all);
+    stored_becomes(fresh.path(), &all);
+    assert_eq!(set_aside(known.path()), (20..50).collect::<Vec<_>>());
+}
+
+#[test]
+fn missing_records_come_behind_what_has_grown_since_and_each_is_once_in_each_store() {
+    let GrownLog { server, known, fresh, source, on } = log_that_has_grown_since();
+    let command = setup(known.path(), &server);
+    let told = decide(&command, &["cluster", "restore", "--records"]);
+    assert!(told.contains("30 records from offset 21 on are published again"), "{told}");
+    assert!(told.contains("behind what the log has by now"), "{told}");
+    decide(&command, &["cluster", "restore", "--records", "--yes"]);
+    let a = setup(known.path(), &server).start();
+    comes_back(&on);
+    send(&a, &source, 105..107);
+    let all: Vec<u64> = (0..20).chain(100..105).chain(20..50).chain(105..107).collect();
+    stored_becomes(known.path(), &all);
+    stored_becomes(fresh.path(), &all);
+    assert_eq!(set_aside(known.path()), (20..50).collect::<Vec<_>>());
+}
+
+/// Each gets the offset that it had: stores that have it keep it, and the others get it.
+#[test]
+fn missing_records_are_published_again_where_they_were() {
+    let (mut server, first, second) = (NatsServer::start(), scratch(), scratch());
+    let (a, b) = (setup(first.path(), &server).start(), setup(second.path(), &server).start());
+    let (source, admin) = (a.create("press-4"), a.admin_key());
+    send(&a, &source, 0..20);
+    let kept = server.keep_store();
+    comes_back(&a);
+    comes_back(&b);
+    send(&a, &source, 20..30);
+    stored_becomes(second.path(), &(0..30).collect::<Vec<_>>());
+    b.kill();
+    // A key that has let in one record, and is dead.
+    let made = a.post("/v1/datasources/press-4/keys", &admin, &json!({})).json();
+    let dead = made["key"]["secret"].as_str().expect("a secret").to_owned();
+    assert_eq!(a.post("/v1/ingest/press-4/t", &dead, &json!({ "n": 1_000 })).status, 200);
+    let path = format!("/v1/datasources/press-4/keys/{}", made["key"]["id"].as_str().expect("an id"));
+    assert_eq!(a.request("DELETE", &path, &admin, &[], b"").status, 204);
+    send(&a, &source, 30..50);
+    let all: Vec<u64> = (0..30).chain([1_000]).chain(30..50).collect();
+    stored_becomes(first.path(), &all);
+    let offsets = |dir: &Path| in_storage(dir).iter().map(|record| record.offset).collect::<Vec<_>>();
+    let had = offsets(first.path());
+    wait_for("the copy of the registry", || {
+        let copy = std::fs::read_to_string(first.path().join("registry-copy.json")).unwrap_or_default();
+        copy.contains("revoked_at").then_some(())
+    });
+
+    server.put_back_store(kept.path());
+    refusal(&a);
+    // One that knows nothing does not go on beside it.
+    waits_at_its_start(scratch().path(), &server, "a gateway that runs has followed more than this");
+    let command = setup(first.path(), &server);
+    let told = decide(&command, &["cluster", "restore", "--records"]);
+    assert!(told.contains("30 records from offset 21 on are published again"), "{told}");
+    assert!(told.contains("1 records stay out") && told.contains("the offsets that they had"), "{told}");
+    decide(&command, &["cluster", "restore", "--records", "--yes"]);
+    comes_back(&a);
+    let b = setup(second.path(), &server).start();
+    send(&b, &source, 50..55);
+    stored_becomes(first.path(), &all.iter().copied().chain(50..55).collect::<Vec<_>>());
+    stored_becomes(second.path(), &(0..55).collect::<Vec<_>>());
+    assert_eq!(offsets(first.path())[..had.len()], had);
+    for dir in [first.path(), second.path()] {
+        assert_eq!(set_aside(dir), [0; 0]);
+    }
+    let again = decide(&command, &["cluster", "restore", "--records", "--yes"]);
+    assert!(again.contains("there is nothing to decide"), "{again}");
+    assert_eq!(a.post("/v1/ingest/press-4/t", &dead, &json!({ "n": 0 })).status, 401);
+}
+
+#[test]
+fn a_stream_that_is_gone_has_its_records_again_where_they_were() {
+    let (server, first, second) = (NatsServer::start(), scratch(), scratch());
+    let gateway = setup(first.path(), &server).start();
+    let source = gateway.create("press-4");
+    send(&gateway, &source, 0..10);
+    stored_becomes(first.path(), &(0..10).collect::<Vec<_>>());
+    let deleted = nats_py(&server.url(), "await js.delete_stream('headgate')\n", &[]);
+    assert!(deleted.status.success(), "{}", String::from_utf8_lossy(&deleted.stderr));
+    refusal(&gateway);
+    wait_for("the copy of the registry", || first.path().join("registry-copy.json").exists().then_some(()));
+    decide(&setup(first.path(), &server), &["cluster", "restore", "--records", "--yes"]);
+    comes_back(&gateway);
+    send(&gateway, &source, 10..12);
+    let fresh = setup(second.path(), &server).start();
+    send(&fresh, &source, 12..13);
+    stored_becomes(first.path(), &(0..13).collect::<Vec<_>>());
+    stored_becomes(second.path(), &(0..13).collect::<Vec<_>>());
+    assert_eq!(set_aside(first.path()), [0; 0]);
+}
+
+/// What a start had opened was of a history that ended before the start did.
+#[test]
+fn a_start_that_the_history_overtakes_begins_again() {
+    let (mut server, first, second) = (NatsServer::start(), scratch(), scratch());
+    let (a, b) = (setup(first.path(), &server).start(), setup(second.path(), &server).start());
+    let source = a.create("press-4");
+    send(&a, &source, 0..20);
+    let kept = server.keep_store();
+    comes_back(&a);
+    comes_back(&b);
+    send(&a, &source, 20..50);
+    stored_becomes(first.path(), &(0..50).collect::<Vec<_>>());
+    a.kill();
+    server.put_back_store(kept.path());
+    refusal(&b);
+    decide(&setup(second.path(), &server), &["cluster", "adopt", "--yes"]);
+    comes_back(&b);
+    let of_new_epoch = server.keep_store();
+    comes_back(&b);
+    send(&b, &source, 60..70);
+    b.kill();
+
+    // It waits for its records.db, which it has to set back, with its log open.
+    let lock = rusqlite::Connection::open(first.path().join("records.db")).expect("it opens");
+    lock.execute_batch("BEGIN IMMEDIATE").expect("nobody else writes");
+    let free = TcpListener::bind("127.0.0.1:0").expect("a free port");
+    let addr = free.local_addr().expect("bound");
+    drop(free);
+    let mut child = setup(first.path(), &server).set("http.listen", addr).spawn();
+    wait_for("the start to open records.db", || {
+        let files = std::fs::read_dir(format!("/proc/{}/fd", child.id())).ok()?;
+        let mut open = files.filter_map(|file| std::fs::read_link(file.ok()?.path()).ok());
+        open.any(|path| path.ends_with("records.db")).then_some(())
+    });
+    server.put_back_store(of_new_epoch.path());
+    lock.execute_batch("ROLLBACK").expect("rolled back");
+    drop(lock);
+    wait_for("it to be ready", || {
+        let answer = http(&http_agent(), addr, "GET", "/readyz", "", &[], b"");
+        answer.is_ok_and(|answer| answer.status == 200).then_some(())
+    });
+    for n in 70..75 {
+        let body = json!({ "n": n }).to_string();
+        let sent =
+            http(&http_agent(), addr, "POST", "/v1/ingest/press-4/t", &source.key, &[], body.as_bytes());
+        assert_eq!(sent.expect("an answer").status, 200);
+    }
+    stored_becomes(first.path(), &(0..20).chain(70..75).collect::<Vec<_>>());
+    child.kill().expect("our child");
+    child.wait().expect("our child");
 }
 
 /// Starts a gateway that does not join and makes no admin key, because of what these words are of.

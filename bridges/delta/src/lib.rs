@@ -38,8 +38,8 @@ pub use probe::{StoreProbeError, probe_store};
 pub use snapshot::TableSnapshot;
 pub use table::vacuum::{ORPHAN_AGE_MIN, VacuumReport};
 pub use table::{
-    AppendOutcome, FileSettings, FileStage, LakeTable, RewriteReport, RowTarget, RowTargets, TableAppend,
-    TableSpec,
+    AppendOutcome, FileSettings, FileStage, LakeTable, RewriteReport, RowTarget, RowTargets, SetBackOrder,
+    SetBackReport, TableAppend, TableSpec,
 };
 
 /// What rows are made of, for those who build them.

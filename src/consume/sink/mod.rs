@@ -16,6 +16,7 @@ mod newest;
 mod payloads;
 pub(in crate::consume) mod postgres;
 pub mod quarantined;
+pub mod record_copy;
 pub mod retention;
 pub(in crate::consume) mod sample_chunk;
 mod samples;

@@ -51,9 +51,11 @@ impl DeltaPlace {
         })
     }
 
-    /// Opens it. A lake that has what the log does not have is left alone: nobody else may have it.
-    fn open_sink(&mut self, log_end: Offset) -> Result<LakeSink, LakeFault> {
-        let sink = LakeSink::open(self.settings()?)?;
+    /// Opens it. What it has beyond the state from which the log went on is set aside; then also returns what to tell the
+    /// operator. A lake that has what the log does not have otherwise is left alone: nobody else may have it.
+    fn open_sink(&mut self, log_end: Offset) -> Result<(LakeSink, Option<String>), LakeFault> {
+        let mut sink = LakeSink::open(self.settings()?)?;
+        let said = self.log.history().map(|history| sink.follow_epochs(history)).transpose()?.flatten();
         let (stored, place) = (sink.committed(), || sink.place().to_string());
         // Where gateways share it another one may be ahead of what this one knows.
         if stored > log_end && !self.is_shared {
@@ -66,7 +68,7 @@ impl DeltaPlace {
             return Err(LakeFault::OtherLog { place: place(), offset: newest.offset });
         }
         self.checked = Some(stored);
-        Ok(sink)
+        Ok((sink, said))
     }
 
     /// Whether the log has another record in the place of this one. One that the log no longer has tells nothing.
@@ -140,13 +142,13 @@ impl SinkPlace for DeltaPlace {
     }
 
     fn open(&mut self, _: &dyn Log, log_end: Offset, _: bool) -> Result<OpenedSink, StorageError> {
-        let sink = self.open_sink(log_end).map_err(SinkFault::from)?;
-        Ok(OpenedSink { sink: Box::new(sink), said: None })
+        let (sink, said) = self.open_sink(log_end).map_err(SinkFault::from)?;
+        Ok(OpenedSink { sink: Box::new(sink), said })
     }
 
     fn reopen(&mut self) -> Result<Box<dyn RecordSink>, SinkFault> {
         let log_end = self.log.next_offset();
-        Ok(Box::new(self.open_sink(log_end)?))
+        Ok(Box::new(self.open_sink(log_end)?.0))
     }
 
     /// Nothing is set aside: a table is never begun anew by itself.

@@ -10,12 +10,19 @@ use rand::TryRng;
 use rand::rngs::SysRng;
 use tracing::{info, warn};
 
-use super::{ClusterHistory, FollowedHistory, HistoryFindings, HistoryVerdict, judge, judge_anchor};
+use super::{
+    ClusterHistory, FollowedHistory, HistoryFindings, HistoryVerdict, judge, judge_all, judge_anchor,
+};
 use crate::auth::cluster::{HISTORY_ROW_NAME, registry_bucket_settings};
+use crate::log::HistoryGate;
 use crate::message::{Offset, TimeMicros};
 
 /// Where gateways are asked which log they have followed: beside the subjects of those that are asked by name.
 const FOLLOWED_SUBJECT: &str = "headgate.settle.followed";
+/// Where they are asked why they do not go on with it.
+const DOUBTED_SUBJECT: &str = "headgate.settle.doubted";
+/// How much later those answer that do.
+const NO_DOUBT_ANSWER_DELAY: Duration = Duration::from_millis(20);
 /// How long they may take to answer. Without any the servers say so at once.
 const FOLLOWED_ANSWER_WAIT_MAX: Duration = Duration::from_secs(2);
 
@@ -26,6 +33,8 @@ pub(in crate::gateway) struct AdmittedHistory {
     pub(in crate::gateway) set_back_to: Option<Offset>,
     /// When the newest message was stored that this gateway has followed; `None` if it has followed none.
     pub(in crate::gateway) followed_at: Option<TimeMicros>,
+    /// What was admitted: what is there at the end of the start has to go on from that.
+    seen: FollowedHistory,
 }
 
 /// Why it may not join now.
@@ -37,6 +46,9 @@ pub(in crate::gateway) enum AdmissionError {
     /// It is not what was followed, and nobody has decided yet.
     #[error("{0}")]
     Undecided(String),
+    /// It is no longer what was admitted: what was opened since then may be of a history that has ended. Begin anew.
+    #[error("the cluster's history has become another one while this gateway joined it")]
+    Overtaken,
     /// Trying again does not help.
     #[error("{0}")]
     Failed(String),
@@ -76,52 +88,56 @@ impl AdmittedHistory {
             AdmissionError::Failed(format!("{}/{}: {error}", dir.display(), super::HISTORY_FILE_NAME))
         })?;
         let found = HistoryFindings::ask(nats, streams).await?;
-        let mut verdict = judge(&found, known.as_ref());
+        let mut verdict = judge_all(nats, &found, known.as_ref(), dir).await?;
+        // One that was never there, or not for long, cannot know what others have followed.
         if verdict == HistoryVerdict::Same
-            && let Some(known) = &known
-            && let Some(broken) = judge_anchor(nats, &found, known).await?
+            && let Some(history) = &found.history
+            && let Some(text) = doubted_elsewhere(nats, &history.id).await
         {
-            verdict = broken;
+            verdict =
+                HistoryVerdict::Broken(format!("a gateway that runs has followed more than this: {text}"));
         }
         match (verdict, found.history.clone()) {
             (HistoryVerdict::Same | HistoryVerdict::Adopted, Some(cluster)) => {
                 let set_back_to = known.as_ref().and_then(|known| cluster.of_log().end_since(known.epoch));
                 let log = found.streams.first().and_then(|(log, _)| known.as_ref()?.streams.get(log.name()));
                 let followed_at = log.map(|log| log.last_at / 1_000);
-                Ok(Self { cluster, set_back_to, followed_at })
+                let mut seen = FollowedHistory::of(&cluster, &found);
+                seen.anchors = known.map_or_else(Default::default, |known| known.anchors);
+                if let Some(end) = set_back_to {
+                    seen.anchors = seen.anchors.below(end);
+                }
+                Ok(Self { cluster, set_back_to, followed_at, seen })
             }
             (HistoryVerdict::Broken(text), _) => Err(AdmissionError::Undecided(text)),
             _ => {
                 let cluster = begin(nats, &found, replicas).await?;
-                Ok(Self { cluster, set_back_to: None, followed_at: None })
+                let seen = FollowedHistory::of(&cluster, &found);
+                Ok(Self { cluster, set_back_to: None, followed_at: None, seen })
             }
         }
     }
 
-    /// Completes it, once every stream and bucket is there: notes when each was created, and marks those that are not
-    /// marked. Returns what the gateway follows from now on.
+    /// Completes it, once every stream and bucket is there: judges again, notes when each was created, and marks those that
+    /// are not marked. Returns what the gateway follows from now on. `log_end` is where its log ends by now.
     ///
     /// # Errors
-    /// [`AdmissionError`].
+    /// [`AdmissionError`]; [`AdmissionError::Overtaken`] if what is there does not go on from what was admitted.
     pub(in crate::gateway) async fn complete(
         &self,
         nats: &Nats,
         streams: &[ManagedStream],
         replicas: usize,
+        log_end: Offset,
     ) -> Result<FollowedHistory, AdmissionError> {
         let found = HistoryFindings::ask(nats, streams).await?;
-        if let Some(now) = &found.history
-            && (now.epoch > self.cluster.epoch || now.id != self.cluster.id)
-        {
-            return Err(AdmissionError::Failed(
-                "the cluster goes on from another state of its log since this start began: start again"
-                    .to_owned(),
-            ));
+        let is_same = judge(&found, Some(&self.seen)) == HistoryVerdict::Same
+            && judge_anchor(nats, &found, &self.seen).await?.is_none();
+        let ends_at = found.log().map_or(0, |log| log.last + 1);
+        if !is_same || ends_at < log_end {
+            return Err(AdmissionError::Overtaken);
         }
-        let Some(mut cluster) = found.history.clone().filter(|history| history.epoch == self.cluster.epoch)
-        else {
-            return Err(AdmissionError::Away("the cluster's history is being changed".to_owned()));
-        };
+        let Some(mut cluster) = found.history.clone() else { return Err(AdmissionError::Overtaken) };
         let before = cluster.clone();
         for (name, extent) in found.extents() {
             cluster.streams.entry(name.to_owned()).or_insert(extent.created);
@@ -140,7 +156,9 @@ impl AdmittedHistory {
                 warn!(%error, "a stream or bucket cannot be marked as that of this log");
             }
         }
-        Ok(FollowedHistory::of(&cluster, &found))
+        let mut known = self.seen.clone();
+        known.go_on(&found);
+        Ok(known)
     }
 }
 
@@ -165,9 +183,19 @@ async fn begin(
 
 /// The identity of the log that a gateway on these servers has followed; `None` if there is none.
 async fn followed_elsewhere(nats: &Nats) -> Option<String> {
-    let asked = nats.client().request(FOLLOWED_SUBJECT, Vec::new().into());
+    ask_gateways(nats, FOLLOWED_SUBJECT, "").await
+}
+
+/// Why a gateway that runs, and has followed the log of this identity, does not go on with it, if one does not.
+async fn doubted_elsewhere(nats: &Nats, id: &str) -> Option<String> {
+    ask_gateways(nats, DOUBTED_SUBJECT, id).await
+}
+
+/// The first answer of those that run, unless it is empty.
+async fn ask_gateways(nats: &Nats, subject: &'static str, question: &str) -> Option<String> {
+    let asked = nats.client().request(subject, question.to_owned().into());
     let answer = tokio::time::timeout(FOLLOWED_ANSWER_WAIT_MAX, asked).await.ok()?.ok()?;
-    Some(String::from_utf8_lossy(&answer.payload).into_owned()).filter(|id| !id.is_empty())
+    Some(String::from_utf8_lossy(&answer.payload).into_owned()).filter(|text| !text.is_empty())
 }
 
 /// Tells whoever asks the identity of the log that this gateway has followed, until the connection is closed for good.
@@ -176,6 +204,21 @@ pub(super) async fn answer_followed(nats: Nats, id: String) {
     while let Some(question) = asked.next().await {
         if let Some(reply) = question.reply {
             let _ = nats.client().publish(reply, id.clone().into()).await;
+        }
+    }
+}
+
+/// Tells whoever asks why this gateway does not go on with the log, until the connection is closed for good. One that does go
+/// on leaves the first answer to those that do not.
+pub(super) async fn answer_doubts(nats: Nats, id: String, gate: HistoryGate) {
+    let Ok(mut asked) = nats.client().subscribe(DOUBTED_SUBJECT).await else { return };
+    while let Some(question) = asked.next().await {
+        let doubt = gate.doubt().filter(|_| question.payload == id.as_bytes());
+        if doubt.is_none() {
+            tokio::time::sleep(NO_DOUBT_ANSWER_DELAY).await;
+        }
+        if let Some(reply) = question.reply {
+            let _ = nats.client().publish(reply, doubt.unwrap_or_default().into()).await;
         }
     }
 }

@@ -1,5 +1,6 @@
 //! `headgate cluster adopt` and `headgate cluster restore`: the decision that a cluster goes on from what its servers have.
 
+use std::collections::HashSet;
 use std::fmt::Write;
 use std::time::{Duration, Instant};
 
@@ -7,16 +8,19 @@ use anyhow::{Context, bail};
 use headgate_bridge_nats::{KvBucket, KvError, Nats};
 
 use super::admission::{AdmissionError, new_identity, put_history};
+use super::anchors::{FollowedEnd, end_of_followed};
+use super::missing::{MissingRecords, first_other};
 use super::{
-    ClusterHistory, FollowedHistory, HistoryFindings, HistoryVerdict, SetBackRow, judge, judge_anchor,
-    registry_stream,
+    ClusterHistory, FollowedHistory, HistoryFindings, HistoryVerdict, SetBackRow, judge_all, registry_stream,
 };
 use crate::auth::RegistryError;
 use crate::auth::cluster::{RegistryCopy, RegistryMending, registry_bucket_settings};
 use crate::config::{Config, LogBackend};
+use crate::consume::sink::record_copy::RecordCopy;
 use crate::consume::subscriber::sessions::bucket::SESSIONS_BUCKET_NAME;
 use crate::gateway::cluster_settings::all_streams;
-use crate::message::now_micros;
+use crate::log::open_log_stream;
+use crate::message::{KeyId, Offset, now_micros};
 
 /// How long the commands wait for NATS.
 const ADOPTION_TIMEOUT: Duration = Duration::from_secs(10);
@@ -27,6 +31,8 @@ const ADOPTION_RETRY_PAUSE: Duration = Duration::from_millis(100);
 pub struct AdoptionOrder {
     /// Whether the registry is published again as this gateway has it.
     pub is_restored: bool,
+    /// Whether records are published again that the log has no longer and this gateway has.
+    pub has_records: bool,
     /// Whether a registry without any key may be gone on with: every datasource and key has to be created again.
     pub is_new_registry: bool,
     /// Whether to do it, and not only say it.
@@ -87,7 +93,7 @@ pub fn adopt_cluster(config: &Config, order: AdoptionOrder) -> anyhow::Result<Ad
     })
 }
 
-enum AdoptionError {
+pub(super) enum AdoptionError {
     /// Try again.
     Away(String),
     Refused(anyhow::Error),
@@ -128,77 +134,153 @@ async fn try_adopt(
     config: &Config,
     order: AdoptionOrder,
 ) -> Result<AdoptionReport, AdoptionError> {
-    let refused = |error: anyhow::Error| AdoptionError::Refused(error);
-    let (dir, replicas) = (&config.data_dir, config.nats.stream.replicas);
-    let known = FollowedHistory::load(dir)
-        .with_context(|| format!("{}/{}", dir.display(), super::HISTORY_FILE_NAME))
-        .map_err(refused)?;
-    let copy = RegistryCopy::load(dir).map_err(|error| refused(error.into()))?;
-    let found = HistoryFindings::ask(nats, &all_streams(config)).await?;
-    let mut verdict = judge(&found, known.as_ref());
-    if let (HistoryVerdict::Same, Some(known)) = (&verdict, &known)
-        && let Some(broken) = judge_anchor(nats, &found, known).await?
-    {
-        verdict = broken;
-    }
-    if verdict == HistoryVerdict::New {
-        return Err(refused(anyhow::anyhow!("there is no cluster on these servers yet")));
-    }
-    if order.is_restored && copy.is_none() {
-        return Err(refused(anyhow::anyhow!(
-            "there is no copy of the registry in {}: run this where a gateway of this cluster has its data directory",
-            dir.display()
-        )));
-    }
     let mut said = String::new();
-    let nothing = match verdict {
-        HistoryVerdict::Broken(_) => None,
-        HistoryVerdict::Unmarked => Some("the cluster has no history yet: start a gateway, which makes one"),
-        _ if known.is_some() => {
-            Some("there is nothing to decide: the cluster is as the gateway of this data directory knows it")
-        }
-        _ => {
-            let _ = writeln!(
-                said,
-                "no gateway has its data directory in {}: what others have followed is not known here",
-                dir.display()
-            );
-            None
-        }
+    let Some(case) = AdoptionCase::read(nats, config, order, &mut said).await? else {
+        return Ok(AdoptionReport { said, is_needed: false, is_done: false });
     };
-    if let Some(nothing) = nothing {
-        return Ok(AdoptionReport { said: format!("{nothing}\n"), is_needed: false, is_done: false });
+    let plan = case.plan(nats, config, order).await?;
+    tell(&mut said, &case.found, case.known.as_ref(), &plan.mending, plan.end);
+    if let Some(missing) = &plan.missing {
+        let _ = writeln!(said, "{}", missing.words());
     }
-    let end = found.log().map_or(1, |log| log.last + 1);
-    let settings = registry_bucket_settings(replicas);
-    // One that is gone is not made before it is decided.
-    let mending = match found.registry() {
-        Some(_) => {
-            let bucket = KvBucket::open(nats, &settings).await?;
-            RegistryMending::plan(&bucket, copy.as_ref(), order.is_restored, end).await?
-        }
-        None => RegistryMending::default(),
-    };
-    tell(&mut said, &found, known.as_ref(), &mending, end);
-    let has_keys = mending.live_keys > 0 || (found.registry().is_none() && order.is_restored);
+    }
+    let is_gone = case.found.registry().is_none();
+    let has_keys = !plan.mending.live_keys.is_empty() || (is_gone && order.is_restored);
     if !has_keys && !order.is_new_registry {
-        return Err(refused(anyhow::anyhow!(
+        return Err(AdoptionError::Refused(anyhow::anyhow!(
             "{said}the registry has no key: put its bucket back; or publish it again where a gateway has its data directory \
              (headgate cluster restore); or begin a new registry on purpose (--new-registry): then every datasource has to \
              be created again, and every device needs another key"
         )));
     }
     if order.apply {
-        let bucket = KvBucket::open(nats, &settings).await?;
-        let mending = RegistryMending::plan(&bucket, copy.as_ref(), order.is_restored, end).await?;
-        mending.publish(&bucket).await?;
-        let history = next_epoch(&found, known.as_ref(), end)?;
-        put_history(nats, &with_registry(nats, config, history).await?, found.revision, replicas).await?;
+        case.apply(nats, config, order, &plan).await?;
         let _ = writeln!(said, "done: gateways that run begin the new epoch by themselves, within seconds");
     } else {
         let _ = writeln!(said, "nothing is changed yet: with --yes it is done");
     }
     Ok(AdoptionReport { said, is_needed: true, is_done: order.apply })
+}
+
+/// What is decided about.
+struct AdoptionCase {
+    known: Option<FollowedHistory>,
+    copy: Option<RegistryCopy>,
+    found: HistoryFindings,
+}
+
+/// What is to be done.
+struct AdoptionPlan {
+    mending: RegistryMending,
+    /// The records that are published again, if that is ordered.
+    missing: Option<MissingRecords>,
+    /// The first offset that is given anew.
+    end: Offset,
+}
+
+impl AdoptionCase {
+    /// Asks the servers and reads what this gateway knows; `None` if there is nothing to decide, which is said then.
+    async fn read(
+        nats: &Nats,
+        config: &Config,
+        order: AdoptionOrder,
+        said: &mut String,
+    ) -> Result<Option<Self>, AdoptionError> {
+        let refused = |error: anyhow::Error| AdoptionError::Refused(error);
+        let dir = &config.data_dir;
+        let known = FollowedHistory::load(dir)
+            .with_context(|| format!("{}/{}", dir.display(), super::HISTORY_FILE_NAME))
+            .map_err(refused)?;
+        let copy = RegistryCopy::load(dir).map_err(|error| refused(error.into()))?;
+        let found = HistoryFindings::ask(nats, &all_streams(config)).await?;
+        let verdict = judge_all(nats, &found, known.as_ref(), dir).await?;
+        if verdict == HistoryVerdict::New {
+            return Err(refused(anyhow::anyhow!("there is no cluster on these servers yet")));
+        }
+        if order.is_restored && copy.is_none() {
+            return Err(refused(anyhow::anyhow!(
+                "there is no copy of the registry in {}: run this where a gateway of this cluster has its data directory",
+                dir.display()
+            )));
+        }
+        let _ = match verdict {
+            HistoryVerdict::Broken(_) => Ok(()),
+            HistoryVerdict::Unmarked => {
+                let _ = writeln!(said, "the cluster has no history yet: start a gateway, which makes one");
+                return Ok(None);
+            }
+            _ if known.is_some() => {
+                let words = "there is nothing to decide: the cluster is as the gateway of this data directory knows it";
+                let _ = writeln!(said, "{words}");
+                return Ok(None);
+            }
+            _ => writeln!(
+                said,
+                "no gateway has its data directory in {}: what others have followed is not known here",
+                dir.display()
+            ),
+        };
+        Ok(Some(Self { known, copy, found }))
+    }
+
+    /// Works out what is to be done. Nothing is changed.
+    async fn plan(
+        &self,
+        nats: &Nats,
+        config: &Config,
+        order: AdoptionOrder,
+    ) -> Result<AdoptionPlan, AdoptionError> {
+        let followed = end_of_followed(nats, &self.found, self.known.as_ref()).await?;
+        let end = end_of_copied(nats, config, &self.found, followed).await?;
+        let mending = self.mending(nats, config, order, end).await?;
+        if !order.has_records {
+            return Ok(AdoptionPlan { mending, missing: None, end });
+        }
+        let live_keys = match (self.found.registry(), &self.copy) {
+            (None, Some(copy)) => copy.live_keys()?,
+            _ => mending.live_keys,
+        };
+        let known = self.known.as_ref();
+        let missing = find_missing(nats, config, &self.found, known, (followed.sure, live_keys)).await?;
+        let end = missing.end;
+        let mending = self.mending(nats, config, order, end).await?;
+        Ok(AdoptionPlan { mending, missing: Some(missing), end })
+    }
+
+    /// What is put right in the registry. A bucket that is gone is not made before it is decided.
+    async fn mending(
+        &self,
+        nats: &Nats,
+        config: &Config,
+        order: AdoptionOrder,
+        end: Offset,
+    ) -> Result<RegistryMending, AdoptionError> {
+        if self.found.registry().is_none() {
+            return Ok(RegistryMending::default());
+        }
+        let bucket = KvBucket::open(nats, &registry_bucket_settings(config.nats.stream.replicas)).await?;
+        Ok(RegistryMending::plan(&bucket, self.copy.as_ref(), order.is_restored, end).await?)
+    }
+
+    async fn apply(
+        &self,
+        nats: &Nats,
+        config: &Config,
+        order: AdoptionOrder,
+        plan: &AdoptionPlan,
+    ) -> Result<(), AdoptionError> {
+        let replicas = config.nats.stream.replicas;
+        let bucket = KvBucket::open(nats, &registry_bucket_settings(replicas)).await?;
+        let mending = RegistryMending::plan(&bucket, self.copy.as_ref(), order.is_restored, plan.end).await?;
+        mending.publish(&bucket).await?;
+        if let Some(missing) = &plan.missing {
+            missing.publish(nats, config).await?;
+        }
+        let history = next_epoch(&self.found, self.known.as_ref(), plan.end)?;
+        let history = with_present(nats, config, history).await?;
+        put_history(nats, &history, self.found.revision, replicas).await?;
+        Ok(())
+    }
 }
 
 /// The history from here on.
@@ -226,8 +308,50 @@ fn next_epoch(
     Ok(ClusterHistory { id, epoch, streams, set_backs })
 }
 
-/// Adds the registry's bucket, which may just have been made.
-async fn with_registry(
+/// Where the log goes on, as far as records.db of this gateway knows more than what it has noted.
+async fn end_of_copied(
+    nats: &Nats,
+    config: &Config,
+    found: &HistoryFindings,
+    followed: FollowedEnd,
+) -> Result<u64, AdoptionError> {
+    let (Some(copy), Some(log)) = (RecordCopy::in_dir(&config.data_dir), found.log()) else {
+        return Ok(followed.end);
+    };
+    let stream = open_log_stream(nats, config).await?;
+    let other = first_other(&stream, &copy, (followed.sure, log.last)).await?;
+    let has_all = copy.cursor()? > log.last;
+    Ok(other.unwrap_or(if has_all { log.last + 1 } else { followed.end }))
+}
+
+/// Compares this gateway's copy of the records with the log.
+async fn find_missing(
+    nats: &Nats,
+    config: &Config,
+    found: &HistoryFindings,
+    known: Option<&FollowedHistory>,
+    (common, live_keys): (u64, HashSet<KeyId>),
+) -> Result<MissingRecords, AdoptionError> {
+    let dir = &config.data_dir;
+    let copy = RecordCopy::in_dir(dir).ok_or_else(|| {
+        AdoptionError::Refused(anyhow::anyhow!(
+            "there is no records.db in {}: run this where a gateway with the sink sqlite has its data directory",
+            dir.display()
+        ))
+    })?;
+    let stream = match found.log() {
+        Some(_) => Some(open_log_stream(nats, config).await?),
+        None => None,
+    };
+    let last = found.log().map_or(0, |log| log.last);
+    let epochs =
+        found.history.as_ref().map(|row| row.epoch).into_iter().chain(known.map(|known| known.epoch));
+    let epoch = epochs.max().unwrap_or(0);
+    MissingRecords::find(stream.as_ref(), copy, (common, last), epoch, live_keys).await
+}
+
+/// Adds the registry's bucket and the log's stream, which may just have been made.
+async fn with_present(
     nats: &Nats,
     config: &Config,
     mut history: ClusterHistory,
@@ -235,6 +359,9 @@ async fn with_registry(
     let found = HistoryFindings::ask(nats, &all_streams(config)).await?;
     if let Some(registry) = found.registry() {
         history.streams.insert(registry_stream(), registry.created);
+    }
+    if let (Some((log, _)), Some(extent)) = (found.streams.first(), found.log()) {
+        history.streams.insert(log.name().to_owned(), extent.created);
     }
     Ok(history)
 }
@@ -265,7 +392,7 @@ fn tell(
         (mending.ended_keys, "keys that this gateway knows as dead and the registry has as alive: they end"),
         (mending.restored_rows, "rows of the registry are published again as this gateway has them"),
         (mending.set_back_rows, "incarnations of datasources that began beyond that offset begin there"),
-        (mending.live_keys, "keys are alive then"),
+        (mending.live_keys.len(), "keys are alive then"),
     ] {
         let _ = if count > 0 { writeln!(said, "{count} {what}") } else { Ok(()) };
     }

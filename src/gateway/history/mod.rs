@@ -14,6 +14,8 @@
 
 mod admission;
 mod adoption;
+mod anchors;
+mod missing;
 mod set_back;
 mod verdict;
 mod watch;
@@ -26,6 +28,8 @@ use headgate_bridge_nats::stream::{StreamExtent, StreamMark, StreamReport};
 use headgate_bridge_nats::{ManagedStream, Nats, StreamError};
 use serde::{Deserialize, Serialize};
 
+use self::anchors::LogAnchors;
+use self::verdict::judge_all;
 pub(super) use admission::{AdmissionError, AdmittedHistory};
 pub use adoption::{AdoptionOrder, AdoptionReport, ClusterCommandError, adopt_cluster};
 pub(super) use set_back::set_back_stores;
@@ -81,6 +85,9 @@ pub(super) struct FollowedHistory {
     pub(super) id: String,
     pub(super) epoch: u64,
     pub(super) streams: BTreeMap<String, FollowedExtent>,
+    /// Where the log ended before, now and then.
+    #[serde(default)]
+    pub(super) anchors: LogAnchors,
 }
 
 /// How far a stream or bucket was: see [`StreamExtent`].
@@ -102,7 +109,17 @@ impl FollowedHistory {
     /// What there is now, of a history.
     pub(super) fn of(history: &ClusterHistory, found: &HistoryFindings) -> Self {
         let streams = found.extents().map(|(name, extent)| (name.to_owned(), extent.into()));
-        Self { id: history.id.clone(), epoch: history.epoch, streams: streams.collect() }
+        let anchors = LogAnchors::default();
+        Self { id: history.id.clone(), epoch: history.epoch, streams: streams.collect(), anchors }
+    }
+
+    /// Notes what there is now of the same history.
+    fn go_on(&mut self, found: &HistoryFindings) {
+        let streams = found.extents().map(|(name, extent)| (name.to_owned(), FollowedExtent::from(extent)));
+        self.streams.extend(streams);
+        if let Some(log) = found.log() {
+            self.anchors.note(log.last, log.last_at);
+        }
     }
 
     /// Reads the file; `None` if there is none.

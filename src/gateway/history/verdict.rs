@@ -1,9 +1,13 @@
 //! The comparison of what the servers have with what a gateway has followed.
 
+use std::path::Path;
+
 use headgate_bridge_nats::stream::StreamExtent;
 use headgate_bridge_nats::{Nats, StreamError};
 
+use super::missing::is_same_record;
 use super::{ClusterHistory, FollowedHistory, HistoryFindings, registry_stream};
+use crate::consume::sink::record_copy::RecordCopy;
 use crate::time::Rfc3339;
 
 /// What the comparison says.
@@ -29,6 +33,62 @@ const WAYS_OUT: &str = "No gateway that knows of it takes a message until that i
 
 fn broken(what: &str) -> HistoryVerdict {
     HistoryVerdict::Broken(format!("{what}. {WAYS_OUT}"))
+}
+
+/// Compares what the servers have with all that this gateway knows of it: what it has noted in its data directory `dir`, and
+/// what its `records.db` has, which may be more.
+///
+/// # Errors
+/// [`StreamError::Away`].
+pub(super) async fn judge_all(
+    nats: &Nats,
+    found: &HistoryFindings,
+    known: Option<&FollowedHistory>,
+    dir: &Path,
+) -> Result<HistoryVerdict, StreamError> {
+    let verdict = judge(found, known);
+    if verdict != HistoryVerdict::Same {
+        return Ok(verdict);
+    }
+    if let Some(known) = known
+        && let Some(broken) = judge_anchor(nats, found, known).await?
+    {
+        return Ok(broken);
+    }
+    Ok(judge_copy(nats, found, dir).await?.unwrap_or(verdict))
+}
+
+/// Compares the newest record of `records.db` in `dir`. Returns what is wrong. A file that cannot be read tells nothing.
+async fn judge_copy(
+    nats: &Nats,
+    found: &HistoryFindings,
+    dir: &Path,
+) -> Result<Option<HistoryVerdict>, StreamError> {
+    let Some((stream, Some(report))) = found.streams.first() else { return Ok(None) };
+    let Some(copy) = RecordCopy::in_dir(dir) else { return Ok(None) };
+    let is = report.extent();
+    let Ok(cursor) = copy.cursor() else { return Ok(None) };
+    if cursor > is.last + 1 {
+        return Ok(Some(broken(&format!(
+            "the {stream} ends at {}, and records.db of this gateway has it up to {}: it was put back to an earlier state, or a \
+             server has lost what it had not yet written to its disk",
+            is.last,
+            cursor - 1
+        ))));
+    }
+    let Ok(Some(newest)) = copy.newest() else { return Ok(None) };
+    if newest.offset < is.first {
+        return Ok(None);
+    }
+    let stored = stream.message_at(nats, newest.offset).await?;
+    // It may have been removed, by retention or because its key had ended.
+    Ok(stored.filter(|stored| !is_same_record(Some(&newest), Some(stored))).map(|_| {
+        broken(&format!(
+            "the {stream} has another message at {} than records.db of this gateway: it was put back to an earlier state, and \
+             has grown since",
+            newest.offset
+        ))
+    }))
 }
 
 /// Compares what the servers have with what was followed; `None`: nothing was, so far.

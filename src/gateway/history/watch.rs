@@ -11,8 +11,8 @@ use tokio::task::{JoinSet, spawn_blocking};
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
-use super::admission::answer_followed;
-use super::{FollowedExtent, FollowedHistory, HistoryFindings, HistoryVerdict, judge, judge_anchor};
+use super::admission::{answer_doubts, answer_followed};
+use super::{FollowedHistory, HistoryFindings, HistoryVerdict, judge, judge_anchor};
 use crate::auth::Registry;
 use crate::log::HistoryGate;
 
@@ -62,6 +62,7 @@ impl HistoryWatch {
     pub(in crate::gateway) async fn run(mut self, connections: Vec<Nats>) {
         let mut answering = JoinSet::new();
         answering.spawn(answer_followed(self.nats.clone(), self.known.id.clone()));
+        answering.spawn(answer_doubts(self.nats.clone(), self.known.id.clone(), self.gate.clone()));
         let mut connections: Vec<watch::Receiver<u64>> =
             connections.iter().chain([&self.nats]).map(Nats::connections).collect();
         let mut requests = self.gate.requests();
@@ -116,8 +117,7 @@ impl HistoryWatch {
         if let Some(broken) = judge_anchor(&self.nats, &found, &self.known).await? {
             return Ok(broken);
         }
-        let streams = found.extents().map(|(name, extent)| (name.to_owned(), FollowedExtent::from(extent)));
-        self.known.streams.extend(streams);
+        self.known.go_on(&found);
         Ok(HistoryVerdict::Same)
     }
 

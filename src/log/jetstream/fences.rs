@@ -11,8 +11,8 @@
 
 use parking_lot::RwLock;
 use std::collections::HashMap;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use headgate_bridge_nats::StreamError;
@@ -22,8 +22,8 @@ use tokio::time::{Instant, sleep, sleep_until};
 use tracing::warn;
 
 use super::JetstreamLogShared;
-use crate::log::Section;
-use crate::log::nats_message::{RECORD_KEY_ID_HEADER, header_text, is_redriven};
+use crate::log::nats_message::{RECORD_KEY_ID_HEADER, header_text, is_redriven, message_origin};
+use crate::log::{FencedListener, Section};
 use crate::message::{KeyId, Offset, RecordFlags};
 use crate::subject::SubjectSpace;
 
@@ -43,6 +43,8 @@ pub(super) struct KeyFences {
     count: AtomicUsize,
     /// How many messages the follower has found behind a fence.
     shut_out: AtomicU64,
+    /// Is told of each of them.
+    pub(super) listener: OnceLock<FencedListener>,
     /// Those messages, which are then removed from the stream.
     removals: mpsc::UnboundedSender<(Offset, Instant)>,
 }
@@ -58,7 +60,7 @@ impl KeyFences {
     pub(super) fn new() -> (Self, mpsc::UnboundedReceiver<(Offset, Instant)>) {
         let (removals, removed) = mpsc::unbounded_channel();
         let (places, count) = (RwLock::default(), AtomicUsize::new(0));
-        (Self { places, count, shut_out: AtomicU64::new(0), removals }, removed)
+        (Self { places, count, shut_out: AtomicU64::new(0), listener: OnceLock::new(), removals }, removed)
     }
 
     /// Notes that a key ends at an offset. Of several fences of a key the first counts.
@@ -122,6 +124,9 @@ impl KeyFences {
                 messages = seen,
                 "a message came behind the end of its key: it is no record"
             );
+        }
+        if let (Some(listener), Some(origin)) = (self.listener.get(), message_origin(message)) {
+            listener(origin);
         }
         let _ = self.removals.send((message.sequence, Instant::now()));
     }

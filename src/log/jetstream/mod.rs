@@ -73,8 +73,8 @@ use super::retention::{Hold, Holds};
 use super::tail::Tail;
 use super::withheld::WithheldRules;
 use super::{
-    AppendError, Batch, BatchListener, Log, LogFuture, LogOpenError, LogReadError, OnceId, PendingCommit,
-    RecordTooLarge, Section, log_trouble,
+    AppendError, Batch, BatchListener, FencedListener, Log, LogFuture, LogOpenError, LogReadError, OnceId,
+    PendingCommit, RecordTooLarge, Section, log_trouble,
 };
 use crate::config::Config;
 use crate::message::{KeyId, Offset, TimeMicros};
@@ -331,6 +331,14 @@ fn stream_settings(config: &Config) -> JetstreamSettings {
     }
 }
 
+/// Opens the log's stream alone, and makes it if it is gone: for commands that decide how the log goes on.
+///
+/// # Errors
+/// [`StreamError`].
+pub async fn open_log_stream(nats: &Nats, config: &Config) -> Result<JetstreamStream, StreamError> {
+    JetstreamStream::open(nats, &stream_settings(config)).await
+}
+
 /// The stream and the buckets of the log, as the configuration has them; the stream is the first.
 pub fn managed_streams(config: &Config) -> [ManagedStream; 4] {
     let (settings, replicas) = (stream_settings(config), config.nats.stream.replicas);
@@ -424,6 +432,10 @@ impl Log for JetstreamLog {
 
     fn fenced_records(&self) -> u64 {
         self.shared.fences.shut_out_count()
+    }
+
+    fn listen_fenced(&self, listener: FencedListener) {
+        let _ = self.shared.fences.listener.set(listener);
     }
 
     fn sync(&self) -> LogFuture<'_, Result<(), AppendError>> {

@@ -55,6 +55,8 @@ causes! {
         "the key was revoked: give the client one that is live";
     ExpiredKey "expired_key" Unauthorized:
         "the key has expired: give the client a new one";
+    Fenced "fenced" Unauthorized:
+        "the key had ended before it reached the cluster's log, through a gateway or server that stood still: it is no record";
     AmbiguousKey "ambiguous_key" Unauthorized:
         "it presented two different keys: it has to send one";
     KeyInUrl "key_in_url" KeyInUrl:

@@ -6,6 +6,7 @@
 
 mod compaction;
 mod rewrite;
+mod set_back;
 pub(crate) mod vacuum;
 
 use std::collections::BTreeMap;
@@ -27,6 +28,7 @@ use crate::error::LakeError;
 use crate::snapshot::{PROTOCOL, TableSnapshot};
 
 pub use rewrite::{RewriteReport, RowTarget, RowTargets};
+pub use set_back::{SetBackOrder, SetBackReport};
 
 /// How often a commit is tried when others are faster.
 const COMMIT_ATTEMPTS_MAX: u32 = 16;
@@ -98,8 +100,8 @@ pub struct TableAppend {
     pub files: Vec<DataFile>,
     /// Rows that are kept and not in the table: see [`LakeTable::rewrite`].
     pub aside: Vec<DataFile>,
-    /// A [mark](LakeTable::mark) that the rows depend on, and where it is expected; 0 if it was never set.
-    pub mark: Option<(String, i64)>,
+    /// [Marks](LakeTable::mark) that the rows depend on, and where they are expected; 0 if one was never set.
+    pub marks: Vec<(String, i64)>,
 }
 
 /// What became of an append.
@@ -196,7 +198,7 @@ impl LakeTable {
     ///
     /// # Errors
     ///
-    /// [`LakeError::Superseded`] when the cursor or the mark is elsewhere than expected, [`LakeError::Schema`] for columns
+    /// [`LakeError::Superseded`] when the cursor or a mark is elsewhere than expected, [`LakeError::Schema`] for columns
     /// that do not fit, and the store's. After an error the same append may be tried again.
     pub async fn append(&mut self, append: &TableAppend) -> Result<AppendOutcome, LakeError> {
         self.catch_up().await?;
@@ -380,7 +382,7 @@ fn plan_append(
     let has_mark = |(name, version): &(String, i64)| {
         snapshot.cursor(&mark_app(app_id, name)).unwrap_or_default() == *version
     };
-    if cursor != append.previous || !append.mark.iter().all(has_mark) {
+    if cursor != append.previous || !append.marks.iter().all(has_mark) {
         return Err(LakeError::Superseded { cursor });
     }
     let mut actions = vec![commit_info("WRITE")];

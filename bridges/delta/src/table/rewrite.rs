@@ -20,7 +20,7 @@ use crate::error::LakeError;
 use crate::snapshot::TableSnapshot;
 
 /// How often a rewrite begins again because the files were others in the meantime.
-const REWRITE_ATTEMPTS_MAX: u32 = 5;
+pub(super) const REWRITE_ATTEMPTS_MAX: u32 = 5;
 /// The folder of what is aside. Its name begins with `_`, so that readers leave it alone.
 const ASIDE_FOLDER: &str = "_aside";
 /// What the transactions of files aside begin with.
@@ -54,20 +54,20 @@ pub struct RewriteReport {
 
 /// Where rows are: in a file of the table, or in one aside.
 #[derive(Clone)]
-enum RowSource {
+pub(super) enum RowSource {
     Table(AddFile),
     Aside { name: String, partition: PartitionValues },
 }
 
 impl RowSource {
-    fn path(&self) -> Result<Path, LakeError> {
+    pub(super) fn path(&self) -> Result<Path, LakeError> {
         match self {
             Self::Table(file) => object_path(&file.path),
             Self::Aside { name, .. } => Ok(aside_path(name)),
         }
     }
 
-    fn partition(&self) -> &PartitionValues {
+    pub(super) fn partition(&self) -> &PartitionValues {
         match self {
             Self::Table(file) => &file.partition_values,
             Self::Aside { partition, .. } => partition,
@@ -206,7 +206,7 @@ impl LakeTable {
         names_aside(&self.snapshot).into_iter().map(|name| aside_path(&name))
     }
 
-    async fn partition_aside(&self, name: &str) -> Result<PartitionValues, LakeError> {
+    pub(super) async fn partition_aside(&self, name: &str) -> Result<PartitionValues, LakeError> {
         partition_of(&self.store.get(&aside_path(name)).await?.bytes().await?)
     }
 
@@ -279,13 +279,13 @@ impl LakeTable {
 }
 
 /// The files aside that count.
-fn names_aside(snapshot: &TableSnapshot) -> Vec<String> {
+pub(super) fn names_aside(snapshot: &TableSnapshot) -> Vec<String> {
     let counting = snapshot.transactions().filter(|t| t.version == ASIDE_COUNTS);
     counting.filter_map(|t| t.app_id.strip_prefix(ASIDE_APP).map(str::to_owned)).collect()
 }
 
 /// Says that a file no longer counts.
-fn ended_action(source: &RowSource) -> LogAction {
+pub(super) fn ended_action(source: &RowSource) -> LogAction {
     match source {
         RowSource::Table(file) => RemoveFile::of(file, now_ms(), true).into(),
         RowSource::Aside { name, .. } => aside_action(name, ASIDE_ENDED),
@@ -300,7 +300,7 @@ fn aside_app(name: &str) -> String {
     format!("{ASIDE_APP}{name}")
 }
 
-fn aside_path(name: &str) -> Path {
+pub(super) fn aside_path(name: &str) -> Path {
     Path::from(format!("{ASIDE_FOLDER}/{name}.parquet"))
 }
 

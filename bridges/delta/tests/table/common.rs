@@ -5,17 +5,19 @@ use std::path::Path;
 use std::process::Command;
 use std::sync::Arc;
 
+use futures_util::TryStreamExt;
 use headgate_bridge_delta::array::cast::AsArray;
 use headgate_bridge_delta::array::types::Int64Type;
 use headgate_bridge_delta::array::{
     ArrayRef, Float64Array, Int64Array, RecordBatch, StringArray, TimestampMicrosecondArray,
 };
-use headgate_bridge_delta::object_store::ObjectStore;
+use headgate_bridge_delta::object_store::{ObjectStore, ObjectStoreExt};
 use headgate_bridge_delta::schema::Schema;
 use headgate_bridge_delta::{
     ColumnType, DataFile, DataFileWriter, FileSettings, LakeError, LakeTable, PartitionValues, RowTarget,
     RowTargets, TableAppend, TableColumn, TableSnapshot, TableSpec,
 };
+use parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
 
 /// The first moment of 2026-11-30, in microseconds.
 pub(crate) const DAY_US: i64 = 1_796_000_400_000_000 / 86_400_000_000 * 86_400_000_000;
@@ -138,6 +140,21 @@ pub(crate) async fn offsets_aside(table: &LakeTable) -> Result<BTreeSet<i64>, La
         }
     }
     Ok(offsets)
+}
+
+/// The offsets in all files of a folder. Each is there once.
+pub(crate) async fn offsets_in(store: &Arc<dyn ObjectStore>, folder: &str) -> BTreeSet<i64> {
+    let mut offsets = BTreeSet::new();
+    let folder = headgate_bridge_delta::object_store::path::Path::from(folder);
+    let objects: Vec<_> = store.list(Some(&folder)).try_collect().await.expect("listed");
+    for object in objects {
+        let bytes = store.get(&object.location).await.expect("there").bytes().await.expect("read");
+        let rows = ParquetRecordBatchReaderBuilder::try_new(bytes).expect("Parquet").build().expect("rows");
+        for offset in rows.flat_map(|batch| offset_column(&batch.expect("rows")).to_vec()) {
+            assert!(offsets.insert(offset), "{offset} is there twice");
+        }
+    }
+    offsets
 }
 
 /// The rows of a batch by where they belong.

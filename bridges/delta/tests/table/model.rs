@@ -10,11 +10,15 @@ use std::time::Duration;
 
 use headgate_bridge_delta::object_store::ObjectStore;
 use headgate_bridge_delta::object_store::memory::InMemory;
-use headgate_bridge_delta::{AddFile, LakeError, LakeTable, RowTarget, TableAppend, TableSnapshot};
+use headgate_bridge_delta::{
+    AddFile, LakeError, LakeTable, RowTarget, SetBackOrder, TableAppend, TableSnapshot,
+};
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 
-use crate::common::{append_next, file, offsets, offsets_aside, open, partition, sorted, spec, value_column};
+use crate::common::{
+    append_next, file, offsets, offsets_aside, offsets_in, open, partition, sorted, spec, value_column,
+};
 use crate::faults::StoppingStore;
 
 /// Lives of a writer in one run: each ends with a kill.
@@ -59,6 +63,10 @@ enum ModelStep {
     Retention {
         day: &'static str,
     },
+    /// Goes back to an offset.
+    SetBack {
+        from: i64,
+    },
     Upkeep,
 }
 
@@ -77,6 +85,10 @@ impl TableModel {
                 (aside, rows) = rows.into_iter().partition(|o| *o >= from && o % nth == 0);
             }
             ModelStep::Retention { day } => rows.retain(|o| self.days[o] != day),
+            ModelStep::SetBack { from } => {
+                rows.retain(|o| *o < from);
+                aside.retain(|o| *o < from);
+            }
             ModelStep::Rename { .. } | ModelStep::Upkeep => (),
         }
         (rows, aside)
@@ -89,6 +101,9 @@ fn step(random: &mut StdRng, next: i64) -> ModelStep {
         5 => ModelStep::Surgery { from: random.random_range(0..next.max(1)), nth: random.random_range(2..9) },
         6 if random.random_bool(0.3) => ModelStep::Retention { day: DAYS[0] },
         7 if random.random_bool(0.5) => ModelStep::Rename { from: random.random_range(0..next.max(1)) },
+        8 if random.random_bool(0.3) => {
+            ModelStep::SetBack { from: next - random.random_range(0..next.max(1)) / 3 }
+        }
         _ => ModelStep::Upkeep,
     }
 }
@@ -134,6 +149,13 @@ async fn perform(
         }
         ModelStep::Retention { day } => {
             table.drop_files(|file| file.partition("day") == Some(day)).await.map(|_| ())
+        }
+        ModelStep::SetBack { from } => {
+            let epoch = table.mark("epoch").unwrap_or(0) + 1;
+            let order = SetBackOrder { mark: ("epoch", epoch), from: Some(from), folder: "_set_aside" };
+            let report = table.set_back(&order).await?;
+            assert!(report.is_some(), "nobody else has done it");
+            Ok(())
         }
         ModelStep::Upkeep => match random.random_range(0..4) {
             0 if old == OldVersions::Deleted => {
@@ -301,11 +323,52 @@ async fn rows_that_follow_older_rules_are_not_appended() {
         through: 9,
         columns: vec![value_column("press-4")],
         files: vec![file("press-4", DAYS[0], 0..10)],
-        mark: Some(("rules".to_owned(), version)),
+        marks: vec![("rules".to_owned(), version)],
         ..TableAppend::default()
     };
     assert!(matches!(writer.append(&following(0)).await, Err(LakeError::Superseded { cursor: None })));
     writer.append(&following(1)).await.expect("appended");
     let table = open(&store).await;
     assert_eq!((table.mark("rules"), table.cursor()), (Some(1), Some(9)));
+}
+
+/// What the table goes back behind is beside it, by name, and no writer that knows an earlier epoch brings it in again.
+#[tokio::test]
+async fn rows_that_a_table_goes_back_behind_are_kept_beside_it() {
+    let store: Arc<dyn ObjectStore> = Arc::new(InMemory::new());
+    let (mut table, mut late) = (open(&store).await, open(&store).await);
+    append_next(&mut table, &DATASOURCES, DAYS[0], 20).await.expect("appended");
+    let odd_is_aside = |partition: &BTreeMap<String, Option<String>>, offset: i64| match offset % 2 {
+        1 => RowTarget::Aside,
+        _ => RowTarget::Table(partition.clone()),
+    };
+    table
+        .rewrite(|_| true, |partition, batch| Ok(sorted(batch, |o| odd_is_aside(partition, o))))
+        .await
+        .expect("rewritten");
+    late.refresh().await.expect("read");
+    let order = SetBackOrder { mark: ("epoch", 7), from: Some(12), folder: "_set_aside_7" };
+    let report = table.set_back(&order).await.expect("set back").expect("it was not done before");
+    assert_eq!(report.rows, 8);
+    assert_eq!(table.set_back(&order).await.expect("read"), None);
+    assert_eq!(late.set_back(&order).await.expect("read"), None, "another gateway comes later");
+    table.vacuum(Duration::ZERO, Duration::ZERO).await.expect("vacuumed");
+    assert_eq!((table.cursor(), table.mark("epoch")), (Some(11), Some(7)));
+    let rows = offsets(&table, table.snapshot()).await.expect("readable");
+    assert_eq!(rows, (0..12).filter(|o| o % 2 == 0).collect());
+    assert_eq!(offsets_aside(&table).await.expect("readable"), (0..12).filter(|o| o % 2 == 1).collect());
+    assert_eq!(offsets_in(&store, "_set_aside_7").await, (12..20).collect());
+
+    // Of an earlier epoch, and at the place of what comes now.
+    let stale = TableAppend {
+        previous: Some(11),
+        through: 19,
+        columns: vec![value_column("press-4")],
+        files: vec![file("press-4", DAYS[0], 12..20)],
+        marks: vec![("epoch".to_owned(), 0)],
+        ..TableAppend::default()
+    };
+    assert!(matches!(late.append(&stale).await, Err(LakeError::Superseded { cursor: Some(11) })));
+    append_next(&mut table, &DATASOURCES, DAYS[1], 3).await.expect("appended");
+    assert_eq!(table.cursor(), Some(14));
 }

@@ -6,6 +6,7 @@ use std::fmt;
 use std::time::Duration;
 
 use async_nats::jetstream::context::{Context, UpdateStreamErrorKind};
+use async_nats::jetstream::message::StreamMessage;
 use async_nats::jetstream::response::Response;
 use async_nats::jetstream::stream::{Config, Info, LastRawMessageErrorKind};
 use async_nats::jetstream::{self, ErrorCode};
@@ -14,7 +15,8 @@ use serde::Deserialize;
 use tokio::time::timeout;
 
 use super::{
-    JetstreamSettings, STREAM_ANSWER_WAIT_MAX, StreamError, StreamSequence, stream_error_of_jetstream,
+    JetstreamSettings, STREAM_ANSWER_WAIT_MAX, StoredMessage, StreamError, StreamSequence,
+    stream_error_of_jetstream,
 };
 use crate::connection::Nats;
 use crate::kv::{KvBucketSettings, kv_stream_config};
@@ -238,6 +240,27 @@ impl ManagedStream {
     /// # Errors
     /// [`StreamError::Away`].
     pub async fn stored_at(&self, nats: &Nats, sequence: StreamSequence) -> Result<Option<i64>, StreamError> {
+        let message = self.raw_message(nats, sequence).await?;
+        Ok(message.map(|message| nanos(message.time.unix_timestamp_nanos())))
+    }
+
+    /// The message at a sequence, from the leader; `None` if there is none (any more).
+    ///
+    /// # Errors
+    /// [`StreamError::Away`].
+    pub async fn message_at(
+        &self,
+        nats: &Nats,
+        sequence: StreamSequence,
+    ) -> Result<Option<StoredMessage>, StreamError> {
+        Ok(self.raw_message(nats, sequence).await?.map(StoredMessage::from_leader))
+    }
+
+    async fn raw_message(
+        &self,
+        nats: &Nats,
+        sequence: StreamSequence,
+    ) -> Result<Option<StreamMessage>, StreamError> {
         let away = |detail: &dyn fmt::Display| {
             StreamError::Away(nats.trouble().unwrap_or_else(|| format!("{}: {detail}", self.what)))
         };
@@ -245,7 +268,7 @@ impl ManagedStream {
             context(nats).get_stream_no_info(&self.wanted.name).await.map_err(|error| away(&error))?;
         let asked = timeout(STREAM_ANSWER_WAIT_MAX, handle.get_raw_message(sequence)).await;
         match asked.map_err(|_| away(&"JetStream does not answer"))? {
-            Ok(message) => Ok(Some(nanos(message.time.unix_timestamp_nanos()))),
+            Ok(message) => Ok(Some(message)),
             Err(error) if error.kind() == LastRawMessageErrorKind::NoMessageFound => Ok(None),
             Err(error) => Err(away(&error)),
         }

@@ -197,6 +197,21 @@ impl JetstreamStream {
         }
     }
 
+    /// The message at a sequence, from the leader; `None` if there is none (any more).
+    ///
+    /// # Errors
+    /// [`StreamError::Away`].
+    pub async fn get_from_leader(
+        &self,
+        sequence: StreamSequence,
+    ) -> Result<Option<StoredMessage>, StreamError> {
+        match self.await_answer(self.handle.get_raw_message(sequence)).await? {
+            Ok(found) => Ok(Some(StoredMessage::from_leader(found))),
+            Err(error) if error.kind() == LastRawMessageErrorKind::NoMessageFound => Ok(None),
+            Err(error) => Err(self.away_error(&error)),
+        }
+    }
+
     /// The newest message that exists, from the leader: other servers may be behind. `last` is the newest
     /// sequence ever stored ([`StreamState::last`]).
     ///

@@ -4,7 +4,7 @@
 //! The copy has datasources, keys (digests only) and rules; not the audit. A key that it knows as dead never becomes alive
 //! again, whatever state the bucket is put back to.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
@@ -16,7 +16,7 @@ use serde::{Deserialize, Serialize};
 use super::super::Registry;
 use super::super::error::RegistryError;
 use super::super::rows::{REGISTRY_ROWS_FORMAT, RegistryRow};
-use crate::message::Offset;
+use crate::message::{KeyId, Offset};
 
 /// The row of the registry's bucket that says whose it is; it is no row of the registry.
 pub const HISTORY_ROW_NAME: &str = "history";
@@ -48,8 +48,8 @@ pub struct RegistryCopyError {
 #[derive(Debug, Default)]
 pub struct RegistryMending {
     puts: Vec<KvPut>,
-    /// How many keys are alive in the bucket, when it is put right.
-    pub live_keys: usize,
+    /// The keys that are alive in the bucket, when it is put right.
+    pub live_keys: HashSet<KeyId>,
     /// How many keys end that the bucket has as alive.
     pub ended_keys: usize,
     /// How many rows come from the copy.
@@ -101,6 +101,18 @@ impl RegistryCopy {
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
             Err(error) => Err(failed(error.to_string())),
         }
+    }
+
+    /// The keys that it has as alive.
+    ///
+    /// # Errors
+    /// [`RegistryError::Cluster`] for rows that cannot be read.
+    pub fn live_keys(&self) -> Result<HashSet<KeyId>, RegistryError> {
+        let mut live = HashSet::new();
+        for (name, value) in &self.rows {
+            live.extend(live_key(parse(name, value.as_bytes())?.as_ref()));
+        }
+        Ok(live)
     }
 
     fn extend(&mut self, rows: &[RegistryRow]) {
@@ -182,8 +194,7 @@ impl RegistryMending {
                     mending.put(name, row.value().unwrap_or_default().into(), &revisions);
                     mending.set_back_rows += 1;
                 }
-                row @ Some(RegistryRow::Key(..)) if !is_dead(row.as_ref()) => mending.live_keys += 1,
-                _ => {}
+                row => mending.live_keys.extend(live_key(row.as_ref())),
             }
         }
         Ok(mending)
@@ -210,6 +221,14 @@ impl RegistryMending {
 fn parse(name: &str, value: &[u8]) -> Result<Option<RegistryRow>, RegistryError> {
     RegistryRow::parse(name, Some(value))
         .map_err(|detail| RegistryError::Cluster(format!("row {name} cannot be read: {detail}")))
+}
+
+/// The key of a row, if that is the row of one that is alive.
+fn live_key(row: Option<&RegistryRow>) -> Option<KeyId> {
+    match row {
+        Some(RegistryRow::Key(digest, Some(_))) if !is_dead(row) => Some(digest.key_id()),
+        _ => None,
+    }
 }
 
 /// Whether a row is that of a key that has ended.

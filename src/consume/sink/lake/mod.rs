@@ -7,11 +7,12 @@
 //! Records in quarantine are not in the table. Those of a leaked key are taken out of it and kept aside, until they are
 //! given back or purged ([`rules`]).
 //!
-//! Where gateways share a lake, each commit says which offset and which rules it follows: the first one counts, and the
-//! others lose nothing but their work. Whoever was too late leaves the lake to the faster one until that stands still
+//! Where gateways share a lake, each commit says which offset, which rules and which epoch of the log ([`epochs`]) it
+//! follows: the first one counts, and the others lose nothing but their work. Whoever was too late leaves the lake to the faster one until that stands still
 //! ([`turns`]).
 
 mod columns;
+mod epochs;
 mod pending;
 mod rules;
 mod turns;
@@ -41,6 +42,9 @@ const WITHHELD_MARK: &str = "withheld";
 /// The one that says up to which of them what was purged is erased from earlier versions of the table too.
 const ERASED_MARK: &str = "erased";
 
+/// The one that says of which epoch of the log its rows are.
+const EPOCH_MARK: &str = "epoch";
+
 /// A lake that does not come to rest is kept up once in so many commits.
 const BUSY_COMMITS_PER_UPKEEP: u32 = 32;
 
@@ -62,6 +66,14 @@ pub enum LakeFault {
     /// Another gateway, which has another log, writes into the table.
     #[error("another gateway writes into the lake at {place}")]
     OtherWriter {
+        /// Where it is.
+        place: String,
+    },
+    /// The table is of a later epoch of the log than this gateway.
+    #[error(
+        "another gateway has begun a later epoch of the log in the lake at {place}, and this one has not yet"
+    )]
+    LaterEpoch {
         /// Where it is.
         place: String,
     },
@@ -97,6 +109,7 @@ impl LakeFault {
             | Self::Table(LakeError::OtherTable(_) | LakeError::ProtocolNewer { .. }) => {
                 "name another place in storage.delta.place"
             }
+            Self::LaterEpoch { .. } => "this gateway begins it by itself, or with its next start",
             Self::Table(_) | Self::Threads(_) => "it is tried again",
             Self::Place(_) | Self::Settings(_) => "see [storage.delta]",
         }
@@ -145,6 +158,8 @@ pub(in crate::consume) struct LakeSink {
     cursor: Offset,
     /// The table's cursor when what is not committed began: it is committed behind that, or not at all.
     base: Option<i64>,
+    /// The epoch of the log that its rows are of; `None` without a cluster.
+    epoch: Option<i64>,
     /// The rules about what is left out and their version, once they are known.
     left_out: Option<(WithheldSnapshot, u64)>,
     /// `None` since it was opened: what failed before is seen to fail or to work at once.
@@ -181,6 +196,7 @@ impl LakeSink {
             lot: None,
             cursor: 0,
             base: None,
+            epoch: None,
             left_out: None,
             committed_at: None,
             busy_commits: 0,
@@ -312,13 +328,15 @@ impl LakeSink {
             return self.yield_to_other();
         }
         let rows = self.runtime.block_on(lot.files).map_err(io::Error::other)??;
+        let rules = self.left_out.as_ref().map(|(_, version)| (WITHHELD_MARK, cursor_of(*version)));
+        let marks = rules.into_iter().chain(self.epoch.map(|epoch| (EPOCH_MARK, epoch)));
         let append = TableAppend {
             previous: self.base,
             through: cursor_of(lot.end - 1),
             columns: rows.columns,
             files: rows.files,
             aside: rows.aside,
-            mark: self.left_out.as_ref().map(|(_, version)| (WITHHELD_MARK.to_owned(), cursor_of(*version))),
+            marks: marks.map(|(name, version)| (name.to_owned(), version)).collect(),
         };
         match self.runtime.block_on(self.table.append(&append)) {
             Err(LakeError::Superseded { .. }) => return self.yield_to_other(),
