@@ -12,6 +12,7 @@ use super::out::{self, CommandOutput};
 use super::signals::{self, AskedSignal, Signals};
 use crate::config::{Config, ConfigChanges, ConfigError, LoadedConfig};
 use crate::gateway::Gateway;
+use crate::observe::spans::SpanExport;
 use crate::observe::trace::{self, TraceControl};
 
 /// How long a thread may still run after the drain, for example a query of a disconnected client.
@@ -75,6 +76,7 @@ fn load(file: Option<&Path>, data_dir: Option<&Path>) -> Result<LoadedConfig, Co
 async fn serve(mut served: ServedConfig, out: &mut CommandOutput) -> anyhow::Result<()> {
     let mut signals = Signals::listen()?;
     let mut config = served.started.clone();
+    let spans = SpanExport::begin(&config.trace.otlp)?;
     loop {
         // In a cluster the start may have to wait for NATS.
         let mut gateway = tokio::select! {
@@ -114,6 +116,7 @@ async fn serve(mut served: ServedConfig, out: &mut CommandOutput) -> anyhow::Res
         }
         tracing::info!("stopped");
         if !starts_again {
+            spans.end().await;
             return Ok(());
         }
     }
