@@ -19,6 +19,9 @@ const SECONDS_BUCKETS: [f64; 16] = [
     10.0,
 ];
 
+/// One of a datasource's counts.
+type TrafficFigure = fn(&TrafficCounts) -> u64;
+
 /// A gateway's metrics.
 pub struct Metrics {
     recorder: PrometheusRecorder,
@@ -130,7 +133,7 @@ impl Metrics {
     /// Writes what each of the busiest datasources has sent, and all others together.
     pub fn write_traffic(&self, out: &mut ExpositionText, source: &dyn TrafficSource) {
         let Some(reading) = self.traffic.read(Instant::now(), source, self.total_traffic()) else { return };
-        let families: [(&str, &str, fn(&TrafficCounts) -> u64); 3] = [
+        let families: [(&str, &str, TrafficFigure); 3] = [
             (
                 "headgate_datasource_messages_total",
                 "Messages of a datasource that were let in; _other: of all that have no series of their own",
