@@ -3,8 +3,9 @@
 use std::env;
 use std::ffi::OsString;
 use std::fmt;
+use std::io::ErrorKind;
 use std::net::IpAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, bail};
@@ -24,6 +25,9 @@ use crate::observe::advice::shape_advice;
 /// How long one request may take. A page of records takes milliseconds; creating a datasource waits
 /// for a disk.
 const REQUEST_MAX: Duration = Duration::from_secs(60);
+
+/// Where the gateway of the Debian package keeps its data (`config/deb/headgate.toml`).
+const INSTALLED_DATA_DIR: &str = "/var/lib/headgate";
 
 /// The HTTP API of a gateway, with a key for it.
 #[derive(Clone)]
@@ -366,9 +370,21 @@ pub(super) fn key_from_environment(url: &str) -> anyhow::Result<KeySecret> {
     if !is_loopback(url) {
         bail!("no API key for {url}: neither HEADGATE_API_KEY nor HEADGATE_API_KEY_FILE is set");
     }
-    let data_dir = variable("HEADGATE_DATA_DIR").map_or_else(|| Config::default().data_dir, PathBuf::from);
-    let file = data_dir.join("admin.key");
-    match std::fs::read_to_string(&file) {
+    let named = variable("HEADGATE_DATA_DIR").map(PathBuf::from);
+    let is_named = named.is_some();
+    let file = named.unwrap_or_else(|| Config::default().data_dir).join("admin.key");
+    let read = |file: &Path| std::fs::read_to_string(file);
+    let (file, read) = match read(&file) {
+        Err(error) if error.kind() == ErrorKind::NotFound && !is_named => {
+            let installed = Path::new(INSTALLED_DATA_DIR).join("admin.key");
+            match read(&installed) {
+                Err(error) if error.kind() == ErrorKind::NotFound => (file, Err(error)),
+                read => (installed, read),
+            }
+        }
+        read => (file, read),
+    };
+    match read {
         Ok(text) => Ok(KeySecret::from_source(&text, KeySource::AdminKey(file))),
         Err(error) => bail!(
             "no API key: neither HEADGATE_API_KEY nor HEADGATE_API_KEY_FILE is set, and {} cannot be read ({error}); \

@@ -23,7 +23,7 @@ Exit codes:
   0  done
   1  it failed in another way than those below
   2  the command line cannot be used: an argument is missing, unknown or not in order
-  3  the gateway refused it: the key is not good for it, a limit is reached, or something stands against it
+  3  the gateway refused it: the key is not good for it, a limit is reached, or it conflicts with what exists
   4  not found: there is no datasource, key or other thing of that name
   5  no gateway answers, or it cannot do it right now: try again later
   130, 141  ended by Ctrl-C while draining; whoever read the output has closed it";

@@ -36,6 +36,7 @@ mod repair;
 mod replay;
 mod schema;
 mod serve;
+mod service_manager;
 mod session;
 mod shell;
 mod signals;
@@ -80,7 +81,8 @@ Environment of the commands that talk to a running gateway:
   HEADGATE_CACERT        a file with issuers of certificates (PEM) to trust beside the system's (or --cacert)
   HEADGATE_API_KEY       the key
   HEADGATE_API_KEY_FILE  or a file that holds it
-  HEADGATE_DATA_DIR      or, on the gateway's own machine, where its admin.key is (default headgate-data)
+  HEADGATE_DATA_DIR      or, on the gateway's own machine, where its admin.key is (default headgate-data,
+                         or /var/lib/headgate where the package has installed it)
 
 Every setting of `serve` can be set by environment too: HEADGATE_MQTT__LISTEN=127.0.0.1:1883. An empty variable
 counts as absent.";

@@ -9,6 +9,7 @@ use anyhow::Context;
 
 use super::client;
 use super::out::{self, CommandOutput};
+use super::service_manager::ServiceManager;
 use super::signals::{self, AskedSignal, Signals};
 use crate::config::{Config, ConfigChanges, ConfigError, LoadedConfig};
 use crate::gateway::Gateway;
@@ -75,17 +76,23 @@ fn load(file: Option<&Path>, data_dir: Option<&Path>) -> Result<LoadedConfig, Co
 
 async fn serve(mut served: ServedConfig, out: &mut CommandOutput) -> anyhow::Result<()> {
     let mut signals = Signals::listen()?;
+    let mut manager = ServiceManager::from_environment();
     let mut config = served.started.clone();
     let spans = SpanExport::begin(&config.trace.otlp)?;
     loop {
+        manager.starting();
         // In a cluster the start may have to wait for NATS.
         let mut gateway = tokio::select! {
             biased;
             started = Gateway::start(config.clone()) => started?,
-            () = signals.asked() => return Ok(()),
+            () = signals.asked() => {
+                manager.stopping(Duration::ZERO);
+                return Ok(());
+            }
         };
         // What was read again since the process began holds on.
         gateway.apply_live(&served.newest);
+        manager.ready(&gateway);
         // Devices are served whether or not anybody reads these lines.
         if let Err(error) = announce(&gateway, out) {
             let error = anyhow::Error::new(error);
@@ -97,19 +104,30 @@ async fn serve(mut served: ServedConfig, out: &mut CommandOutput) -> anyhow::Res
             tokio::select! {
                 biased;
                 asked = signals.asked_or_hung_up() => match asked {
-                    AskedSignal::Reload => served.reload(&mut gateway),
+                    AskedSignal::Reload => {
+                        manager.reloading();
+                        served.reload(&mut gateway);
+                        manager.reloaded();
+                    }
                     _ => break false,
                 },
                 () = gateway.left_history() => break true,
             }
         };
         gateway.pin_listeners(&mut config);
+        let drain_max = gateway.drain_max();
         tracing::info!("draining");
+        if starts_again {
+            manager.starting();
+        } else {
+            manager.stopping(drain_max);
+        }
         let mut stopping = std::pin::pin!(gateway.stop());
         tokio::select! {
             () = &mut stopping, if starts_again => {}
             () = signals.asked(), if starts_again => {
                 starts_again = false;
+                manager.stopping(drain_max);
                 signals.finish(stopping).await;
             }
             else => signals.finish(stopping).await,

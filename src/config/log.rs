@@ -153,6 +153,14 @@ impl SinkKind {
         }
     }
 
+    /// Whether this build has it.
+    pub(super) const fn is_built(self) -> bool {
+        match self {
+            Self::Sqlite | Self::Postgres => true,
+            Self::Delta => cfg!(feature = "delta"),
+        }
+    }
+
     /// Whether reads can be answered from it.
     const fn is_readable(self) -> bool {
         match self {
@@ -161,6 +169,9 @@ impl SinkKind {
         }
     }
 }
+
+// The tests are built with the feature; the lints check this without it as well.
+const _: () = assert!(SinkKind::Delta.is_built() == cfg!(feature = "delta"));
 
 impl fmt::Display for SinkKind {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -204,13 +215,19 @@ impl StorageConfig {
             "it has to be one of storage.sinks, or \"first\"",
         )?;
         self.postgres.check(self.sinks.contains(&SinkKind::Postgres))?;
-        require(
-            cfg!(feature = "delta") || !self.sinks.contains(&SinkKind::Delta),
-            "storage.sinks",
-            named.join(","),
-            "this Headgate was built without the feature \"delta\": build it with `cargo build --release --features delta`",
-        )?;
+        self.check_built(SinkKind::is_built)?;
         self.delta.check()?;
         require(self.nice <= 19, "storage.nice", self.nice, "it has to be between 0 and 19")
+    }
+
+    /// Whether each sink is one that the build has.
+    pub(super) fn check_built(&self, is_built: impl Fn(SinkKind) -> bool) -> Result<(), ConfigError> {
+        let missing = self.sinks.iter().find(|kind| !is_built(**kind));
+        require(
+            missing.is_none(),
+            "storage.sinks",
+            missing.map_or("", |kind| kind.as_str()),
+            "this Headgate was built without the feature \"delta\": build it with `cargo build --release --features delta`",
+        )
     }
 }

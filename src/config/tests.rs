@@ -60,6 +60,17 @@ fn sinks_are_a_list_and_the_earlier_name_for_one_of_them_is_understood() {
     }
 }
 
+/// The tests themselves are built with all features.
+#[test]
+fn a_sink_that_a_build_does_not_have_is_refused_with_what_to_do() {
+    let sinks = |sinks: &[SinkKind]| StorageConfig { sinks: sinks.to_vec(), ..StorageConfig::default() };
+    let without = |storage: StorageConfig| storage.check_built(|kind| kind != SinkKind::Delta);
+    without(sinks(&[SinkKind::Sqlite, SinkKind::Postgres])).expect("they are in every build");
+    let error = without(sinks(&[SinkKind::Sqlite, SinkKind::Delta])).expect_err("it has no lake").to_string();
+    assert!(error.contains("storage.sinks") && error.contains("--features delta"), "{error}");
+    sinks(&[SinkKind::Delta]).check().expect("this build has it");
+}
+
 fn load_text(text: &str) -> Result<Config, ConfigError> {
     let dir = tempfile::tempdir().expect("temporary directory");
     let file = dir.path().join("headgate.toml");

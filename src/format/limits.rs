@@ -269,11 +269,26 @@ pub const INFERENCE_PARTS_MAX: usize = 1_000;
 pub const INFERENCE_KEY_BYTES_MAX: usize = 128;
 /// A payload shown as an example.
 pub const INFERENCE_EXAMPLE_BYTES_MAX: usize = 16 << 10;
-/// What records that wait for their commit in a Delta lake take in memory, about.
-pub const LAKE_PENDING_BYTES: usize = 64 << 20;
+/// What the remembered row ids of datasources, topics and origins take in memory, about. Beyond that, all are forgotten and
+/// read again: clients may invent topics without end.
+pub const REMEMBERED_NAMES_BYTES_MAX: usize = 32 << 20;
+/// What one of them takes beside its text.
+pub const REMEMBERED_NAME_BYTES: usize = 64;
+/// Sets of keys that the samples of a topic have in PostgreSQL; beyond that, each row of samples has its keys itself, which go
+/// with it.
+pub const POSTGRES_KEY_SETS_PER_TOPIC_MAX: i64 = 64;
+/// Bytes of rows that are made while those before them are copied into PostgreSQL, ...
+pub const POSTGRES_COPY_BYTES: usize = 2 << 20;
+/// ... how many records they are of, ...
+pub const POSTGRES_COPY_RECORDS_MAX: usize = 4096;
+/// ... and how many times that may be on its way.
+pub const POSTGRES_COPIES_UNDER_WAY_MAX: usize = 2;
+/// What records that wait for their commit in a Delta lake take in memory, about: so much is collected while as much is made
+/// into files.
+pub const LAKE_LOT_BYTES: usize = 32 << 20;
 /// Columns of values in a Delta lake, for all datasources.
 pub const LAKE_VALUE_COLUMNS_MAX: usize = 1_000;
-/// Columns of values that one datasource brings into a Delta lake, between two starts.
+/// Columns of values that one datasource brings into a Delta lake.
 pub const LAKE_VALUE_COLUMNS_OF_ONE_MAX: usize = 100;
 /// The name of a member that gets a column in a Delta lake.
 pub const LAKE_VALUE_NAME_BYTES_MAX: usize = 128;
@@ -314,18 +329,23 @@ pub const REVOCATION_WAIT_MAX: std::time::Duration = std::time::Duration::from_s
 pub const PROCESSOR_WINDOW: std::time::Duration = std::time::Duration::from_millis(10);
 /// How long a tenant counts as somebody who wants something, after it was last served.
 pub const TENANT_ACTIVE: std::time::Duration = std::time::Duration::from_millis(300);
-/// How long a tenant that was over its share of the processors is served at low priority.
+/// How long a tenant is served at low priority for each [`PROCESSOR_WINDOW`] in which it was over its share of the
+/// processors.
+pub const SLOW_LANE_STEP: std::time::Duration = std::time::Duration::from_millis(200);
+/// The longest of these stays.
 pub const SLOW_LANE_STAY: std::time::Duration = std::time::Duration::from_secs(2);
 /// What such a tenant may have on its way into the log, in bytes; a larger request goes alone.
 pub const SLOW_IN_FLIGHT_BYTES_MAX: usize = 128 << 10;
 /// How long such a tenant pauses after work of its own that others wait for the disk behind, as a multiple of what the
 /// work took.
 pub const SLOW_DISK_PAUSES: u32 = 3;
-/// The same after a request larger than [`SLOW_IN_FLIGHT_BYTES_MAX`], for whose commit everybody waits: about a fifth
-/// of the log's time is such a tenant's.
+/// The same after a request larger than [`SLOW_IN_FLIGHT_BYTES_MAX`], for whose commit everybody waits, up to 1 MiB; beyond
+/// that it grows with the square of its size: others wait for longer, and that often.
 pub const SLOW_LARGE_PAUSES: u32 = 4;
+/// The most of that: a hundredth of the log's time is such a tenant's.
+pub const SLOW_LARGE_PAUSES_MAX: u32 = 100;
 /// The longest of these pauses.
-pub const SLOW_DISK_PAUSE_MAX: std::time::Duration = std::time::Duration::from_millis(500);
+pub const SLOW_DISK_PAUSE_MAX: std::time::Duration = std::time::Duration::from_secs(2);
 /// The niceness of that priority.
 pub const SLOW_LANE_NICE: u8 = 10;
 /// What a new connection may use of the processors before it shares the place of its tenant, in nanoseconds.

@@ -84,6 +84,20 @@ pub struct Gateway {
     _lock: File,
 }
 
+/// Asks whether a gateway lives.
+pub struct GatewayPulse {
+    log: Arc<dyn Log>,
+}
+
+impl GatewayPulse {
+    /// Returns when the threads of the log have answered, or wait for a disk that has not: `false` if a restart alone can make
+    /// it take messages again. Does not return while one of them hangs in another way.
+    pub fn pulse(&self) -> impl Future<Output = bool> + Send + use<> {
+        let log = self.log.clone();
+        async move { log.pulse().await }
+    }
+}
+
 impl Gateway {
     /// Opens the data directory, binds every listener, and serves.
     ///
@@ -188,6 +202,16 @@ impl Gateway {
     pub fn apply_live(&mut self, config: &Config) {
         self.drain_max = config.drain_max();
         self.fronts.live.apply(config);
+    }
+
+    /// What can ask whether the gateway lives.
+    pub fn watched(&self) -> GatewayPulse {
+        GatewayPulse { log: self.log.clone() }
+    }
+
+    /// For how long [`Gateway::stop`] drains at most.
+    pub fn drain_max(&self) -> Duration {
+        self.drain_max
     }
 
     /// The NATS servers that messages are ingested from, without credentials; empty without NATS ingest.

@@ -28,14 +28,14 @@ use tracing::{info, warn};
 use crate::auth::setting::JsonSetting;
 use crate::auth::{Authorizer, Grant, GrantDenial, Key};
 use crate::config;
-use crate::limits::{RETRY_AFTER, REVOCATION_WAIT_MAX, SLOW_IN_FLIGHT_BYTES_MAX, SLOW_LARGE_PAUSES};
+use crate::limits::{RETRY_AFTER, REVOCATION_WAIT_MAX, SLOW_IN_FLIGHT_BYTES_MAX};
 use crate::log::{AppendError, Log, SectionOutcome};
 use crate::memory::{MemoryAccount, MemoryBudget};
 use crate::message::{DatasourceId, Transport, now_micros};
 use crate::observe::metrics::Metrics;
 use crate::observe::refusals::Refusals;
 use crate::observe::spans::DraftSpans;
-use crate::processor::{DiskTurn, ProcessorTime};
+use crate::processor::{DiskTurn, ProcessorTime, pauses_after_large};
 use crate::quota::{Limit, LimitExceeded, LimitOwner, LimitPolicy, LimitSetting, Meters, Quota, QuotaLimits};
 use crate::retained_topics::{RetainedFull, RetainedTopics};
 use crate::shares::{ShareCount, ShareExceeded, TenantShare};
@@ -310,7 +310,11 @@ impl Intake {
     /// The turn of a tenant in the slow lane for a draft that needs so many permits of all.
     fn disk_turn(&self, of_tenant: Option<OwnedSemaphorePermit>, permits: u32) -> Option<DiskTurn> {
         let is_large = permits > slow_permits(permits);
-        Some(self.0.processor.disk_turn(of_tenant?, if is_large { SLOW_LARGE_PAUSES } else { 0 }))
+        Some(
+            self.0
+                .processor
+                .disk_turn(of_tenant?, if is_large { pauses_after_large(permits as usize) } else { 0 }),
+        )
     }
 
     /// What the draft's tenant has to wait for in the slow lane. `None` over NATS: a draft has the messages of many

@@ -35,6 +35,9 @@ use crate::limits::FRAME_PART_BYTES_MAX;
 use crate::message::{Offset, TimeMicros};
 use crate::trouble::TroubleCell;
 
+/// How often a pulse that waits looks whether it is the disk that is waited for.
+const PULSE_POLL_INTERVAL: Duration = Duration::from_millis(500);
+
 /// The segments of a log, by their first offsets.
 pub(super) type Segments = BTreeMap<Offset, Arc<Segment>>;
 
@@ -442,6 +445,25 @@ impl Log for EmbeddedLog {
 
     fn trouble(&self) -> Option<String> {
         self.shared.trouble.current()
+    }
+
+    /// A disk that does not answer is none that a restart mends.
+    fn pulse(&self) -> LogFuture<'_, bool> {
+        let answered = self.barrier();
+        Box::pin(async move {
+            let mut answered = answered;
+            loop {
+                tokio::select! {
+                    () = &mut answered => break,
+                    () = tokio::time::sleep(PULSE_POLL_INTERVAL) => {
+                        if self.shared.queue.is_syncing() {
+                            break;
+                        }
+                    }
+                }
+            }
+            self.shared.failure.get().is_none()
+        })
     }
 
     fn close(&self) -> LogFuture<'_, ()> {

@@ -282,6 +282,12 @@ pub trait Log: Send + Sync {
         None
     }
 
+    /// Returns when the threads of the log's own have answered, or wait for a disk that has not: `false` if a restart alone
+    /// can make it take records again. Does not return while one of them hangs in another way.
+    fn pulse(&self) -> LogFuture<'_, bool> {
+        Box::pin(std::future::ready(true))
+    }
+
     /// Stops taking appends, commits the waiting ones, and ends.
     fn close(&self) -> LogFuture<'_, ()>;
 }

@@ -299,6 +299,11 @@ impl WriterQueue {
         self.locked().sync_began[thread] = began;
     }
 
+    /// Whether a sync is under way.
+    pub(super) fn is_syncing(&self) -> bool {
+        self.locked().sync_began.iter().any(Option::is_some)
+    }
+
     /// Ends a turn. The calling thread looks next whether more waits, so that no other one is woken for that.
     pub(super) fn end_turn(&self, weight: usize) {
         self.end_turn_in(self.locked(), weight);

@@ -7,7 +7,7 @@ use std::time::Instant;
 use tokio::runtime::Handle;
 use tokio::sync::OwnedSemaphorePermit;
 
-use crate::limits::SLOW_DISK_PAUSE_MAX;
+use crate::limits::{SLOW_DISK_PAUSE_MAX, SLOW_LARGE_PAUSES, SLOW_LARGE_PAUSES_MAX};
 
 /// What the tenant has under way. Its permits come back some time after this is dropped.
 #[derive(Debug)]
@@ -26,6 +26,12 @@ impl DiskTurn {
     }
 }
 
+/// How long the turn for a request of so many bytes stays away, as a multiple of how long it takes.
+pub fn pauses_after_large(bytes: usize) -> u32 {
+    let tenths = u32::try_from(bytes / ((1 << 20) / 10)).unwrap_or(u32::MAX).max(10);
+    (SLOW_LARGE_PAUSES.saturating_mul(tenths.saturating_mul(tenths)) / 100).min(SLOW_LARGE_PAUSES_MAX)
+}
+
 impl Drop for DiskTurn {
     fn drop(&mut self) {
         let pause = self.began.elapsed().saturating_mul(self.pauses).min(SLOW_DISK_PAUSE_MAX);
@@ -35,5 +41,16 @@ impl Drop for DiskTurn {
             tokio::time::sleep(pause).await;
             drop(permits);
         });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_larger_a_request_the_longer_its_tenant_leaves_the_disk_to_others() {
+        let pauses = [200 << 10, 1 << 20, 2 << 20, 4 << 20, 16 << 20, usize::MAX].map(pauses_after_large);
+        assert_eq!(pauses, [4, 4, 16, 64, 100, 100]);
     }
 }

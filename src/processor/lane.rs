@@ -16,11 +16,8 @@ use tokio_util::task::AbortOnDropHandle;
 use tracing::warn;
 
 use crate::limits::SLOW_LANE_NICE;
-use crate::scheduler::{SchedulerAttributes, lower_priority};
+use crate::scheduler::lower_priority;
 use crate::shares::processors;
-
-/// The time slice of the threads of low priority, in nanoseconds: the longest that there is.
-const SLOW_LANE_SLICE_NS: u64 = 100_000_000;
 
 /// Where a task runs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -41,13 +38,7 @@ fn build_lane(name: &'static str, threads: usize, nice: u8) -> Option<Runtime> {
     let built = Builder::new_multi_thread()
         .thread_name(name)
         .worker_threads(threads)
-        .on_thread_start(move || {
-            lower_priority(nice);
-            if nice > 0 {
-                // Whoever has the usual slice is let in at once.
-                let _ = SchedulerAttributes::set_slice(SLOW_LANE_SLICE_NS);
-            }
-        })
+        .on_thread_start(move || lower_priority(nice))
         .enable_all()
         .build();
     built.inspect_err(|error| warn!(%error, name, "no threads for this: all share the usual ones")).ok()

@@ -13,9 +13,10 @@ use tokio::task::futures::TaskLocalFuture;
 use tokio_util::task::AbortOnDropHandle;
 
 use super::lane::{TaskLane, USUAL_RUNTIME};
+use super::poll_clock::PollClock;
 use super::{ProcessorTime, TenantTime};
 use crate::limits::NEWCOMER_NS;
-use crate::scheduler::{is_lowered, waited};
+use crate::scheduler::is_lowered;
 
 /// Who pays for a client's tasks: first the strangers, then the tenant of the key that it presents.
 pub struct TaskPayer {
@@ -94,11 +95,10 @@ impl TaskPayer {
     #[inline]
     fn poll_measured<F: Future + ?Sized>(&self, work: Pin<&mut F>, cx: &mut Context<'_>) -> Poll<F::Output> {
         let Some(weight) = self.time.next_weight(&self.tenant.load()) else { return work.poll(cx) };
-        let (began, waited_before) = (Instant::now(), waited());
+        let clock = PollClock::start();
         let polled = work.poll(cx);
-        let now = Instant::now();
-        let waited = waited().saturating_sub(waited_before);
-        let used = now.saturating_duration_since(began).saturating_sub(waited) * weight;
+        let (used, now) = clock.stop();
+        let used = used * weight;
         let used_ns = u64::try_from(used.as_nanos()).unwrap_or(u64::MAX);
         let before = self.used_ns.fetch_add(used_ns, Ordering::Relaxed);
         if self.is_known.load(Ordering::Relaxed) {

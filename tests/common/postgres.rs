@@ -115,7 +115,7 @@ impl PostgresServer {
             .args(["-U", "headgate", "-d", "postgres", "-c"])
             .arg(format!("SET search_path = headgate, public; {statement}"))
             .env("PGPASSWORD", PASSWORD)
-            .env("PGCONNECT_TIMEOUT", "5")
+            .env("PGCONNECT_TIMEOUT", "20")
             .stdin(Stdio::null())
             .output()
             .expect("psql runs");

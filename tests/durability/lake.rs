@@ -1,7 +1,7 @@
 //! The Delta lake beside SQLite, in a directory and in S3: what is in it and who reads it, that each record is there once
 //! whatever is killed, that a lake which is away is nobody's trouble, and that leaks, deletions and purges reach it.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::sync::Arc;
 
@@ -88,6 +88,15 @@ fn try_rows_in(place: &str, options: &str) -> Result<LakeRows, String> {
 /// Those of the lake in a data directory.
 fn rows(dir: &Path) -> LakeRows {
     rows_in(dir.join("lake").to_str().expect("a path in UTF-8"), "{}")
+}
+
+/// The offsets in it, by datasource.
+pub fn offsets_in_lake(dir: &Path) -> BTreeMap<String, BTreeSet<u64>> {
+    let mut offsets: BTreeMap<String, BTreeSet<u64>> = BTreeMap::new();
+    for (offset, row) in rows(dir) {
+        offsets.entry(row[1].as_str().expect("a datasource").to_owned()).or_default().insert(offset);
+    }
+    offsets
 }
 
 fn sink(gateway: &Gateway) -> Value {

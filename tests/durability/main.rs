@@ -15,4 +15,5 @@ mod log;
 mod once;
 mod postgres;
 mod postgres_reads;
+mod sinks;
 mod stores;

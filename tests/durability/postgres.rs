@@ -91,6 +91,197 @@ fn what_is_stored_is_what_was_sent_and_a_value_that_cannot_be_stops_nothing() {
     assert_eq!(gateway.metric("headgate_sink_cursor{sink=\"postgres\"}"), payloads.len() as f64);
 }
 
+/// Payloads and names as somebody would choose them who wants the server to refuse a row: what it refuses is known before,
+/// since one row that it does not take costs a transaction.
+#[test]
+fn no_payload_and_no_name_is_refused_by_the_server() {
+    const PIECES: [&str; 36] = [
+        "{",
+        "}",
+        "[",
+        "]",
+        ":",
+        ",",
+        " ",
+        "\n",
+        "\"",
+        "\"a\"",
+        "\"a\":",
+        "\\",
+        "\\u0000",
+        "\"\\u0000\"",
+        "\"\\ud800\"",
+        "\"\\udc00\\ud800\"",
+        "\"\\ud83d\\ude00\"",
+        "\"\\uD83D\\u0041\"",
+        "1",
+        "-",
+        "-0",
+        "0",
+        ".5",
+        "1e5",
+        "1E+0400",
+        "1e-400",
+        "1e401",
+        "1e99999999999",
+        "true",
+        "null",
+        "NaN",
+        "Infinity",
+        "\u{feff}",
+        "\u{7f}",
+        "\0",
+        "\u{1}",
+    ];
+    let mut random = SmallRng::seed_from_u64(11);
+    let mut payloads: Vec<Vec<u8>> = (0..600)
+        .map(|n| {
+            let count = random.random_range(1..12);
+            let pieces: Vec<_> = (0..count).map(|_| PIECES[random.random_range(0..PIECES.len())]).collect();
+            // Half of them are nearly JSON.
+            let values = pieces.iter().filter(|piece| serde_json::from_str::<Value>(piece).is_ok());
+            let text = match n % 2 {
+                0 => pieces.concat(),
+                _ => format!("[{}]", values.copied().collect::<Vec<_>>().join(",")),
+            };
+            text.into_bytes()
+        })
+        .collect();
+    let nested = |levels: usize| format!("{}{}", "[".repeat(levels), "]".repeat(levels));
+    let digits = |count: usize| "7".repeat(count);
+    let members: String = (0..20_000).map(|n| format!("\"k{n}\":{n},")).collect();
+    payloads.extend(
+        [
+            nested(255),
+            nested(256),
+            nested(257),
+            digits(999),
+            digits(1_001),
+            digits(100_000),
+            format!("0.{}1", "0".repeat(990)),
+            format!("0.{}1e-400", "0".repeat(990)),
+            format!("{}e400", digits(1_000)),
+            format!("[{}]", vec!["1e400"; 300].join(",")),
+            format!("{{{members}\"end\":1}}"),
+            format!("{{\"{}\":1}}", "k".repeat(300_000)),
+            format!("\"{}\"", "x".repeat((1 << 20) - 2)),
+            format!("{{\"a\":\"{}\"}}", "\\u0001".repeat(100_000)),
+        ]
+        .map(String::into_bytes),
+    );
+    payloads.extend([b"\"\xff\"".to_vec(), b"{\"a\":\"\xed\xa0\x80\"}".to_vec(), vec![0; 1 << 20]]);
+    let topics =
+        ["a'b\"c;--%27", "%24x", "%C2%B0(1)%5Ca", "$1", "{}", "a%20b", "%F0%9F%98%80", "x%01y", "%E2%90%80"];
+
+    let (dir, server) = (scratch(), PostgresServer::start_with(&["fsync=off"]));
+    let gateway =
+        server.stored_into(Setup::embedded_on(dir.path()).set("storage.sinks", "sqlite,postgres")).start();
+    let source = gateway.create("press-4");
+    let headers = [("content-type", "application/octet-stream")];
+    let mut sent = 0;
+    for (payload, topic) in payloads.iter().zip(topics.iter().cycle()) {
+        let path = format!("/v1/ingest/press-4/{topic}");
+        let status = gateway.request("POST", &path, &source.key, &headers, payload).status;
+        // Some names are no topics.
+        assert!(matches!(status, 200 | 400), "{topic}: {status}");
+        sent += u64::from(status == 200);
+    }
+    assert!(sent > 400, "{sent}");
+    gateway.settle();
+    let stored = "SELECT count(*), count(*) FILTER (WHERE payload_note LIKE '%refused%') FROM records";
+    assert_eq!(server.sql(stored), [format!("{sent}|0")]);
+    assert!(!gateway.output().contains("cannot take a payload"));
+    // What is no JSON there is what was sent, byte for byte.
+    let bytes = "SELECT log_offset, encode(payload_bytes, 'hex') FROM records WHERE payload_bytes IS NOT NULL ORDER BY 1";
+    let in_postgres = server.sql(bytes);
+    gateway.stop();
+    let in_sqlite = kept::in_storage(dir.path());
+    assert!(in_postgres.len() > 100 && in_postgres.len() < in_sqlite.len() - 100, "{}", in_postgres.len());
+    for row in in_postgres {
+        let (offset, hex) = row.split_once('|').expect("two");
+        let offset: u64 = offset.parse().expect("an offset");
+        let kept = in_sqlite.iter().find(|kept| kept.offset == offset).expect("it is in SQLite");
+        assert!(kept.payload.iter().map(|byte| format!("{byte:02x}")).collect::<String>() == hex, "{offset}");
+    }
+    let topics_of = |rows: Vec<String>| rows.into_iter().collect::<HashSet<String>>();
+    let in_sqlite = topics_of(in_sqlite.into_iter().map(|kept| kept.topic).collect());
+    assert_eq!(topics_of(server.sql("SELECT DISTINCT topic FROM records")), in_sqlite);
+}
+
+/// Names are the devices' to choose: what they invent goes with its records, and what is read is the same.
+#[test]
+fn keys_that_a_device_invents_take_no_room_of_their_own() {
+    const INVENTED: u64 = 200;
+    let (dir, server) = (scratch(), PostgresServer::start());
+    let setup = server.stored_into(Setup::embedded_on(dir.path()).set("storage.sinks", "postgres"));
+    let gateway = setup.start();
+    let source = gateway.create("press-4");
+    let lines: String =
+        (0..INVENTED).map(|n| format!("{{\"t\":{n},\"k{n}\":1,\"a\\u0000{n}\":2}}\n")).collect();
+    let ndjson = [("content-type", "application/x-ndjson")];
+    let publish = |gateway: &Gateway| {
+        let answer = gateway.request("POST", "/v1/ingest/press-4/t", &source.key, &ndjson, lines.as_bytes());
+        assert_eq!(answer.status, 200, "{}", answer.text());
+        gateway.settle();
+    };
+    publish(&gateway);
+    gateway.stop();
+    // One that knows nothing of what is there.
+    let gateway = setup.start();
+    publish(&gateway);
+    let sets = || server.sql("SELECT count(*) FROM key_sets").remove(0).parse::<u64>().expect("a number");
+    assert!(sets() < INVENTED / 2, "{} sets of keys", sets());
+    let counts = "SELECT count(*), count(DISTINCT key), sum(value) FROM samples";
+    let all = format!("{}|{}|{}", 6 * INVENTED, 1 + 2 * INVENTED, INVENTED * (INVENTED - 1) + 6 * INVENTED);
+    assert_eq!(server.sql(counts), std::slice::from_ref(&all));
+    let points = |key: &str| {
+        let path = format!("/v1/datasources/press-4/series?topic=t&key={key}&step=1d&agg=count");
+        let series = gateway.get(&path, &gateway.admin_key()).json();
+        let counted =
+            series["points"].as_array().expect("points").iter().map(|point| point["count"].as_u64());
+        counted.flatten().sum::<u64>()
+    };
+    assert_eq!((points("t"), points("k0"), points("k199"), points("k200")), (400, 2, 2, 0));
+    let path = format!("/v1/datasources/press-4/keys/{}/quarantine", source.key_id);
+    for (body, shown) in
+        [(json!({ "since": "2020-01-01T00:00:00Z" }), "0|0|"), (json!({ "undo": true }), &*all)]
+    {
+        assert_eq!(gateway.post(&path, &gateway.admin_key(), &body).status, 200);
+        assert_eq!(server.sql(counts), [shown]);
+    }
+    // They are of another incarnation then.
+    gateway.delete("press-4");
+    let ended = "SELECT count(*) FROM samples WHERE datasource = 'press-4~1'";
+    wait_for("the end of the incarnation", || {
+        (server.sql(ended) == [(6 * INVENTED).to_string()]).then_some(())
+    });
+}
+
+/// A fleet that comes for the first time: each topic is new, and learnt with those that come with it.
+#[test]
+fn new_topics_that_come_together_are_stored_as_each_by_itself() {
+    const TOPICS: u64 = 3_000;
+    let (dir, server) = (scratch(), PostgresServer::start());
+    let setup = server.stored_into(Setup::embedded_on(dir.path()).set("storage.sinks", "postgres"));
+    let gateway = setup.start();
+    let lines: String =
+        (0..TOPICS).map(|n| format!("t{n},host=a v={n},w=1\nt{n},host=a v={n}\nt{} v=1\n", n / 2)).collect();
+    for source in [gateway.create("press-4"), gateway.create("press-5")] {
+        let (path, text) =
+            (format!("/v1/ingest/{}?precision=ns", source.id), [("content-type", "text/plain")]);
+        let answer = gateway.request("POST", &path, &source.key, &text, lines.as_bytes());
+        assert_eq!(answer.status, 200, "{}", answer.text());
+    }
+    gateway.settle();
+    let counts = "SELECT (SELECT count(*) FROM records), (SELECT count(*) FROM topics), (SELECT count(*) FROM samples),
+         (SELECT count(DISTINCT (datasource, topic)) FROM samples), (SELECT count(*) FROM latest WHERE key = 'v')";
+    let topics = 2 * (TOPICS + TOPICS / 2);
+    let expected = format!("{}|{topics}|{}|{topics}|{topics}", 6 * TOPICS, 8 * TOPICS);
+    assert_eq!(server.sql(counts), [expected]);
+    let elsewhere = "SELECT count(*) FROM samples WHERE topic ~ 'host' AND key = 'v' AND topic <> format('t%s/host=a', value)";
+    assert_eq!(server.sql(elsewhere), ["0"]);
+}
+
 #[test]
 fn leak_surgery_its_undo_deletion_and_purge_reach_it() {
     let (dir, server) = (scratch(), PostgresServer::start());

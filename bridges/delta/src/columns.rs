@@ -80,6 +80,9 @@ impl ColumnType {
     }
 }
 
+/// Where a column's metadata say whose values it was added for.
+const BROUGHT_BY: &str = "headgate.broughtBy";
+
 /// A column: its name, its type, and what it was made from.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TableColumn {
@@ -91,12 +94,14 @@ pub struct TableColumn {
     pub is_required: bool,
     /// A note that the schema keeps beside it.
     pub comment: Option<String>,
+    /// Whose values it was added for, which the schema keeps too.
+    pub brought_by: Option<String>,
 }
 
 impl TableColumn {
     /// A column in which rows may have no value.
     pub fn nullable(name: impl Into<String>, column_type: ColumnType) -> Self {
-        Self { name: name.into(), column_type, is_required: false, comment: None }
+        Self { name: name.into(), column_type, is_required: false, comment: None, brought_by: None }
     }
 
     /// A column in which each row has a value.
@@ -119,6 +124,9 @@ impl TableColumn {
         if let Some(comment) = &self.comment {
             metadata.insert("comment".to_owned(), json!(comment));
         }
+        if let Some(name) = &self.brought_by {
+            metadata.insert(BROUGHT_BY.to_owned(), json!(name));
+        }
         json!({
             "name": self.name, "type": self.column_type.delta_name(), "nullable": !self.is_required, "metadata": metadata,
         })
@@ -132,6 +140,7 @@ impl TableColumn {
             column_type: ColumnType::ALL.into_iter().find(|t| t.delta_name() == delta_name)?,
             is_required: field["nullable"] == json!(false),
             comment: field["metadata"]["comment"].as_str().map(str::to_owned),
+            brought_by: field["metadata"][BROUGHT_BY].as_str().map(str::to_owned),
         })
     }
 }
@@ -258,9 +267,11 @@ mod tests {
         ];
         let schema = TableSchema::new(&fixed).expect("columns");
         assert_eq!(TableSchema::from_json(&schema.to_json()).expect("JSON"), schema);
-        let more = [TableColumn::nullable("v_t", ColumnType::Double)];
+        let brought_by = Some("press-4".to_owned());
+        let more = [TableColumn { brought_by, ..TableColumn::nullable("v_t", ColumnType::Double) }];
         let wider = schema.extended(&more).expect("new").expect("wider");
         assert_eq!(wider.columns().len(), 3);
+        assert_eq!(TableSchema::from_json(&wider.to_json()).expect("JSON"), wider);
         assert!(wider.extended(&more).expect("known").is_none());
         for conflict in [
             TableColumn::nullable("v_T", ColumnType::Double),

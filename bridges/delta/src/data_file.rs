@@ -1,6 +1,7 @@
 //! A Parquet file of rows of one partition: written row group by row group into memory, and read back.
 
 use std::collections::BTreeMap;
+use std::time::Instant;
 
 use arrow_array::RecordBatch;
 use arrow_schema::SchemaRef;
@@ -37,13 +38,16 @@ pub type PartitionValues = BTreeMap<String, Option<String>>;
 #[derive(Clone, Debug)]
 pub struct DataFile {
     pub(crate) action: AddFile,
+    /// None once it is stored.
     pub(crate) bytes: Bytes,
+    /// Since when it is stored, if it is.
+    pub(crate) stored_at: Option<Instant>,
 }
 
 impl DataFile {
     /// How large it is.
     pub fn size_bytes(&self) -> usize {
-        self.bytes.len()
+        usize::try_from(self.action.size).unwrap_or(0)
     }
 }
 
@@ -120,7 +124,7 @@ impl DataFileWriter {
             data_change: true,
             stats: Some(file_stats(&self.schema, &parquet, self.rows)),
         };
-        Ok(DataFile { action, bytes })
+        Ok(DataFile { action, bytes, stored_at: None })
     }
 }
 

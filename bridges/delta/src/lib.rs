@@ -36,7 +36,8 @@ pub use place::{BucketAccess, LakePlace, PlaceError};
 pub use snapshot::TableSnapshot;
 pub use table::vacuum::{ORPHAN_AGE_MIN, VacuumReport};
 pub use table::{
-    AppendOutcome, FileSettings, LakeTable, RewriteReport, RowTarget, RowTargets, TableAppend, TableSpec,
+    AppendOutcome, FileSettings, FileStage, LakeTable, RewriteReport, RowTarget, RowTargets, TableAppend,
+    TableSpec,
 };
 
 /// What rows are made of, for those who build them.

@@ -18,6 +18,8 @@ const COPY_PIECE_BYTES: usize = 256 << 10;
 const ARRAY_HEADER_BYTES: usize = 20;
 /// The type `double precision`.
 const FLOAT8_OID: u32 = 701;
+/// The type `text`.
+const TEXT_OID: u32 = 25;
 /// The version of `jsonb`'s binary form.
 const JSONB_VERSION: u8 = 1;
 
@@ -27,6 +29,8 @@ pub struct CopyRows {
     pieces: Vec<Bytes>,
     open: BytesMut,
     rows: u64,
+    /// Bytes of the full pieces.
+    full_bytes: usize,
 }
 
 impl Default for CopyRows {
@@ -40,7 +44,7 @@ impl CopyRows {
     pub fn new() -> Self {
         let mut open = BytesMut::with_capacity(COPY_PIECE_BYTES + 4096);
         open.put_slice(COPY_HEADER);
-        Self { pieces: Vec::new(), open, rows: 0 }
+        Self { pieces: Vec::new(), open, rows: 0, full_bytes: 0 }
     }
 
     /// How many rows there are.
@@ -48,9 +52,15 @@ impl CopyRows {
         self.rows
     }
 
+    /// How many bytes they take.
+    pub fn size_bytes(&self) -> usize {
+        self.full_bytes + self.open.len()
+    }
+
     /// Begins the next row. As many fields have to follow.
     pub fn begin(&mut self, fields: i16) {
         if self.open.len() >= COPY_PIECE_BYTES {
+            self.full_bytes += self.open.len();
             self.pieces.push(self.open.split().freeze());
             self.open.reserve(COPY_PIECE_BYTES + 4096);
         }
@@ -90,16 +100,30 @@ impl CopyRows {
     /// `double precision[]`, of one dimension.
     pub fn float8_array(&mut self, values: impl ExactSizeIterator<Item = f64>) {
         let count = values.len();
-        self.open.put_i32(length(ARRAY_HEADER_BYTES + 12 * count));
-        // Dimensions, whether there is a NULL, the type of an element; how many there are, the number of the first.
-        self.open.put_i32(1);
-        self.open.put_i32(0);
-        self.open.put_u32(FLOAT8_OID);
-        self.open.put_i32(length(count));
-        self.open.put_i32(1);
+        self.array_header(FLOAT8_OID, count, 12 * count);
         for value in values {
             self.float8(value);
         }
+    }
+
+    /// `text[]`, of one dimension. No text may have a NUL.
+    pub fn text_array<'t>(&mut self, values: impl ExactSizeIterator<Item = &'t str> + Clone) {
+        let bytes = values.clone().map(|value| 4 + value.len()).sum();
+        self.array_header(TEXT_OID, values.len(), bytes);
+        for value in values {
+            self.bytes(value.as_bytes());
+        }
+    }
+
+    /// What an array has before its elements, which take `bytes` with their lengths.
+    fn array_header(&mut self, element_oid: u32, count: usize, bytes: usize) {
+        self.open.put_i32(length(ARRAY_HEADER_BYTES + bytes));
+        // Dimensions, whether there is a NULL, the type of an element; how many there are, the number of the first.
+        self.open.put_i32(1);
+        self.open.put_i32(0);
+        self.open.put_u32(element_oid);
+        self.open.put_i32(length(count));
+        self.open.put_i32(1);
     }
 
     /// `timestamptz`, from microseconds since the Unix epoch. One that is beyond PostgreSQL's calendar is its nearest.
@@ -166,6 +190,18 @@ mod tests {
     }
 
     #[test]
+    fn texts_of_an_array_have_their_lengths_before_them() {
+        let mut rows = CopyRows::new();
+        rows.begin(1);
+        rows.text_array(["a", "rpm"].into_iter());
+        let bytes = rows.into_pieces().concat();
+        let array = &bytes[COPY_HEADER.len() + 2..bytes.len() - 2];
+        assert_eq!(array[..4], 32_i32.to_be_bytes());
+        assert_eq!(array[4..24], [0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 25, 0, 0, 0, 2, 0, 0, 0, 1]);
+        assert_eq!(array[24..], [0, 0, 0, 1, b'a', 0, 0, 0, 3, b'r', b'p', b'm']);
+    }
+
+    #[test]
     fn many_rows_come_in_pieces() {
         let mut rows = CopyRows::new();
         for _ in 0..10_000 {
@@ -173,7 +209,9 @@ mod tests {
             rows.bytes(&[b'x'; 100]);
         }
         assert_eq!(rows.rows(), 10_000);
+        let size = rows.size_bytes();
         let pieces = rows.into_pieces();
+        assert_eq!(pieces.iter().map(Bytes::len).sum::<usize>(), size + 2);
         assert!(pieces.len() > 3 && pieces.iter().all(|piece| piece.len() < COPY_PIECE_BYTES + 4096));
     }
 }

@@ -8,11 +8,11 @@ use rusqlite::{Connection, params};
 use super::incarnations;
 use super::samples::OpenChunks;
 use super::schema::sql_offset;
+use crate::limits::{REMEMBERED_NAME_BYTES, REMEMBERED_NAMES_BYTES_MAX};
 use crate::message::{DatasourceId, Incarnation, KeyId, RecordRef, Transport};
 
-/// How many names are remembered. Beyond that, all are forgotten and read again: clients may invent topics
-/// without end, which must not cost memory for ever.
-const REMEMBERED_IDS_MAX: usize = 200_000;
+/// Open chunks that are remembered from one transaction to the next.
+const OPEN_CHUNKS_MAX: usize = 200_000;
 
 /// The row ids that one record refers to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -33,7 +33,7 @@ struct RememberedDatasource {
 pub(super) struct RememberedIds {
     datasources: HashMap<Box<str>, RememberedDatasource>,
     origins: HashMap<(KeyId, Transport), HashMap<Box<str>, i64>>,
-    remembered: usize,
+    remembered_bytes: usize,
     /// Where the samples of remembered topics go.
     open_chunks: OpenChunks,
 }
@@ -52,7 +52,7 @@ impl RememberedIds {
 
     /// Remembers that, unless it is more than is remembered of anything.
     pub(super) fn keep_open_chunks(&mut self, open_chunks: OpenChunks) {
-        if open_chunks.len() <= REMEMBERED_IDS_MAX {
+        if open_chunks.len() <= OPEN_CHUNKS_MAX {
             self.open_chunks = open_chunks;
         }
     }
@@ -91,11 +91,12 @@ impl RememberedIds {
         name: &str,
         incarnation: Incarnation,
     ) -> rusqlite::Result<RowIds> {
-        if self.remembered >= REMEMBERED_IDS_MAX {
+        if self.remembered_bytes >= REMEMBERED_NAMES_BYTES_MAX {
             self.clear();
         }
         // An upper bound: at most one of each is new.
-        self.remembered += 3;
+        self.remembered_bytes +=
+            3 * REMEMBERED_NAME_BYTES + name.len() + record.topic.len() + record.content_type.len();
 
         let scope =
             DatasourceId::parse_scope(record.datasource).map_err(FromSqlError::other)?.scope(incarnation);

@@ -237,6 +237,14 @@ impl StorageFollower {
         } else if sync && sink.durable_cursor() < cursor {
             sink.store(&mut std::iter::empty(), cursor, sync)?;
         } else {
+            sink.end_catching_up()?;
+            let (stored, told) = (sink.stored_cursor(), *self.shared.cursor.borrow());
+            // Also what a transaction has stored whose answer was lost.
+            if stored != told {
+                self.shared.hold.set(sink.durable_cursor());
+                self.shared.cursor.send_replace(stored);
+                self.shared.pace.lock().note(Instant::now(), stored.saturating_sub(told));
+            }
             return Ok(if is_reconciled { StorageRound::AtTail } else { StorageRound::Purged });
         }
         if sync {

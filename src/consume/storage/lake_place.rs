@@ -164,6 +164,10 @@ impl RecordSink for LakeSink {
         Ok(self.store(records, next)?)
     }
 
+    fn end_catching_up(&mut self) -> Result<(), SinkFault> {
+        Ok(self.end_catching_up()?)
+    }
+
     fn keep_within(&mut self, limits: &StoredLimitsSource, _: Duration) -> Result<(), SinkFault> {
         Ok(self.keep_within(|| limits())?)
     }

@@ -62,6 +62,14 @@ pub(in crate::consume) trait RecordSink: Send {
         sync: bool,
     ) -> Result<(), SinkFault>;
 
+    /// Stores what it has taken while it was behind, now that the log has nothing more.
+    ///
+    /// # Errors
+    /// [`SinkFault`].
+    fn end_catching_up(&mut self) -> Result<(), SinkFault> {
+        Ok(())
+    }
+
     /// Removes some of what is over these limits, for about as long as `storing` has just taken, if it is time.
     ///
     /// # Errors

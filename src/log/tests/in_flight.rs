@@ -125,6 +125,45 @@ fn a_duplicate_of_what_failed_is_kept_in_its_place() {
     assert_kept(&held.log, 1, "once");
 }
 
+/// The pulse of a log, or `None` if it has not come within two seconds.
+fn pulse(log: &EmbeddedLog) -> Option<bool> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().expect("a runtime");
+    runtime.block_on(async { tokio::time::timeout(Duration::from_secs(2), log.pulse()).await.ok() })
+}
+
+/// A watchdog that takes a slow disk for a hang restarts a gateway again and again, which makes no disk faster.
+#[test]
+fn a_log_whose_disk_does_not_answer_has_a_pulse() {
+    let held = HeldLog::open();
+    assert_eq!(pulse(&held.log), Some(true), "nothing is under way");
+    held.model.held.begin();
+    let appended = held.begin(0, None);
+    held.model.held.wait_for(1);
+    assert_eq!(pulse(&held.log), Some(true), "a sync is");
+    held.model.held.end();
+    assert_eq!(outcome(appended).expect("kept"), kept(0, 1));
+    assert_eq!(pulse(&held.log), Some(true));
+}
+
+#[test]
+fn a_log_that_takes_nothing_until_a_restart_says_so_in_its_pulse() {
+    let held = HeldLog::open();
+    held.model.held.begin();
+    let full = held.begin(0, None);
+    held.model.held.wait_for(1);
+    held.model.held.end_one(0, Err(libc::ENOSPC));
+    assert_eq!(pulse(&held.log), Some(true), "room may come, and helps without a restart");
+    held.model.held.end();
+    assert!(outcome(full).is_ok());
+    held.model.held.begin();
+    let failed = held.begin(1, None);
+    held.model.held.wait_for(1);
+    held.model.held.end_one(0, Err(libc::EIO));
+    held.model.held.end();
+    assert!(matches!(outcome(failed), Err(AppendError::Failed(_))));
+    assert_eq!(pulse(&held.log), Some(false));
+}
+
 /// Puts what a start would find after a kill into another directory: the disk lives on.
 fn copy_after_kill(from: &Path, to: &Path) {
     fs::create_dir_all(to.join("log")).expect("made");

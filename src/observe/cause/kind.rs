@@ -33,15 +33,15 @@ macro_rules! problem_kinds {
 }
 
 problem_kinds! {
-    Malformed        400 "malformed"          "The request is malformed";
+    Malformed        400 "malformed"          "Malformed request";
     Topic            400 "topic"              "The topic cannot be used";
     Unauthorized     401 "unauthorized"       "A valid API key is needed";
     KeyInUrl         401 "key_in_url"         "An API key does not belong in a URL";
     MissingScope     403 "missing_scope"      "The API key lacks a scope";
-    NotFound         404 "not_found"          "There is nothing here";
-    MethodNotAllowed 405 "method_not_allowed" "The method is not allowed here";
+    NotFound         404 "not_found"          "Not found";
+    MethodNotAllowed 405 "method_not_allowed" "Method not allowed";
     Timeout          408 "timeout"            "The request took too long to arrive";
-    Conflict         409 "conflict"           "What is there already stands against it";
+    Conflict         409 "conflict"           "Already exists, or in conflict with what exists";
     TooLarge         413 "too_large"          "The request is over a limit";
     ContentEncoding  415 "content_encoding"   "The content encoding is not supported";
     Validation       422 "validation"         "A message does not meet its schema";
@@ -49,8 +49,8 @@ problem_kinds! {
     IdConflict       422 "id_conflict"        "The id belongs to another message";
     OverLimit        422 "over_limit"         "A limit is reached; waiting does not help";
     TooManyRequests  429 "too_many_requests"  "A limit is reached for now";
-    Internal         500 "internal"           "The gateway has failed";
-    Unavailable      503 "unavailable"        "It cannot be done right now";
+    Internal         500 "internal"           "Internal error";
+    Unavailable      503 "unavailable"        "Not available right now";
 }
 
 #[cfg(test)]

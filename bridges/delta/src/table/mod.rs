@@ -12,6 +12,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
+use bytes::Bytes;
 use futures_util::future::try_join_all;
 use jiff::Timestamp;
 use object_store::path::Path;
@@ -171,6 +172,11 @@ impl LakeTable {
         Ok(())
     }
 
+    /// Where its files are stored, also while something else is done with the table.
+    pub fn file_stage(&self) -> FileStage {
+        FileStage { store: self.store.clone() }
+    }
+
     /// How its files are written.
     pub fn file_settings(&self) -> &FileSettings {
         &self.spec.files
@@ -186,7 +192,7 @@ impl LakeTable {
         self.catch_up().await
     }
 
-    /// Stores the files and commits them with the cursor: once, however often it is called.
+    /// Stores the files that are not yet stored, and commits all with the cursor: once, however often it is called.
     ///
     /// # Errors
     ///
@@ -197,7 +203,7 @@ impl LakeTable {
         if plan_append(&self.snapshot, &self.spec.app_id, append)?.is_none() {
             return Ok(AppendOutcome::WasThere);
         }
-        let began = Instant::now();
+        let began = append.files.iter().filter_map(|file| file.stored_at).min().unwrap_or_else(Instant::now);
         self.put_files(&append.files).await?;
         let aside = self.put_aside(&append.aside).await?;
         let app_id = self.spec.app_id.clone();
@@ -249,16 +255,7 @@ impl LakeTable {
     }
 
     async fn put_files(&self, files: &[DataFile]) -> Result<(), LakeError> {
-        for files in files.chunks(PUTS_AT_ONCE) {
-            try_join_all(files.iter().map(|file| self.put_file(file))).await?;
-        }
-        Ok(())
-    }
-
-    async fn put_file(&self, file: &DataFile) -> Result<(), LakeError> {
-        let path = object_path(&file.action.path)?;
-        self.store.put(&path, PutPayload::from_bytes(file.bytes.clone())).await?;
-        Ok(())
+        put_files(&*self.store, files).await
     }
 
     async fn catch_up(&mut self) -> Result<(), LakeError> {
@@ -304,6 +301,42 @@ impl LakeTable {
         }
         Err(LakeError::Contended { attempts: COMMIT_ATTEMPTS_MAX })
     }
+}
+
+/// Stores files of a table before they are committed.
+#[derive(Clone, Debug)]
+pub struct FileStage {
+    store: Arc<dyn ObjectStore>,
+}
+
+impl FileStage {
+    /// Stores them. They are to be [appended](LakeTable::append) soon: those that are not are deleted by a vacuum.
+    ///
+    /// # Errors
+    ///
+    /// The store's.
+    pub async fn put(&self, files: &mut [DataFile]) -> Result<(), LakeError> {
+        let began = Instant::now();
+        put_files(&*self.store, files).await?;
+        for file in files {
+            (file.stored_at, file.bytes) = (Some(began), Bytes::new());
+        }
+        Ok(())
+    }
+}
+
+async fn put_files(store: &dyn ObjectStore, files: &[DataFile]) -> Result<(), LakeError> {
+    let missing: Vec<&DataFile> = files.iter().filter(|file| file.stored_at.is_none()).collect();
+    for files in missing.chunks(PUTS_AT_ONCE) {
+        try_join_all(files.iter().map(|file| put_file(store, file))).await?;
+    }
+    Ok(())
+}
+
+async fn put_file(store: &dyn ObjectStore, file: &DataFile) -> Result<(), LakeError> {
+    let path = object_path(&file.action.path)?;
+    store.put(&path, PutPayload::from_bytes(file.bytes.clone())).await?;
+    Ok(())
 }
 
 /// The object that a path of the log names.

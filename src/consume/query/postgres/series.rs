@@ -13,12 +13,30 @@ use crate::consume::sink::sample_chunk::ChunkSample;
 use crate::limits::{SERIES_CHUNKS_MAX, SERIES_PIECE_SAMPLES};
 use crate::message::TimeMicros;
 
+/// The next samples of a series, of rows with a set of keys and of those that have their keys themselves. Samples of one time
+/// and record come together: the place is behind all of them.
+const SAMPLES_SQL: &str = "SELECT array_agg(time), array_agg(log_offset), array_agg(value) FROM (
+         SELECT * FROM (
+             (SELECT r.time, r.log_offset, r.numbers[k.position] AS value
+              FROM sample_rows r JOIN unnest($5::int[], $6::int[]) AS k (id, position) ON k.id = r.key_set_id
+              WHERE r.topic_id = $1 AND r.time >= $2 AND r.time < $3 AND (r.time > $2 OR r.log_offset > $4)
+              ORDER BY r.time, r.log_offset FETCH FIRST $7 ROWS WITH TIES)
+             UNION ALL
+             (SELECT r.time, r.log_offset, r.numbers[array_position(r.keys, $8)]
+              FROM sample_rows r
+              WHERE r.key_set_id = 0 AND $8 = ANY(r.keys)
+                  AND r.topic_id = $1 AND r.time >= $2 AND r.time < $3 AND (r.time > $2 OR r.log_offset > $4)
+              ORDER BY r.time, r.log_offset FETCH FIRST $7 ROWS WITH TIES)) both_kinds
+         ORDER BY time, log_offset FETCH FIRST $7 ROWS WITH TIES) s";
+
 /// Where a series goes on.
 #[derive(Debug)]
 pub(in crate::consume::query) struct SeriesPlace {
     topic: i32,
     /// The sets of keys that have its key, and the place of that in each.
     key_sets: Arc<[(i32, i32)]>,
+    /// Rows may have its key themselves.
+    key: Arc<str>,
     /// The time and the offset of the last sample that was read.
     after: (TimeMicros, i64),
     to: TimeMicros,
@@ -60,8 +78,9 @@ impl PostgresRecords {
                 &[&topic, &&*text_of(&query.key), &limit],
             )?;
             let key_sets: Arc<[_]> = rows.iter().map(|row| (row.get(0), row.get(1))).collect();
-            let has_samples = !key_sets.is_empty();
-            let place = has_samples.then_some(SeriesPlace { topic, key_sets, after: (from, -1), to });
+            let key: Arc<str> = text_of(&query.key).into();
+            let has_samples = !key_sets.is_empty() || has_rows_with_keys(snapshot, topic)?;
+            let place = has_samples.then_some(SeriesPlace { topic, key_sets, key, after: (from, -1), to });
             Ok(Some(FoundSeries { from, to, place }))
         })
     }
@@ -78,14 +97,10 @@ impl PostgresRecords {
     ) -> Result<bool, QueryError> {
         let SeriesPlace { topic, after: (at, offset), to, .. } = *place;
         let (sets, positions): (Vec<i32>, Vec<i32>) = place.key_sets.iter().copied().unzip();
-        // Samples of one time and record come together: the place is behind all of them.
+        let key = &*place.key;
         let row = self.read(|snapshot| {
             snapshot.query_opt(
-                "SELECT array_agg(time), array_agg(log_offset), array_agg(value) FROM (
-                     SELECT r.time, r.log_offset, r.numbers[k.position] AS value
-                     FROM sample_rows r JOIN unnest($5::int[], $6::int[]) AS k (id, position) ON k.id = r.key_set_id
-                     WHERE r.topic_id = $1 AND r.time >= $2 AND r.time < $3 AND (r.time > $2 OR r.log_offset > $4)
-                     ORDER BY r.time, r.log_offset FETCH FIRST $7 ROWS WITH TIES) s",
+                SAMPLES_SQL,
                 &[
                     &topic,
                     &PostgresTime(at),
@@ -94,6 +109,7 @@ impl PostgresRecords {
                     &sets,
                     &positions,
                     &SERIES_PIECE_SAMPLES,
+                    &key,
                 ],
             )
         })?;
@@ -108,6 +124,12 @@ impl PostgresRecords {
         }
         Ok(count >= SERIES_PIECE_SAMPLES)
     }
+}
+
+/// Whether rows of a topic's samples have their keys themselves.
+fn has_rows_with_keys(snapshot: &PostgresSnapshot<'_>, topic: i32) -> Result<bool, PostgresFault> {
+    let select = "SELECT EXISTS (SELECT FROM sample_rows WHERE topic_id = $1 AND key_set_id = 0)";
+    Ok(snapshot.query_opt(select, &[&topic])?.is_some_and(|row| row.get(0)))
 }
 
 /// The times of the oldest and of the newest sample of a topic, under whichever key.

@@ -18,19 +18,21 @@ mod turns;
 mod upkeep;
 mod values;
 
+use std::io;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use headgate_bridge_delta::object_store::ObjectStore;
 use headgate_bridge_delta::{LakeError, LakePlace, LakeTable, ORPHAN_AGE_MIN, PlaceError, TableAppend};
 use tokio::runtime::Runtime;
+use tokio::task::JoinHandle;
 use tracing::warn;
 
 use self::columns::{OFFSET, table_spec};
-use self::pending::PendingRows;
+use self::pending::{PendingFiles, PendingRows};
 use self::turns::OtherWriterTurn;
 use self::upkeep::UpkeepTimes;
-use crate::limits::{LAKE_PENDING_BYTES, LAKE_VALUE_COLUMNS_MAX};
+use crate::limits::{LAKE_LOT_BYTES, LAKE_VALUE_COLUMNS_MAX};
 use crate::log::{WithheldRules, WithheldSnapshot};
 use crate::message::{KeyId, Offset, RecordFlags, RecordRef, TimeMicros};
 
@@ -38,6 +40,9 @@ use crate::message::{KeyId, Offset, RecordFlags, RecordRef, TimeMicros};
 const WITHHELD_MARK: &str = "withheld";
 /// The one that says up to which of them what was purged is erased from earlier versions of the table too.
 const ERASED_MARK: &str = "erased";
+
+/// A lake that does not come to rest is kept up once in so many commits.
+const BUSY_COMMITS_PER_UPKEEP: u32 = 32;
 
 /// Why the lake has not taken records, or could not be opened.
 #[derive(Debug, thiserror::Error)]
@@ -53,7 +58,7 @@ pub enum LakeFault {
     Settings(String),
     /// The threads for its connections could not be started.
     #[error("the lake: {0}")]
-    Threads(#[from] std::io::Error),
+    Threads(#[from] io::Error),
     /// Another gateway, which has another log, writes into the table.
     #[error("another gateway writes into the lake at {place}")]
     OtherWriter {
@@ -120,21 +125,32 @@ pub(in crate::consume) struct NewestRow {
     pub(in crate::consume) received_at: TimeMicros,
 }
 
+/// Records that are made into files and stored beside this thread, and are committed next.
+struct RowLot {
+    /// Behind the last one.
+    end: Offset,
+    files: JoinHandle<Result<PendingFiles, LakeFault>>,
+}
+
 /// The open table, and the records that wait for their commit.
 pub(in crate::consume) struct LakeSink {
-    /// Runs what the store's connections do while this thread encodes.
+    /// Runs what the store's connections do, and makes files.
     runtime: Runtime,
     settings: LakeSettings,
     table: LakeTable,
     pending: PendingRows,
+    /// Those before these, of which files are made meanwhile.
+    lot: Option<RowLot>,
     /// Behind the records that are committed or wait.
     cursor: Offset,
-    /// The table's cursor when what waits began: it is committed behind that, or not at all.
+    /// The table's cursor when what is not committed began: it is committed behind that, or not at all.
     base: Option<i64>,
     /// The rules about what is left out and their version, once they are known.
     left_out: Option<(WithheldSnapshot, u64)>,
     /// `None` since it was opened: what failed before is seen to fail or to work at once.
     committed_at: Option<Instant>,
+    /// Commits in a row behind which more waited already.
+    busy_commits: u32,
     /// While another gateway writes.
     other_writer: Option<OtherWriterTurn>,
     upkeep: UpkeepTimes,
@@ -162,10 +178,12 @@ impl LakeSink {
             settings,
             table,
             pending,
+            lot: None,
             cursor: 0,
             base: None,
             left_out: None,
             committed_at: None,
+            busy_commits: 0,
             other_writer: None,
             upkeep: UpkeepTimes::default(),
         };
@@ -237,10 +255,22 @@ impl LakeSink {
         }
         self.cursor = self.cursor.max(next);
         let is_due = self.committed_at.is_none_or(|at| at.elapsed() >= self.settings.interval);
-        if self.pending.bytes() >= LAKE_PENDING_BYTES || (is_due && self.cursor > self.committed()) {
+        if self.pending.bytes() >= LAKE_LOT_BYTES {
+            if let Some(earlier) = self.begin_lot() {
+                self.commit_lot(earlier)?;
+            }
+        } else if is_due && self.cursor > self.committed() {
             self.commit()?;
         }
         Ok(())
+    }
+
+    /// Commits what it has caught up with, once the log has nothing more: that does not wait for the end of an interval.
+    ///
+    /// # Errors
+    /// [`LakeFault`].
+    pub(in crate::consume) fn end_catching_up(&mut self) -> Result<(), LakeFault> {
+        if self.lot.is_some() { self.commit() } else { Ok(()) }
     }
 
     /// Commits what waits.
@@ -252,13 +282,39 @@ impl LakeSink {
             // Another writer has come on, and that was seen before what waits was committed.
             return self.yield_to_other();
         }
-        if self.cursor == self.committed() {
-            return Ok(());
+        let taken = self.lot.as_ref().map_or(self.committed(), |lot| lot.end);
+        let earlier = if self.cursor > taken { self.begin_lot() } else { self.lot.take() };
+        if let Some(lot) = earlier {
+            self.commit_lot(lot)?;
         }
-        let rows = self.pending.take(self.table.file_settings())?;
+        // Unless another writer has come on.
+        match self.lot.take() {
+            Some(lot) => self.commit_lot(lot),
+            None => Ok(()),
+        }
+    }
+
+    /// Begins to make files of what waits. Returns those before, which are to be committed now.
+    fn begin_lot(&mut self) -> Option<RowLot> {
+        let (rows, settings) = (self.pending.take(), self.table.file_settings().clone());
+        let stage = self.table.file_stage();
+        let files = self.runtime.spawn(async move {
+            let made = tokio::task::spawn_blocking(move || rows.into_files(&settings)).await;
+            let mut files = made.map_err(io::Error::other)??;
+            stage.put(&mut files.files).await?;
+            Ok(files)
+        });
+        self.lot.replace(RowLot { end: self.cursor, files })
+    }
+
+    fn commit_lot(&mut self, lot: RowLot) -> Result<(), LakeFault> {
+        if self.base != self.table.cursor() {
+            return self.yield_to_other();
+        }
+        let rows = self.runtime.block_on(lot.files).map_err(io::Error::other)??;
         let append = TableAppend {
             previous: self.base,
-            through: cursor_of(self.cursor - 1),
+            through: cursor_of(lot.end - 1),
             columns: rows.columns,
             files: rows.files,
             aside: rows.aside,
@@ -268,10 +324,15 @@ impl LakeSink {
             Err(LakeError::Superseded { .. }) => return self.yield_to_other(),
             done => drop(done?),
         }
+        drop(append);
         self.cursor = self.cursor.max(self.committed());
         self.base = self.table.cursor();
         let last = self.committed_at.replace(Instant::now());
-        if let Err(error) = self.keep_up(last.map_or(Duration::ZERO, |at| at.elapsed())) {
+        // More waits already: merges are for quieter times, unless there are none.
+        self.busy_commits = if self.lot.is_some() { self.busy_commits + 1 } else { 0 };
+        if self.busy_commits.is_multiple_of(BUSY_COMMITS_PER_UPKEEP)
+            && let Err(error) = self.keep_up(last.map_or(Duration::ZERO, |at| at.elapsed()))
+        {
             warn!(%error, "upkeep of the lake");
         }
         Ok(())
@@ -281,6 +342,7 @@ impl LakeSink {
     fn begin_behind_commits(&mut self) {
         self.cursor = self.committed();
         self.base = self.table.cursor();
+        self.lot = None;
         self.pending = PendingRows::new(self.table.snapshot().schema(), LAKE_VALUE_COLUMNS_MAX);
     }
 

@@ -94,17 +94,34 @@ impl PendingRows {
         self.bytes += group.push(record, key_text, &mut self.values);
     }
 
-    /// Makes files of them. None wait afterwards.
-    pub(super) fn take(&mut self, settings: &FileSettings) -> Result<PendingFiles, LakeError> {
+    /// Takes them. None wait afterwards.
+    pub(super) fn take(&mut self) -> TakenRows {
         self.bytes = 0;
-        let mut taken =
-            PendingFiles { files: Vec::new(), aside: Vec::new(), columns: self.values.take_new() };
-        for (group, rows) in self.groups.drain() {
-            let file =
-                rows.into_file(partition(&group.datasource, &day_text(group.day)), &self.values, settings)?;
-            if group.is_aside { taken.aside.push(file) } else { taken.files.push(file) }
+        TakenRows {
+            groups: std::mem::take(&mut self.groups),
+            columns: self.values.columns().to_vec(),
+            new: self.values.take_new(),
         }
-        Ok(taken)
+    }
+}
+
+/// Records that are committed together, and the columns of values as they were then.
+pub(super) struct TakenRows {
+    groups: HashMap<RowGroup, RowColumns>,
+    columns: Vec<TableColumn>,
+    new: Vec<TableColumn>,
+}
+
+impl TakenRows {
+    /// Makes files of them.
+    pub(super) fn into_files(self, settings: &FileSettings) -> Result<PendingFiles, LakeError> {
+        let mut made = PendingFiles { files: Vec::new(), aside: Vec::new(), columns: self.new };
+        for (group, rows) in self.groups {
+            let partition = partition(&group.datasource, &day_text(group.day));
+            let file = rows.into_file(partition, &self.columns, settings)?;
+            if group.is_aside { made.aside.push(file) } else { made.files.push(file) }
+        }
+        Ok(made)
     }
 }
 
@@ -166,7 +183,7 @@ impl RowColumns {
     fn into_file(
         mut self,
         partition: PartitionValues,
-        values: &ValueColumns,
+        values: &[TableColumn],
         settings: &FileSettings,
     ) -> Result<DataFile, LakeError> {
         let (mut fields, mut arrays): (Vec<Field>, Vec<ArrayRef>) = (Vec::new(), Vec::new());

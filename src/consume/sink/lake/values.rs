@@ -47,7 +47,16 @@ impl ValueColumns {
         let member = |(place, column): (usize, &TableColumn)| Some((column.comment.clone()?, Some(place)));
         let by_member = columns.iter().enumerate().filter_map(member).collect();
         let known = columns.len();
-        Self { columns, by_member, names, brought: HashMap::new(), columns_max, known }
+        let mut brought: HashMap<String, usize> = HashMap::new();
+        for name in columns.iter().filter_map(|column| column.brought_by.as_ref()) {
+            *brought.entry_ref(name).or_insert(0) += 1;
+        }
+        Self { columns, by_member, names, brought, columns_max, known }
+    }
+
+    /// All of them, each in its place.
+    pub(super) fn columns(&self) -> &[TableColumn] {
+        &self.columns
     }
 
     /// Those that came since the last call, which the table may not have yet.
@@ -81,8 +90,12 @@ impl ValueColumns {
         let is_new = self.names.insert(name.to_lowercase());
         let place = is_new.then_some(self.columns.len());
         if is_new {
-            let comment = Some(member.to_owned());
-            self.columns.push(TableColumn { comment, ..TableColumn::nullable(name, column_type) });
+            let (comment, brought_by) = (Some(member.to_owned()), Some(datasource.to_owned()));
+            self.columns.push(TableColumn {
+                comment,
+                brought_by,
+                ..TableColumn::nullable(name, column_type)
+            });
         }
         self.by_member.insert(member.to_owned(), place);
         place
@@ -114,13 +127,10 @@ impl ValueBuilders {
     }
 
     /// The columns, each with `rows` values.
-    pub(super) fn finish(self, rows: usize, columns: &ValueColumns) -> Vec<(TableColumn, ArrayRef)> {
+    pub(super) fn finish(self, rows: usize, columns: &[TableColumn]) -> Vec<(TableColumn, ArrayRef)> {
         let mut finished: Vec<_> = self.columns.into_iter().collect();
         finished.sort_unstable_by_key(|(place, _)| *place);
-        finished
-            .into_iter()
-            .map(|(place, column)| (columns.columns[place].clone(), column.finish(rows)))
-            .collect()
+        finished.into_iter().map(|(place, column)| (columns[place].clone(), column.finish(rows))).collect()
     }
 
     fn append(&mut self, place: usize, row: usize, value: &MemberValue<'_>) {
@@ -359,7 +369,7 @@ mod tests {
         for (row, payload) in payloads.iter().enumerate() {
             builders.read(payload, "press-4", row, &mut columns);
         }
-        let finished = builders.finish(payloads.len(), &columns);
+        let finished = builders.finish(payloads.len(), columns.columns());
         let values = |array: &ArrayRef| array.len() - array.null_count();
         assert!(finished.iter().all(|(_, array)| array.len() == payloads.len()));
         finished.iter().map(|(column, array)| (column.name.clone(), values(array))).collect()
@@ -387,5 +397,15 @@ mod tests {
         let payload = format!("{{{}}}", members.join(","));
         assert_eq!(columns(&[&payload], 10_000).len(), LAKE_VALUE_COLUMNS_OF_ONE_MAX);
         assert_eq!(columns(&[&payload], 3).len(), 3);
+        // Nor does it after a restart.
+        let mut bounded = ValueColumns::new(&TableSchema::new(&[]).expect("no columns"), 10_000);
+        ValueBuilders::default().read(&payload, "press-4", 0, &mut bounded);
+        let schema = TableSchema::new(bounded.columns()).expect("columns");
+        let mut again = ValueColumns::new(&schema, 10_000);
+        let other = payload.replace("\"m", "\"other");
+        for (source, expected) in [("press-4", 0), ("boiler", LAKE_VALUE_COLUMNS_OF_ONE_MAX)] {
+            ValueBuilders::default().read(&other, source, 0, &mut again);
+            assert_eq!(again.take_new().len(), expected, "{source}");
+        }
     }
 }

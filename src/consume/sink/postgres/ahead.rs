@@ -12,8 +12,10 @@ pub(super) fn put_right(
     log: &dyn Log,
     log_end: Offset,
 ) -> Result<Option<String>, PostgresError> {
-    let other =
-        |sink: &PostgresSink, why: String| PostgresError::OtherLog { schema: sink.schema.clone(), why };
+    let other = |sink: &PostgresSink, why: String| PostgresError::OtherLog {
+        schema: sink.config.schema.clone(),
+        why,
+    };
     let is_ahead = sink.cursor > log_end && !sink.is_shared;
     let newest = sink.connection.query(
         "SELECT log_offset, (extract(epoch FROM received_at) * 1000000)::bigint, key_id FROM (
@@ -86,12 +88,16 @@ pub(super) fn follow_epochs(
 fn set_aside(sink: &mut PostgresSink, end: Offset) -> Result<String, PostgresError> {
     let name = format!("set_aside_{}", now_micros() / 1_000_000);
     let from = sql_offset(end);
+    let samples_from = match sink.samples_cursor < end {
+        true => sink.samples_cursor.to_string(),
+        false => "NULL".to_owned(),
+    };
     sink.within("BEGIN; SET LOCAL statement_timeout = '15min'", |sink| {
         sink.make_moved()?;
         // Only the one that writes may do that, and it is not known yet who that is.
         let row = sink.connection.query_one("SELECT next_offset FROM sink FOR UPDATE", &[])?;
         if row.get::<_, i64>(0) != sql_offset(sink.cursor) {
-            return Err(PostgresError::CursorMoved { schema: sink.schema.clone(), expected: sink.cursor });
+            return Err(sink.cursor_moved());
         }
         sink.connection.run(&format!(
             "CREATE TABLE {name}_records AS SELECT * FROM records WHERE log_offset >= {from};
@@ -104,16 +110,19 @@ fn set_aside(sink: &mut PostgresSink, end: Offset) -> Result<String, PostgresErr
              DELETE FROM time_index WHERE first_offset >= {from};
              UPDATE retention SET removed_below = {from} WHERE removed_below > {from};
              UPDATE quarantined SET redriven_offset = NULL WHERE redriven_offset >= {from};
-             UPDATE sink SET next_offset = {from}, durable_offset = {from}"
+             UPDATE sink SET next_offset = {from}, durable_offset = {from}, samples_from = {samples_from};
+             UPDATE sample_lane SET next_offset = 0"
         ))?;
         sink.forget_moved_values()
     })?;
     sink.sizes.clear();
-    (sink.cursor, sink.durable_cursor) = (end, end);
+    (sink.cursor, sink.lane_offset) = (end, 0);
+    sink.samples_cursor = sink.samples_cursor.min(end);
+    sink.durable_cursor = sink.cursor();
     let said = format!(
         "the schema {} was ahead of the log, which ends at offset {end}: its records from there on are set aside in the tables \
          {name}_records and {name}_quarantine, and the log gives their offsets anew",
-        sink.schema
+        sink.config.schema
     );
     tracing::warn!("storage: {said}");
     Ok(said)

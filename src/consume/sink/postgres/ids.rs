@@ -2,16 +2,18 @@
 //! memory and no question to the server.
 
 use std::borrow::Cow;
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
-use headgate_bridge_postgres::PostgresConnection;
+use headgate_bridge_postgres::{CopyRows, PostgresFault};
 
 use super::{PostgresError, PostgresSink};
+use crate::limits::{POSTGRES_KEY_SETS_PER_TOPIC_MAX, REMEMBERED_NAME_BYTES, REMEMBERED_NAMES_BYTES_MAX};
 use crate::message::{DatasourceId, Incarnation, KeyId, RecordRef, Transport};
 
-/// How many names are remembered. Beyond that, all are forgotten and read again: clients may invent topics without end,
-/// which must not cost memory for ever.
-const REMEMBERED_NAMES_MAX: usize = 200_000;
+/// How far ahead in a transaction topics are learnt together with one that is not known.
+const LEARNT_AHEAD_RECORDS: usize = 2048;
+/// Ids of sets of keys that are taken from the server at a time.
+const KEY_SET_IDS_TAKEN: i64 = 256;
 
 /// The row ids that one record refers to.
 #[derive(Debug, Clone, Copy)]
@@ -31,7 +33,13 @@ pub(super) struct RememberedNames {
     origins: HashMap<(KeyId, Transport), IdsByName>,
     /// By topic.
     key_sets: HashMap<(i32, KeySetDigest), i32>,
-    remembered: usize,
+    /// The topics that have as many sets as they may. All of these are remembered.
+    full_topics: HashSet<i32>,
+    /// How many sets topics have that were made since: the server has no others.
+    new_topics: HashMap<i32, i64>,
+    /// For sets of those.
+    key_set_ids: Vec<i32>,
+    bytes: usize,
 }
 
 impl RememberedNames {
@@ -40,41 +48,111 @@ impl RememberedNames {
         *self = Self::default();
     }
 
-    fn make_room(&mut self) {
-        if self.remembered >= REMEMBERED_NAMES_MAX {
+    /// Makes room for the names of a transaction, before it: it relies on what it has remembered.
+    pub(super) fn make_room(&mut self) {
+        if self.bytes >= REMEMBERED_NAMES_BYTES_MAX {
             self.clear();
         }
-        self.remembered += 1;
     }
 
     fn find(&self, record: &RecordRef<'_>, name: &str) -> Option<RecordNameIds> {
         let (datasource, topics) = self.datasources.get(name)?;
         let topic = *topics.get(record.topic)?;
-        let origins = self.origins.get(&(record.key_id, record.transport))?;
-        let origin = *origins.get(record.content_type)?;
-        Some(RecordNameIds { datasource: *datasource, topic, origin })
+        Some(RecordNameIds { datasource: *datasource, topic, origin: self.origin(record)? })
+    }
+
+    fn origin(&self, record: &RecordRef<'_>) -> Option<i32> {
+        self.origins.get(&(record.key_id, record.transport))?.get(record.content_type).copied()
     }
 }
 
 impl PostgresSink {
     /// The row ids of a record, which is of this incarnation of its datasource; `name` is what `datasources` calls that.
     /// Inserts a name that the database does not have.
+    /// `ahead` are the records after it.
     pub(super) fn name_ids(
         &mut self,
         record: &RecordRef<'_>,
         name: &str,
         incarnation: Incarnation,
+        ahead: &[RecordRef<'_>],
     ) -> Result<RecordNameIds, PostgresError> {
         if let Some(ids) = self.names.find(record, name) {
             return Ok(ids);
         }
-        self.names.make_room();
         let Ok(scope) = DatasourceId::parse_scope(record.datasource).map(|id| id.scope(incarnation)) else {
             // No intake lets such a record in.
             return Ok(RecordNameIds { datasource: 0, topic: 0, origin: 0 });
         };
-        let datasource = self.ensure_datasource(&scope, name)?;
-        let topic = ensure_topic(&self.connection, datasource, record.topic)?;
+        let datasource = match self.names.datasources.get(name) {
+            Some((datasource, _)) => *datasource,
+            None => {
+                let datasource = self.ensure_datasource(&scope, name)?;
+                self.names.datasources.insert(name.into(), (datasource, HashMap::new()));
+                self.names.bytes += REMEMBERED_NAME_BYTES + name.len();
+                datasource
+            }
+        };
+        self.learn_topics(datasource, name, record, ahead)?;
+        let origin = match self.names.origin(record) {
+            Some(origin) => origin,
+            None => self.learn_origin(record)?,
+        };
+        let topic = self.names.datasources.get(name).and_then(|(_, topics)| topics.get(record.topic));
+        Ok(RecordNameIds { datasource, topic: topic.copied().unwrap_or_default(), origin })
+    }
+
+    /// Learns the topic of a record, unless it is known, and those of the records after it under the same key, which is of
+    /// one incarnation.
+    fn learn_topics(
+        &mut self,
+        datasource: i32,
+        name: &str,
+        record: &RecordRef<'_>,
+        ahead: &[RecordRef<'_>],
+    ) -> Result<(), PostgresError> {
+        let names = &mut self.names;
+        let Some((_, known)) = names.datasources.get_mut(name) else { return Ok(()) };
+        if known.contains_key(record.topic) {
+            return Ok(());
+        }
+        let is_of_same = |next: &&RecordRef<'_>| {
+            next.key_id == record.key_id
+                && next.datasource == record.datasource
+                && !known.contains_key(next.topic)
+        };
+        let ahead = ahead.iter().take(LEARNT_AHEAD_RECORDS).filter(is_of_same);
+        let wanted: HashSet<&str> = ahead.chain([record]).map(|record| record.topic).collect();
+        let texts: Vec<Cow<'_, str>> = wanted.iter().map(|topic| text_of(topic)).collect();
+        let texts: Vec<&str> = texts.iter().map(|text| &**text).collect();
+        let rows = self.connection.query(
+            "WITH wanted AS (SELECT DISTINCT topic FROM unnest($2::text[]) AS w (topic)),
+             made AS (INSERT INTO topics (datasource_id, topic, latest_offset) SELECT $1::int, w.topic, -1 FROM wanted w
+                 WHERE NOT EXISTS (SELECT FROM topics t WHERE t.datasource_id = $1::int AND t.topic = w.topic)
+                 RETURNING id, topic)
+             SELECT id, topic, true FROM made
+             UNION ALL SELECT t.id, t.topic, false FROM topics t JOIN wanted w ON w.topic = t.topic
+             WHERE t.datasource_id = $1::int",
+            &[&datasource, &texts],
+        )?;
+        let mut ids: HashMap<&str, i32> = HashMap::new();
+        for row in &rows {
+            let id = row.get(0);
+            ids.insert(row.get(1), id);
+            if row.get(2) {
+                names.new_topics.insert(id, 0);
+            }
+        }
+        for topic in wanted {
+            if let Some(id) = ids.get(&*text_of(topic)) {
+                known.insert(topic.into(), *id);
+                names.bytes += 2 * REMEMBERED_NAME_BYTES + topic.len();
+            }
+        }
+        Ok(())
+    }
+
+    fn learn_origin(&mut self, record: &RecordRef<'_>) -> Result<i32, PostgresError> {
         let origin = self.connection.query_one(
             // What is there takes no new id: there are only so many.
             "WITH found AS (SELECT id FROM origins
@@ -86,12 +164,10 @@ impl PostgresSink {
             &[&record.key_id.to_string(), &record.transport.as_str(), &text_of(record.content_type)],
         )?;
         let origin = origin.get(0);
-        let (_, topics) =
-            self.names.datasources.entry(name.into()).or_insert_with(|| (datasource, HashMap::new()));
-        topics.insert(record.topic.into(), topic);
         let origins = self.names.origins.entry((record.key_id, record.transport)).or_default();
         origins.insert(record.content_type.into(), origin);
-        Ok(RecordNameIds { datasource, topic, origin })
+        self.names.bytes += REMEMBERED_NAME_BYTES + record.content_type.len();
+        Ok(origin)
     }
 
     /// The row id of a set of a topic's keys, if it is remembered.
@@ -99,27 +175,85 @@ impl PostgresSink {
         self.names.key_sets.get(&(topic, digest)).copied()
     }
 
-    /// The row id of a set of a topic's keys. Inserts one that the database does not have.
+    /// The row id of a set of a topic's keys. Inserts one that the database does not have, unless the topic has
+    /// [`POSTGRES_KEY_SETS_PER_TOPIC_MAX`] already: then there is none.
     pub(super) fn learn_key_set<'k>(
         &mut self,
+        rows: &mut CopyRows,
         topic: i32,
         digest: KeySetDigest,
         keys: impl Iterator<Item = &'k str>,
-    ) -> Result<i32, PostgresError> {
+    ) -> Result<Option<i32>, PostgresError> {
+        if self.names.full_topics.contains(&topic) {
+            return Ok(None);
+        }
         let keys: Vec<Cow<'_, str>> = keys.map(text_of).collect();
+        if let Some(sets) = self.names.new_topics.get_mut(&topic) {
+            *sets += 1;
+            return match *sets > POSTGRES_KEY_SETS_PER_TOPIC_MAX {
+                true => Ok(None),
+                false => self.add_key_set(rows, topic, digest, &keys).map(Some),
+            };
+        }
         let keys: Vec<&str> = keys.iter().map(|key| &**key).collect();
-        let row = self.connection.query_one(
+        let rows = self.connection.query(
             "WITH found AS (SELECT id FROM key_sets WHERE topic_id = $1::int AND digest = $2::bytea),
              made AS (INSERT INTO key_sets (topic_id, digest, keys) SELECT $1::int, $2::bytea, $3::text[]
                  WHERE NOT EXISTS (SELECT FROM found)
+                     AND (SELECT count(*) FROM key_sets WHERE topic_id = $1::int) < $4::bigint
                  ON CONFLICT (topic_id, digest) DO UPDATE SET digest = excluded.digest RETURNING id)
              SELECT id FROM found UNION ALL SELECT id FROM made",
-            &[&topic, &&digest.0[..], &keys],
+            &[&topic, &&digest.0[..], &keys, &POSTGRES_KEY_SETS_PER_TOPIC_MAX],
         )?;
+        let Some(row) = rows.first() else {
+            self.learn_full_topic(topic)?;
+            return Ok(None);
+        };
         let id = row.get(0);
-        self.names.make_room();
         self.names.key_sets.insert((topic, digest), id);
+        self.names.bytes += REMEMBERED_NAME_BYTES;
+        Ok(Some(id))
+    }
+
+    /// Adds the row of a set that the server does not have.
+    fn add_key_set(
+        &mut self,
+        rows: &mut CopyRows,
+        topic: i32,
+        digest: KeySetDigest,
+        keys: &[Cow<'_, str>],
+    ) -> Result<i32, PostgresError> {
+        if self.names.key_set_ids.is_empty() {
+            let taken = self.connection.query(
+                "SELECT nextval(pg_get_serial_sequence('key_sets', 'id'))::int FROM generate_series(1, $1::bigint)",
+                &[&KEY_SET_IDS_TAKEN],
+            )?;
+            self.names.key_set_ids = taken.iter().map(|row| row.get(0)).collect();
+        }
+        let Some(id) = self.names.key_set_ids.pop() else {
+            return Err(PostgresFault::Io(std::io::Error::other("the server has given no ids")).into());
+        };
+        rows.begin(4);
+        rows.int4(id);
+        rows.int4(topic);
+        rows.bytes(&digest.0);
+        rows.text_array(keys.iter().map(|key| &**key));
+        self.names.key_sets.insert((topic, digest), id);
+        self.names.bytes += REMEMBERED_NAME_BYTES;
         Ok(id)
+    }
+
+    /// Learns all sets of a topic that gets no further ones, so that nobody asks for those that it does not have.
+    fn learn_full_topic(&mut self, topic: i32) -> Result<(), PostgresError> {
+        let rows = self.connection.query("SELECT id, digest FROM key_sets WHERE topic_id = $1", &[&topic])?;
+        for row in &rows {
+            if let Ok(digest) = row.get::<_, &[u8]>(1).try_into() {
+                self.names.key_sets.insert((topic, KeySetDigest(digest)), row.get(0));
+            }
+        }
+        self.names.bytes += rows.len() * REMEMBERED_NAME_BYTES;
+        self.names.full_topics.insert(topic);
+        Ok(())
     }
 }
 
@@ -137,23 +271,6 @@ impl KeySetDigest {
         }
         Self(*hasher.finalize().as_bytes())
     }
-}
-
-/// The row of a topic; without one, makes it.
-pub(super) fn ensure_topic(
-    connection: &PostgresConnection,
-    datasource: i32,
-    topic: &str,
-) -> Result<i32, PostgresError> {
-    let row = connection.query_one(
-        "WITH found AS (SELECT id FROM topics WHERE datasource_id = $1::int AND topic = $2::text),
-         made AS (INSERT INTO topics (datasource_id, topic, latest_offset) SELECT $1::int, $2::text, -1
-             WHERE NOT EXISTS (SELECT FROM found)
-             ON CONFLICT (datasource_id, topic) DO UPDATE SET topic = excluded.topic RETURNING id)
-         SELECT id FROM found UNION ALL SELECT id FROM made",
-        &[&datasource, &text_of(topic)],
-    )?;
-    Ok(row.get(0))
 }
 
 /// A text as PostgreSQL takes it: it has no NUL, which is shown as its picture.

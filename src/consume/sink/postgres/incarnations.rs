@@ -119,6 +119,15 @@ impl PostgresSink {
                 ),
                 &[&to],
             )?;
+            // Those that have their keys themselves.
+            self.connection.execute(
+                &format!(
+                    "UPDATE {samples} v SET topic_id = n.id FROM moved m, topics t, topics n
+                     WHERE v.key_set_id = 0 AND v.log_offset = m.log_offset AND t.id = v.topic_id AND n.topic = t.topic
+                         AND n.datasource_id = $1"
+                ),
+                &[&to],
+            )?;
         }
         if table == "quarantined" {
             return Ok(());

@@ -1,18 +1,22 @@
 //! The rows of new records in PostgreSQL: each in `entries` or in quarantine, with its samples and the newest values that
 //! it brings.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 
-use headgate_bridge_postgres::{CopyRows, PendingCopy, PostgresConnection, PostgresTime};
+use headgate_bridge_postgres::{CopyRows, PendingCopy, PostgresConnection, PostgresFault, PostgresTime};
 
 use super::ids::{RecordNameIds, text_of};
 use super::json_fit::{JsonFit, fit_of};
+use super::quarantined::SAMPLE_COLUMNS;
+use super::sample_lane::SampleLane;
+use super::samples::SampleRows;
 use super::{PostgresError, PostgresSink};
 use crate::consume::sink::ids::RowIds;
 use crate::consume::sink::incarnations::shown_name;
 use crate::consume::sink::newest::{NewestValues, read_members};
 use crate::consume::sink::quarantined::{CAUSE_KEY, CAUSE_LIMIT, CAUSE_SCHEMA};
 use crate::consume::sink::schema::{TIME_INDEX_OFFSETS, sql_offset};
+use crate::limits::{POSTGRES_COPIES_UNDER_WAY_MAX, POSTGRES_COPY_BYTES, POSTGRES_COPY_RECORDS_MAX};
 use crate::log::{RecordNote, WithheldSnapshot};
 use crate::message::{Offset, RecordFlags, RecordRef, TimeMicros};
 
@@ -39,8 +43,22 @@ impl PayloadForm {
     }
 }
 
-/// Records whose rows are made while those of the records before are copied.
-const COPIED_AT_ONCE_RECORDS: usize = 4096;
+/// What of its records a transaction copies.
+#[derive(Clone, Copy)]
+pub(super) enum CopyScope<'l> {
+    /// Everything.
+    All,
+    /// Everything, the samples over a connection of their own.
+    BesideLane(&'l SampleLane),
+    /// Samples alone: the rest is there.
+    Samples,
+}
+
+impl CopyScope<'_> {
+    fn has_records(self) -> bool {
+        !matches!(self, Self::Samples)
+    }
+}
 
 /// Rows that are copied together.
 #[derive(Default)]
@@ -50,6 +68,15 @@ struct NewRows {
     samples: CopyRows,
     /// Of records in quarantine because of a leaked key.
     withheld_samples: CopyRows,
+    key_sets: CopyRows,
+}
+
+impl NewRows {
+    /// How many bytes they take.
+    fn size_bytes(&self) -> usize {
+        let all = [&self.entries, &self.quarantined, &self.samples, &self.withheld_samples, &self.key_sets];
+        all.into_iter().map(CopyRows::size_bytes).sum()
+    }
 }
 
 /// What the records of one transaction change beside their rows.
@@ -69,61 +96,99 @@ impl PostgresSink {
         &mut self,
         records: &[RecordRef<'_>],
         is_plain: bool,
+        scope: CopyScope<'_>,
     ) -> Result<(), PostgresError> {
         if records.is_empty() {
             return Ok(());
         }
+        self.names.make_room();
         let left_out = self.left_out.clone().unwrap_or_default();
         let mut facts = NewFacts::default();
-        let mut pending = Vec::new();
-        let mut copied = Ok(());
-        for part in records.chunks(COPIED_AT_ONCE_RECORDS) {
+        let mut pending = VecDeque::new();
+        let (mut added, mut copied) = (Ok(()), Ok(()));
+        let mut rest = records;
+        while !rest.is_empty() && added.is_ok() && copied.is_ok() {
             let mut rows = NewRows::default();
-            copied = part
-                .iter()
-                .try_for_each(|record| self.add_rows(&mut rows, &mut facts, record, &left_out, is_plain));
-            // In any case: a copy that comes after the end of the transaction would stay.
-            let finished = self.finish_copies(&mut pending);
-            // What is wrong with a copy is why nothing else is done after it.
-            copied = finished.and(copied);
-            if copied.is_err() {
-                break;
+            added = self.add_part(&mut rows, &mut facts, &mut rest, &left_out, is_plain);
+            pending.push_back(self.begin_copies(rows, scope));
+            if facts.newest.is_full() && added.is_ok() {
+                let newest = std::mem::take(&mut facts.newest);
+                added = if scope.has_records() { self.write_newest(newest) } else { Ok(()) };
             }
-            self.begin_copies(rows, &mut pending);
+            while pending.len() > POSTGRES_COPIES_UNDER_WAY_MAX
+                && let Some(earliest) = pending.pop_front()
+            {
+                copied = self.finish_copies(earliest, copied);
+            }
         }
-        self.finish_copies(&mut pending).and(copied)?;
-        self.write_facts(facts)
+        // In any case: a copy that comes after the end of the transaction would stay.
+        let copied = pending.into_iter().fold(copied, |copied, later| self.finish_copies(later, copied));
+        // What is wrong with a copy is why nothing else is done after it.
+        copied?;
+        added?;
+        if scope.has_records() { self.write_facts(facts) } else { Ok(()) }
     }
 
-    fn begin_copies(&self, rows: NewRows, pending: &mut Vec<PendingCopy>) {
+    /// Adds the rows of the next records: as many as are copied at once.
+    fn add_part<'a>(
+        &mut self,
+        rows: &mut NewRows,
+        facts: &mut NewFacts<'a>,
+        records: &mut &[RecordRef<'a>],
+        left_out: &WithheldSnapshot,
+        is_plain: bool,
+    ) -> Result<(), PostgresError> {
+        let mut taken = 0;
+        while taken < records.len().min(POSTGRES_COPY_RECORDS_MAX)
+            && rows.size_bytes() < POSTGRES_COPY_BYTES
+            && !facts.newest.is_full()
+        {
+            self.add_rows(rows, facts, &records[taken..], left_out, is_plain)?;
+            taken += 1;
+        }
+        *records = &records[taken..];
+        Ok(())
+    }
+
+    fn begin_copies(&self, rows: NewRows, scope: CopyScope<'_>) -> Vec<PendingCopy> {
         const HEAD: &str = "log_offset, received_at, event_at, datasource_id, topic_id, origin_id";
         const PAYLOAD: &str = "payload, payload_bytes, payload_note, payload_size";
         const REASON: &str = "properties, publisher, flags, cause, keyword, pointer, detail, schema_version";
-        const SAMPLES: &str = "time, log_offset, topic_id, key_set_id, numbers";
-        for (table, columns, rows) in [
-            ("entries", format!("{HEAD}, {PAYLOAD}"), rows.entries),
-            ("quarantined", format!("{HEAD}, {PAYLOAD}, {REASON}"), rows.quarantined),
-            ("sample_rows", SAMPLES.to_owned(), rows.samples),
-            ("withheld_samples", SAMPLES.to_owned(), rows.withheld_samples),
+        let records = scope.has_records().then_some(&self.connection);
+        let samples = match scope {
+            CopyScope::BesideLane(lane) => lane.connection(),
+            CopyScope::All | CopyScope::Samples => &self.connection,
+        };
+        let mut pending = Vec::new();
+        for (connection, table, columns, rows) in [
+            (Some(&self.connection), "key_sets", "id, topic_id, digest, keys".to_owned(), rows.key_sets),
+            (records, "entries", format!("{HEAD}, {PAYLOAD}"), rows.entries),
+            (records, "quarantined", format!("{HEAD}, {PAYLOAD}, {REASON}"), rows.quarantined),
+            (Some(samples), "sample_rows", SAMPLE_COLUMNS.to_owned(), rows.samples),
+            (Some(samples), "withheld_samples", SAMPLE_COLUMNS.to_owned(), rows.withheld_samples),
         ] {
-            if rows.rows() > 0 {
+            if let Some(connection) = connection.filter(|_| rows.rows() > 0) {
                 let copy = format!("COPY {table} ({columns}) FROM STDIN WITH (FORMAT binary)");
-                pending.push(self.connection.begin_copy(copy, rows));
+                pending.push(connection.begin_copy(copy, rows));
             }
         }
+        pending
     }
 
-    /// Waits for all of them; the first error counts.
-    fn finish_copies(&self, pending: &mut Vec<PendingCopy>) -> Result<(), PostgresError> {
-        let mut finished = Ok(());
-        for copy in pending.drain(..) {
+    /// Waits for copies that were begun together, after what was `copied` before them. The first error counts.
+    fn finish_copies(
+        &self,
+        pending: Vec<PendingCopy>,
+        mut copied: Result<(), PostgresFault>,
+    ) -> Result<(), PostgresFault> {
+        for copy in pending {
             match self.connection.finish_copy(copy) {
                 // Of several one has failed, and the others could not be made in its transaction any more.
-                Err(fault) if fault.is_of_value() => finished = Err(fault),
-                failed => finished = finished.and(failed),
+                Err(fault) if fault.is_of_value() => copied = Err(fault),
+                finished => copied = copied.and(finished),
             }
         }
-        Ok(finished?)
+        copied
     }
 
     fn write_facts(&self, facts: NewFacts<'_>) -> Result<(), PostgresError> {
@@ -144,11 +209,12 @@ impl PostgresSink {
         &mut self,
         rows: &mut NewRows,
         facts: &mut NewFacts<'a>,
-        record: &RecordRef<'a>,
+        records: &[RecordRef<'a>],
         left_out: &WithheldSnapshot,
         is_plain: bool,
     ) -> Result<(), PostgresError> {
-        let Some(ids) = self.ids_of_record(record, left_out)? else { return Ok(()) };
+        let Some((record, ahead)) = records.split_first() else { return Ok(()) };
+        let Some(ids) = self.ids_of_record(record, left_out, ahead)? else { return Ok(()) };
         let at = record.received_at;
         let times = facts.times.entry(record.offset - record.offset % TIME_INDEX_OFFSETS).or_insert((at, at));
         *times = (times.0.min(at), times.1.max(at));
@@ -173,7 +239,11 @@ impl PostgresSink {
                 }
             });
             return match is_leaked && !record.flags.contains(RecordFlags::QUARANTINED) {
-                true => self.add_samples(&mut rows.withheld_samples, record, ids.topic, text, None),
+                true => {
+                    let rows =
+                        SampleRows { samples: &mut rows.withheld_samples, key_sets: &mut rows.key_sets };
+                    self.add_samples(rows, record, ids.topic, text, None)
+                }
                 false => Ok(()),
             };
         }
@@ -188,7 +258,8 @@ impl PostgresSink {
         let mut members = Vec::new();
         let is_object = text.is_some_and(|text| read_members(text, &mut members));
         let of_object = is_object.then_some(&*members);
-        self.add_samples(&mut rows.samples, record, ids.topic, text, of_object)?;
+        let samples = SampleRows { samples: &mut rows.samples, key_sets: &mut rows.key_sets };
+        self.add_samples(samples, record, ids.topic, text, of_object)?;
         let text = text.filter(|text| !text.contains('\0'));
         let row = RowIds { datasource: i64::from(ids.datasource), topic: i64::from(ids.topic), origin: 0 };
         facts.newest.observe(row, record, text, is_object.then_some(&mut members));
@@ -199,16 +270,17 @@ impl PostgresSink {
         &mut self,
         record: &RecordRef<'_>,
         left_out: &WithheldSnapshot,
+        ahead: &[RecordRef<'_>],
     ) -> Result<Option<RecordNameIds>, PostgresError> {
         let Some(history) = left_out.history(record.datasource) else {
-            return self.name_ids(record, record.datasource, 1).map(Some);
+            return self.name_ids(record, record.datasource, 1, ahead).map(Some);
         };
         let incarnation = history.incarnation_of(record.key_id, record.received_at, record.offset);
         if history.is_purged(incarnation) {
             return Ok(None);
         }
         let name = shown_name(record.datasource, incarnation, history);
-        self.name_ids(record, &name, incarnation).map(Some)
+        self.name_ids(record, &name, incarnation, ahead).map(Some)
     }
 
     fn write_times(&self, times: &BTreeMap<Offset, (TimeMicros, TimeMicros)>) -> Result<(), PostgresError> {

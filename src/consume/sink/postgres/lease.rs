@@ -45,7 +45,7 @@ impl PostgresSink {
         self.leased_at = None;
         self.read_cursor()?;
         if !self.is_shared && self.started_at.elapsed() > OWN_LEASE_WAIT {
-            return Err(PostgresError::OtherOwner { schema: self.schema.clone() });
+            return Err(PostgresError::OtherOwner { schema: self.config.schema.clone() });
         }
         Ok(false)
     }
@@ -58,6 +58,15 @@ impl PostgresSink {
              WHERE owner IS NOT DISTINCT FROM $2",
             &[&self.name, &earlier, &LEASE_S],
         )?;
+        if taken == 1 {
+            // The connection of its samples may wait for it in the middle of a transaction, for ever.
+            self.connection.query(
+                "SELECT pg_terminate_backend(a.pid) FROM sample_lane l JOIN pg_stat_activity a ON a.pid = l.pid
+                 WHERE a.backend_start = l.pid_since AND a.pid <> pg_backend_pid()",
+                &[],
+            )?;
+            self.lane = None;
+        }
         self.read_cursor()?;
         if taken == 1 {
             self.names.clear();
@@ -77,7 +86,7 @@ impl PostgresSink {
         )?;
         if kept != 1 {
             self.leased_at = None;
-            return Err(PostgresError::CursorMoved { schema: self.schema.clone(), expected: self.cursor });
+            return Err(self.cursor_moved());
         }
         self.leased_at = Some(Instant::now());
         Ok(())

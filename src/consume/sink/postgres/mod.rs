@@ -1,6 +1,7 @@
 //! PostgreSQL as a sink. [`schema`] describes its tables.
 //!
-//! One transaction copies a run of records, moves the cursor behind them and writes the newest values that they bring: a
+//! One transaction copies a run of records, moves the cursor behind them and writes the newest values that they bring; the samples
+//! of a large one have a transaction of their own beside it ([`sample_lane`]). A
 //! kill of the gateway or of the server at any moment leaves all of it or nothing, and the cursor says which. Most
 //! transactions do not wait for the server's disk (`synchronous_commit = off`): after its crash the database may be back at
 //! an earlier one, with its cursor. The log still has what came after, because it is told only of what is durable.
@@ -21,6 +22,7 @@ mod lease;
 mod newest;
 mod quarantined;
 mod retention;
+mod sample_lane;
 mod samples;
 pub(in crate::consume) mod schema;
 
@@ -30,8 +32,9 @@ use headgate_bridge_postgres::{PostgresConnection, PostgresFault};
 
 use self::ids::RememberedNames;
 pub(in crate::consume) use self::ids::text_of;
-use self::insert::PayloadForm;
+use self::insert::{CopyScope, PayloadForm};
 use self::retention::CountedSizes;
+use self::sample_lane::SampleLane;
 use super::schema::{offset_from_sql, sql_offset};
 use crate::config::{ConfigError, PostgresConfig};
 use crate::log::{IncarnationStep, Log, WithheldChange, WithheldRules, WithheldSnapshot};
@@ -119,7 +122,7 @@ impl PostgresError {
 /// The open database and its cursor in the log.
 pub(in crate::consume) struct PostgresSink {
     connection: PostgresConnection,
-    schema: String,
+    config: PostgresConfig,
     /// Whether other gateways with the same log write into the same tables.
     is_shared: bool,
     has_samples: bool,
@@ -130,8 +133,15 @@ pub(in crate::consume) struct PostgresSink {
     started_at: Instant,
     /// When the lease was had last; `None` while another gateway has it.
     leased_at: Option<Instant>,
+    /// The first offset whose record is not stored.
     cursor: Offset,
+    /// The first one whose samples are not: the same, but after a crash in between.
+    samples_cursor: Offset,
     durable_cursor: Offset,
+    lane: Option<SampleLane>,
+    lane_failed_at: Option<Instant>,
+    /// The cursor of the lane.
+    lane_offset: Offset,
     withheld_version: u64,
     left_out: Option<WithheldSnapshot>,
     /// The incarnation that a purge has begun to remove.
@@ -162,7 +172,7 @@ impl PostgresSink {
         let name = format!("{:016x}", rand::random::<u64>());
         let mut sink = Self {
             connection,
-            schema: config.schema.clone(),
+            config: config.clone(),
             is_shared,
             has_samples,
             form,
@@ -170,7 +180,11 @@ impl PostgresSink {
             started_at,
             leased_at: None,
             cursor: 0,
+            samples_cursor: 0,
             durable_cursor: 0,
+            lane: None,
+            lane_failed_at: None,
+            lane_offset: 0,
             withheld_version: 0,
             left_out: None,
             purging: None,
@@ -184,12 +198,17 @@ impl PostgresSink {
 
     /// Takes over where the database is.
     fn read_cursor(&mut self) -> Result<(), PostgresError> {
-        let row = self
-            .connection
-            .query_one("SELECT next_offset, durable_offset, withheld_version FROM sink", &[])?;
-        self.cursor = offset_from_sql(row.get(0));
-        self.durable_cursor = offset_from_sql(row.get(1));
-        self.withheld_version = offset_from_sql(row.get(2));
+        let row = self.connection.query_one(
+            "SELECT s.next_offset, s.durable_offset, s.withheld_version, l.next_offset,
+                 CASE WHEN l.next_offset = s.next_offset THEN s.next_offset ELSE coalesce(s.samples_from, s.next_offset) END
+             FROM sink s, sample_lane l",
+            &[],
+        )?;
+        let offset = |place: usize| offset_from_sql(row.get(place));
+        (self.cursor, self.lane_offset, self.samples_cursor) = (offset(0), offset(3), offset(4));
+        // What is durable of the records is so of the samples before the last transaction too.
+        self.durable_cursor = offset(1).min(self.samples_cursor);
+        self.withheld_version = offset(2);
         Ok(())
     }
 
@@ -217,7 +236,11 @@ impl PostgresSink {
     }
 
     pub(in crate::consume) fn cursor(&self) -> Offset {
-        self.cursor
+        self.cursor.min(self.samples_cursor)
+    }
+
+    fn cursor_moved(&self) -> PostgresError {
+        PostgresError::CursorMoved { schema: self.config.schema.clone(), expected: self.cursor }
     }
 
     pub(in crate::consume) fn durable_cursor(&self) -> Offset {
@@ -247,9 +270,16 @@ impl PostgresSink {
         next: Offset,
         sync: bool,
     ) -> Result<(), PostgresError> {
-        let cursor = self.cursor;
+        let cursor = self.cursor();
         let records: Vec<_> = records.skip_while(|record| record.offset < cursor).collect();
-        self.store_halves(&records, next, sync)
+        if cursor < self.cursor {
+            self.store_missing_samples(&records, next)?;
+            if next <= self.cursor {
+                return Ok(());
+            }
+        }
+        let stored = records.partition_point(|record| record.offset < self.cursor);
+        self.store_halves(&records[stored..], next, sync)
     }
 
     /// Stores all at once, or, if the server cannot take a value among them, one half after the other.
@@ -281,27 +311,39 @@ impl PostgresSink {
         is_plain: bool,
     ) -> Result<(), PostgresError> {
         let begin = if sync { "BEGIN" } else { "BEGIN; SET LOCAL synchronous_commit = off" };
+        let mut lane = self.take_lane(records.len());
         self.within(begin, |sink| {
-            sink.move_cursor(next, sync)?;
-            sink.insert_records(records, is_plain)
+            sink.move_cursor(next, sync, lane.is_some())?;
+            let scope = match &lane {
+                Some(lane) if lane.begin(begin, sink.lane_offset, next)? => CopyScope::BesideLane(lane),
+                Some(_) => return Err(sink.cursor_moved()),
+                None => CopyScope::All,
+            };
+            sink.insert_records(records, is_plain, scope)
         })?;
-        self.cursor = next;
+        if let Some(lane) = &mut lane {
+            lane.commit()?;
+            self.lane_offset = next;
+        }
+        self.lane = lane.or_else(|| self.lane.take());
+        (self.cursor, self.samples_cursor) = (next, next);
         if sync {
             self.durable_cursor = next;
         }
         Ok(())
     }
 
-    /// Moves the cursor, if it is where this sink has left it and this connection is the one that writes.
-    fn move_cursor(&mut self, next: Offset, sync: bool) -> Result<(), PostgresError> {
+    /// Moves the cursor, if it is where this sink has left it and this connection is the one that writes. With `has_lane`,
+    /// the samples up to there have a transaction of their own.
+    fn move_cursor(&mut self, next: Offset, sync: bool, has_lane: bool) -> Result<(), PostgresError> {
         let moved = self.connection.execute(
             "UPDATE sink SET next_offset = $2, durable_offset = CASE WHEN $3 THEN $2 ELSE durable_offset END,
-                 lease_until = clock_timestamp() + $5 * interval '1 second'
+                 lease_until = clock_timestamp() + $5 * interval '1 second', samples_from = CASE WHEN $6 THEN $1 END
              WHERE next_offset = $1 AND owner = $4 AND owner_pid = pg_backend_pid()",
-            &[&sql_offset(self.cursor), &sql_offset(next), &sync, &self.name, &lease::LEASE_S],
+            &[&sql_offset(self.cursor), &sql_offset(next), &sync, &self.name, &lease::LEASE_S, &has_lane],
         )?;
         if moved != 1 {
-            return Err(PostgresError::CursorMoved { schema: self.schema.clone(), expected: self.cursor });
+            return Err(self.cursor_moved());
         }
         self.leased_at = Some(Instant::now());
         Ok(())
@@ -364,11 +406,10 @@ impl PostgresSink {
                     "UPDATE sink SET withheld_version = $1 WHERE owner = $2 AND owner_pid = pg_backend_pid()",
                     &[&sql_offset(version), &sink.name],
                 )?;
-                if noted != 1 {
-                    let (schema, expected) = (sink.schema.clone(), sink.cursor);
-                    return Err(PostgresError::CursorMoved { schema, expected });
+                match noted {
+                    1 => Ok(()),
+                    _ => Err(sink.cursor_moved()),
                 }
-                Ok(())
             })?;
             self.withheld_version = version;
         }
@@ -388,7 +429,7 @@ impl PostgresSink {
              WHERE owner = $1 AND owner_pid = pg_backend_pid() AND next_offset = $2",
             &[&self.name, &sql_offset(self.cursor)],
         )?;
-        self.durable_cursor = self.cursor;
+        self.durable_cursor = self.cursor();
         Ok(())
     }
 

@@ -10,6 +10,9 @@ use crate::message::KeyId;
 /// The columns that a record has in both tables.
 const ENTRY_COLUMNS: &str = "log_offset, received_at, event_at, datasource_id, topic_id, origin_id, payload, payload_bytes, payload_note, payload_size";
 
+/// The columns of a row of samples, withheld or not.
+pub(super) const SAMPLE_COLUMNS: &str = "time, log_offset, topic_id, key_set_id, numbers, keys";
+
 impl PostgresSink {
     /// Makes the tables follow changes of the rules but for purges, in the present transaction. `left_out` holds the
     /// present rules.
@@ -130,8 +133,8 @@ impl PostgresSink {
                 "WITH gone AS (
                      DELETE FROM {from} WHERE log_offset IN (SELECT log_offset FROM moved)
                          AND log_offset BETWEEN (SELECT min(log_offset) FROM moved) AND (SELECT max(log_offset) FROM moved)
-                     RETURNING time, log_offset, topic_id, key_set_id, numbers)
-                 INSERT INTO {to} (time, log_offset, topic_id, key_set_id, numbers) SELECT * FROM gone"
+                     RETURNING {SAMPLE_COLUMNS})
+                 INSERT INTO {to} ({SAMPLE_COLUMNS}) SELECT * FROM gone"
             ),
             &[],
         )?;

@@ -70,6 +70,10 @@ impl PrunableStore for PostgresSink {
         limits: StoredLimits,
         now: TimeMicros,
     ) -> Result<PruneStep, PostgresError> {
+        if self.samples_cursor < self.cursor {
+            // Samples that come after their records were removed would stay.
+            return Ok(PruneStep::Done);
+        }
         let Some(row) = self.row_id_of_scope(scope)? else { return Ok(PruneStep::Done) };
         let mut over = 0;
         match limits.bytes {
@@ -128,7 +132,7 @@ impl PostgresSink {
             &[&self.name],
         )?;
         match held.is_empty() {
-            true => Err(PostgresError::CursorMoved { schema: self.schema.clone(), expected: self.cursor }),
+            true => Err(self.cursor_moved()),
             false => Ok(()),
         }
     }

@@ -1,7 +1,10 @@
 //! The samples of new records in PostgreSQL: a row for those of a record that are of one time, which is mostly all of them.
 //! A row for each number would cost several times what the record itself does, with the indexes that a chart needs. What
-//! the numbers stand for is in `key_sets`: records of one topic mostly have the same keys in the same order.
+//! the numbers stand for is in `key_sets`: records of one topic mostly have the same keys in the same order. Where they have not,
+//! the topic gets no further set after some, and its rows have their keys themselves: names are the devices' to choose, and
+//! what they invent goes with their records.
 
+use std::borrow::Cow;
 use std::collections::HashSet;
 
 use headgate_bridge_postgres::CopyRows;
@@ -12,12 +15,22 @@ use crate::consume::sink::schema::sql_offset;
 use crate::message::{RecordRef, TimeMicros};
 use crate::values::samples::{JsonMember, Sample};
 
+/// The `key_set_id` of a row that has its keys itself. No set has this id.
+const NO_KEY_SET: i32 = 0;
+
+/// Where the rows of samples are added.
+pub(super) struct SampleRows<'r> {
+    pub(super) samples: &'r mut CopyRows,
+    /// The sets of keys that they bring.
+    pub(super) key_sets: &'r mut CopyRows,
+}
+
 impl PostgresSink {
     /// Adds the rows of a record's samples. `text` is its payload if that is text, `members` are those of the JSON object
     /// that it is, if they are known.
     pub(super) fn add_samples(
         &mut self,
-        rows: &mut CopyRows,
+        mut rows: SampleRows<'_>,
         record: &RecordRef<'_>,
         topic: i32,
         text: Option<&str>,
@@ -35,11 +48,11 @@ impl PostgresSink {
         let added = match found.first() {
             None => Ok(()),
             Some(first) if found.iter().all(|sample| sample.at == first.at) => {
-                self.add_row(rows, record, topic, time_of(first), &found)
+                self.add_row(&mut rows, record, topic, time_of(first), &found)
             }
             Some(_) => by_time(&found, time_of)
                 .into_iter()
-                .try_for_each(|(at, samples)| self.add_row(rows, record, topic, at, &samples)),
+                .try_for_each(|(at, samples)| self.add_row(&mut rows, record, topic, at, &samples)),
         };
         drop(found);
         self.reader = reader;
@@ -49,7 +62,7 @@ impl PostgresSink {
     /// Adds the row of samples of one time; more than one if a key comes twice.
     fn add_row(
         &mut self,
-        rows: &mut CopyRows,
+        rows: &mut SampleRows<'_>,
         record: &RecordRef<'_>,
         topic: i32,
         at: TimeMicros,
@@ -57,15 +70,16 @@ impl PostgresSink {
     ) -> Result<(), PostgresError> {
         let digest = KeySetDigest::of(samples.iter().map(|sample| sample.key));
         if let Some(id) = self.known_key_set(topic, digest) {
-            add_numbers(rows, record, (topic, id), at, samples);
+            add_numbers(rows.samples, record, (topic, Some(id)), at, samples);
             return Ok(());
         }
         let mut seen = HashSet::new();
         let (first, again): (Vec<_>, Vec<_>) =
             samples.iter().copied().partition(|sample| seen.insert(text_of(sample.key)));
         if again.is_empty() {
-            let id = self.learn_key_set(topic, digest, samples.iter().map(|sample| sample.key))?;
-            add_numbers(rows, record, (topic, id), at, samples);
+            let keys = samples.iter().map(|sample| sample.key);
+            let id = self.learn_key_set(rows.key_sets, topic, digest, keys)?;
+            add_numbers(rows.samples, record, (topic, id), at, samples);
             return Ok(());
         }
         self.add_row(rows, record, topic, at, &first)?;
@@ -92,14 +106,21 @@ fn by_time<'s, 'a>(
 fn add_numbers(
     rows: &mut CopyRows,
     record: &RecordRef<'_>,
-    (topic, key_set): (i32, i32),
+    (topic, key_set): (i32, Option<i32>),
     at: TimeMicros,
     samples: &[Sample<'_>],
 ) {
-    rows.begin(5);
+    rows.begin(6);
     rows.timestamptz(at);
     rows.int8(sql_offset(record.offset));
     rows.int4(topic);
-    rows.int4(key_set);
+    rows.int4(key_set.unwrap_or(NO_KEY_SET));
     rows.float8_array(samples.iter().map(|sample| sample.value));
+    match key_set {
+        Some(_) => rows.null(),
+        None => {
+            let keys: Vec<Cow<'_, str>> = samples.iter().map(|sample| text_of(sample.key)).collect();
+            rows.text_array(keys.iter().map(|key| &**key));
+        }
+    }
 }

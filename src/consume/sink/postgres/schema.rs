@@ -24,7 +24,7 @@ const SERVER_VERSION_MIN: i32 = 140_000;
 /// The lock under which the tables are made: of all that Headgate makes in one database, "hg" and a number.
 const MIGRATION_LOCK: i64 = 0x6867_0001;
 /// Turns format N into format N + 1.
-const MIGRATIONS: [&str; 2] = [CREATE_TABLES, ADD_READING];
+const MIGRATIONS: [&str; 3] = [CREATE_TABLES, ADD_READING, ADD_SAMPLE_LANE];
 
 /// Makes the tables in `schema`, or brings them up to date, and makes them those that names stand for in this connection.
 /// `json` is the type of JSON payloads in tables that are made anew.
@@ -116,6 +116,30 @@ fn format_of(connection: &PostgresConnection, schema: &str) -> Result<i32, Postg
 pub(in crate::consume) fn quoted(name: &str) -> String {
     format!("\"{}\"", name.replace('"', "\"\""))
 }
+
+/// Makes format 3 of format 2: samples may have a transaction of their own, and rows of samples the keys of their own.
+const ADD_SAMPLE_LANE: &str = r#"
+    -- Up to where samples that had a transaction of their own are stored, and which connection it was.
+    CREATE TABLE sample_lane (
+        id          int PRIMARY KEY CHECK (id = 0),
+        next_offset bigint NOT NULL,
+        pid         int,
+        pid_since   timestamptz
+    );
+    INSERT INTO sample_lane VALUES (0, 0);
+    -- From where on the samples of the last transaction have one of their own. They are stored if that has come as far.
+    ALTER TABLE sink ADD COLUMN samples_from bigint;
+    -- The keys of a row that has no set of them: key_set_id is 0.
+    ALTER TABLE sample_rows ADD COLUMN keys text[] COLLATE "C";
+    ALTER TABLE withheld_samples ADD COLUMN keys text[] COLLATE "C";
+    CREATE INDEX sample_rows_keys ON sample_rows (topic_id, time) WHERE key_set_id = 0;
+
+    CREATE OR REPLACE VIEW samples AS
+    SELECT d.datasource, t.topic, n.key, s.time, n.value, s.log_offset
+    FROM sample_rows s LEFT JOIN key_sets k ON k.id = s.key_set_id JOIN topics t ON t.id = s.topic_id
+    JOIN datasources d ON d.id = t.datasource_id
+    CROSS JOIN LATERAL unnest(coalesce(s.keys, k.keys), s.numbers) AS n (key, value);
+"#;
 
 /// Makes format 2 of format 1: what reads and retention need. What a row takes is not known of earlier ones.
 const ADD_READING: &str = r#"
