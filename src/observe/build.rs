@@ -7,7 +7,10 @@ pub const BUILD_VERSION: &str = env!("CARGO_PKG_VERSION");
 
 /// The commit, if whoever built it said so (`HEADGATE_COMMIT`): cargo would build the crate again after each commit if it
 /// were looked up.
-pub const BUILD_COMMIT: Option<&str> = option_env!("HEADGATE_COMMIT");
+pub const BUILD_COMMIT: Option<&str> = match option_env!("HEADGATE_COMMIT") {
+    Some(commit) if !commit.is_empty() => Some(commit),
+    _ => None,
+};
 
 /// The optional parts that are in it, by the names of their cargo features.
 pub fn build_features() -> impl Iterator<Item = &'static str> {
