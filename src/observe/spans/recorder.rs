@@ -26,7 +26,7 @@ const TRACE_PARENT: &str = "traceparent";
 const SPAN_TOPIC_BYTES_MAX: usize = 256;
 
 /// Transactions of sinks that are remembered, for spans that end after their records are stored.
-const STORED_RANGES_MAX: usize = 64;
+const SINK_TRANSACTIONS_MAX: usize = 64;
 
 /// Where the spans of the process go, once that is known.
 static DESK: OnceLock<SpanDesk> = OnceLock::new();
@@ -44,12 +44,12 @@ struct TracedStores {
     /// The newest records whose messages have spans.
     records: VecDeque<(Offset, SpanContext)>,
     /// The newest transactions of sinks.
-    transactions: VecDeque<StoredRange>,
+    transactions: VecDeque<SinkTransaction>,
 }
 
 /// A transaction of a sink.
 #[derive(Clone, Copy)]
-struct StoredRange {
+struct SinkTransaction {
     sink: &'static str,
     from: Offset,
     to: Offset,
@@ -103,15 +103,15 @@ impl SpanDesk {
         push_bounded(&mut stores.records, (offset, context), TRACED_RECORDS_MAX);
     }
 
-    fn note_transaction(&self, range: StoredRange) {
+    fn note_transaction(&self, range: SinkTransaction) {
         let mut stores = self.stores.lock();
         for (_, context) in stores.records.iter().filter(|(at, _)| (range.from..range.to).contains(at)) {
             self.tell_store(&range, context);
         }
-        push_bounded(&mut stores.transactions, range, STORED_RANGES_MAX);
+        push_bounded(&mut stores.transactions, range, SINK_TRANSACTIONS_MAX);
     }
 
-    fn tell_store(&self, range: &StoredRange, parent: &SpanContext) {
+    fn tell_store(&self, range: &SinkTransaction, parent: &SpanContext) {
         if let Some(mut span) = self.start("store", SpanKind::Internal, range.began, Some(parent)) {
             span.set_attribute(KeyValue::new("headgate.sink", range.sink));
             span.end_with_timestamp(range.ended);
@@ -304,7 +304,7 @@ impl StoreSpan {
         if let Some((desk, began)) = self.0
             && from < to
         {
-            desk.note_transaction(StoredRange { sink, from, to, began, ended: SystemTime::now() });
+            desk.note_transaction(SinkTransaction { sink, from, to, began, ended: SystemTime::now() });
         }
     }
 }

@@ -28,9 +28,9 @@ const TRAFFIC_LEAD_MIN: u64 = 16;
 const TRAFFIC_CHANGE_SHARE: usize = 8;
 
 /// Which datasources have series of their own.
-pub struct TrafficBoard(Mutex<BoardState>);
+pub struct TrafficBoard(Mutex<TrafficBoardState>);
 
-struct BoardState {
+struct TrafficBoardState {
     datasources_max: usize,
     shown: Vec<ShownDatasource>,
     /// What series that are gone have shown.
@@ -65,7 +65,7 @@ pub struct TrafficReading {
 impl TrafficBoard {
     /// A board with series for so many datasources.
     pub fn new(datasources_max: usize) -> Self {
-        Self(Mutex::new(BoardState {
+        Self(Mutex::new(TrafficBoardState {
             datasources_max,
             shown: Vec::new(),
             retired: TrafficCounts::default(),
@@ -105,7 +105,7 @@ impl TrafficBoard {
     }
 }
 
-impl BoardState {
+impl TrafficBoardState {
     /// Takes the series away from datasources that are not there any more, or are others of the same name.
     fn leave_deleted(&mut self, source: &dyn TrafficSource) {
         let is_present = |shown: &ShownDatasource| {

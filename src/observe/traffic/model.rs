@@ -70,8 +70,8 @@ impl SeriesSums {
     }
 }
 
-/// A name, and one more for each time that it was deleted.
-struct ModelRun {
+/// A run of the model: how often each name was taken, and in which of its lives a series was seen last.
+struct TrafficModel {
     board: TrafficBoard,
     datasources: ModelDatasources,
     lives: BTreeMap<DatasourceId, u32>,
@@ -82,7 +82,7 @@ struct ModelRun {
     datasources_max: usize,
 }
 
-impl ModelRun {
+impl TrafficModel {
     fn id(of: u8) -> DatasourceId {
         DatasourceId::new(&format!("press-{of}")).expect("a slug")
     }
@@ -139,7 +139,7 @@ impl ModelRun {
 }
 
 fn run_all(datasources_max: usize, steps: &[BoardStep]) {
-    let mut run = ModelRun {
+    let mut run = TrafficModel {
         board: TrafficBoard::new(datasources_max),
         datasources: ModelDatasources::default(),
         lives: BTreeMap::new(),
