@@ -68,9 +68,11 @@ pub struct Cli {
 }
 
 /// The version, and which of the parts are in it that a build may leave out.
-const LONG_VERSION: &str = match cfg!(feature = "delta") {
-    true => concat!(env!("CARGO_PKG_VERSION"), " (with the feature delta)"),
-    false => concat!(env!("CARGO_PKG_VERSION"), " (without the feature delta)"),
+const LONG_VERSION: &str = match (cfg!(feature = "delta"), cfg!(feature = "otlp")) {
+    (true, true) => concat!(env!("CARGO_PKG_VERSION"), " (with the features delta and otlp)"),
+    (true, false) => concat!(env!("CARGO_PKG_VERSION"), " (with the feature delta, without otlp)"),
+    (false, true) => concat!(env!("CARGO_PKG_VERSION"), " (with the feature otlp, without delta)"),
+    (false, false) => concat!(env!("CARGO_PKG_VERSION"), " (without the features delta and otlp)"),
 };
 
 const ENVIRONMENT_HELP: &str = "\

@@ -13,6 +13,7 @@ use super::service_manager::ServiceManager;
 use super::signals::{self, AskedSignal, Signals};
 use crate::config::{Config, ConfigChanges, ConfigError, LoadedConfig};
 use crate::gateway::Gateway;
+use crate::observe::spans::SpanExport;
 use crate::observe::trace::{self, TraceControl};
 
 /// How long a thread may still run after the drain, for example a query of a disconnected client.
@@ -77,6 +78,7 @@ async fn serve(mut served: ServedConfig, out: &mut CommandOutput) -> anyhow::Res
     let mut signals = Signals::listen()?;
     let mut manager = ServiceManager::from_environment();
     let mut config = served.started.clone();
+    let spans = SpanExport::begin(&config.trace.otlp)?;
     loop {
         manager.starting();
         // In a cluster the start may have to wait for NATS.
@@ -132,6 +134,7 @@ async fn serve(mut served: ServedConfig, out: &mut CommandOutput) -> anyhow::Res
         }
         tracing::info!("stopped");
         if !starts_again {
+            spans.end().await;
             return Ok(());
         }
     }

@@ -6,7 +6,7 @@ use figment::value::{Dict, Value};
 use super::Config;
 
 /// The settings that a running gateway takes over.
-const LIVE_SETTINGS: [&str; 11] = [
+const LIVE_SETTINGS: [&str; 12] = [
     "auth.failures_burst",
     "auth.failures_exempt",
     "auth.failures_per_s",
@@ -15,6 +15,7 @@ const LIVE_SETTINGS: [&str; 11] = [
     "http.strangers_per_address_max",
     "intake.memory_bytes_max",
     "intake.memory_share_bytes_max",
+    "metrics.datasources_max",
     "mqtt.strangers_max",
     "mqtt.strangers_per_address_max",
     "trace.filter",

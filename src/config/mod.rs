@@ -29,6 +29,7 @@ mod listen;
 mod log;
 mod mqtt;
 mod nats;
+mod otlp;
 mod postgres;
 mod public;
 mod quantity;
@@ -47,6 +48,7 @@ pub use listen::ListenAddress;
 pub use log::{Durability, LogBackend, LogConfig, SinkKind, StorageConfig};
 pub use mqtt::{MetadataPolicy, MqttConfig};
 pub use nats::{ConfigSecret, NatsConfig};
+pub use otlp::OtlpConfig;
 pub use postgres::PostgresConfig;
 pub use public::{PublicMqtt, PublicUrl};
 pub use quantity::parse_duration_ms;
@@ -82,6 +84,8 @@ pub struct Config {
     pub storage: StorageConfig,
     /// Which NATS is used, and what for.
     pub nats: NatsConfig,
+    /// What Headgate says about itself in numbers.
+    pub metrics: MetricsConfig,
     /// What Headgate says about itself on standard error.
     pub trace: TraceConfig,
 }
@@ -148,6 +152,14 @@ pub enum TraceFormat {
     Json,
 }
 
+/// What Headgate says about itself in numbers.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MetricsConfig {
+    /// How many datasources have series of their own; with 0 there are none of datasources.
+    pub datasources_max: usize,
+}
+
 /// What Headgate says about itself on standard error.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -156,6 +168,8 @@ pub struct TraceConfig {
     pub filter: String,
     /// Text or JSON.
     pub format: TraceFormat,
+    /// Where spans of messages are sent.
+    pub otlp: OtlpConfig,
 }
 
 impl Default for Config {
@@ -174,7 +188,12 @@ impl Default for Config {
             log: LogConfig::default(),
             storage: StorageConfig::default(),
             nats: NatsConfig::default(),
-            trace: TraceConfig { filter: "info".to_owned(), format: TraceFormat::Text },
+            metrics: MetricsConfig { datasources_max: limits::METRICS_DATASOURCES_DEFAULT },
+            trace: TraceConfig {
+                filter: "info".to_owned(),
+                format: TraceFormat::Text,
+                otlp: OtlpConfig::default(),
+            },
         }
     }
 }
@@ -365,6 +384,12 @@ impl Config {
         self.auth.check()?;
         self.intake.check()?;
         require(
+            self.metrics.datasources_max <= limits::METRICS_DATASOURCES_MAX,
+            "metrics.datasources_max",
+            self.metrics.datasources_max,
+            "it has to be at most 1000",
+        )?;
+        require(
             self.http.body_bytes_max <= self.intake.in_flight_bytes_max / 2,
             "http.body_bytes_max",
             self.http.body_bytes_max,
@@ -378,6 +403,7 @@ impl Config {
         )?;
         self.log.check()?;
         self.nats.check(self.log.backend)?;
+        self.trace.otlp.check()?;
         self.storage.check()
     }
 

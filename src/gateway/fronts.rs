@@ -1,6 +1,7 @@
 //! The fronts: started last, when everything that they hand messages to is there.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use headgate_bridge_nats::Nats;
 use headgate_bridge_nats::connection::without_credentials;
@@ -18,6 +19,11 @@ use crate::front::tls::Tls;
 use crate::front::{http, mqtt, nats};
 use crate::intake::Intake;
 use crate::memory::MemoryBudget;
+use crate::observe::disk_figures::DiskFigures;
+use crate::observe::metrics::Metrics;
+
+/// How often it is measured what the data directory takes.
+const DISK_MEASURE_INTERVAL: Duration = Duration::from_secs(5);
 
 /// The fronts of a gateway, each a task that ends after the drain has begun.
 pub(super) struct RunningFronts {
@@ -35,6 +41,7 @@ pub(super) struct LiveSettings {
     http: Arc<ConnectionTable>,
     http_admin: Arc<ConnectionTable>,
     mqtt: Arc<ConnectionTable>,
+    metrics: Arc<Metrics>,
 }
 
 impl LiveSettings {
@@ -46,6 +53,7 @@ impl LiveSettings {
         self.http.set_limits(config.http.stranger_limits());
         self.http_admin.set_limits(config.http.stranger_limits());
         self.mqtt.set_limits(config.mqtt.stranger_limits());
+        self.metrics.traffic.set_datasources_max(config.metrics.datasources_max);
     }
 }
 
@@ -85,7 +93,9 @@ impl RunningFronts {
             http: Arc::new(ConnectionTable::new(config.http.stranger_limits())),
             http_admin: Arc::new(ConnectionTable::new(config.http.stranger_limits())),
             mqtt: acceptor.strangers().clone(),
+            metrics: metrics.clone(),
         };
+        let disk_figures = Arc::new(DiskFigures::new(&config.data_dir, config.log.retention_bytes));
         let parts = http::HttpFrontParts {
             intake,
             log,
@@ -110,6 +120,8 @@ impl RunningFronts {
             nats_servers: nats_servers.clone(),
             callout,
             backups,
+            disk_figures: disk_figures.clone(),
+            certificates: live.certificates.clone(),
         };
         let (tls, certificate) = listeners.http_tls.unzip();
         let (plain, admin) = (listeners.http, listeners.admin);
@@ -124,11 +136,24 @@ impl RunningFronts {
                 drain.run_until_cancelled(tls.follow_files()).await;
             }));
         }
+        let measured = drain.clone();
+        tasks.push(tokio::spawn(async move {
+            measured.run_until_cancelled(follow_disk(disk_figures)).await;
+        }));
         if let Some(nats) = nats {
             let drain = drain.clone();
             tasks.push(tokio::spawn(async move { nats.serve(drain).await }));
         }
         Ok(Self { tasks, nats_servers, live })
+    }
+}
+
+/// Measures the data directory for the metrics every [`DISK_MEASURE_INTERVAL`]. A disk that hangs holds up one thread.
+async fn follow_disk(figures: Arc<DiskFigures>) {
+    loop {
+        let measured = figures.clone();
+        let _ = tokio::task::spawn_blocking(move || measured.measure_blocking()).await;
+        tokio::time::sleep(DISK_MEASURE_INTERVAL).await;
     }
 }
 

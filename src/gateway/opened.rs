@@ -81,6 +81,7 @@ impl OpenedGateway {
         let (consumers, clients) = Consumers::start(config, &mut opened).await?;
         let OpenedLog { registry, log, cluster } = opened;
         let metrics = Arc::new(Metrics::new());
+        metrics.traffic.set_datasources_max(config.metrics.datasources_max);
         let authorizer = Authorizer::with_config(registry.clone(), &config.auth);
         let intake = Intake::new(authorizer, log.clone(), metrics.clone(), &config.intake);
         let mut member = cluster.map(|(member, _)| member);

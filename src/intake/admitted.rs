@@ -11,9 +11,10 @@ use tokio::sync::{OwnedSemaphorePermit, oneshot};
 use crate::auth::usage::KeyClient;
 use crate::auth::{GrantDenial, Key, Registry};
 use crate::log::{AppendError, CommitOutcome, Offsets, Section, SectionOutcome};
-use crate::message::{Offset, TimeMicros, Transport};
+use crate::message::{DatasourceId, Offset, TimeMicros, Transport};
 use crate::observe::metrics::Metrics;
 use crate::observe::refusals::{RefusalNote, Refusals};
+use crate::observe::spans::DraftSpans;
 use crate::processor::DiskTurn;
 
 use super::Refusal;
@@ -35,6 +36,8 @@ pub struct AdmittedDraft {
     pub(super) transport: Transport,
     pub(super) metrics: Arc<Metrics>,
     pub(super) refusals: Arc<Refusals>,
+    /// The spans of its messages.
+    pub(super) spans: DraftSpans,
     /// What it takes in memory, until it is durable.
     pub(super) _payers: Vec<DraftPayer>,
     pub(super) _room: DraftRoom,
@@ -53,20 +56,35 @@ pub(super) struct SectionCounts {
     accepted: (u32, u64),
     /// Messages that go into quarantine.
     quarantined: u32,
+    /// The datasource, if its key does not say which.
+    datasource: Option<DatasourceId>,
 }
 
 impl SectionCounts {
-    pub(super) fn from_section(section: &Section) -> Self {
+    pub(super) fn from_section(section: &Section, key: &Key) -> Self {
         let (quarantined, bytes) = section.quarantined();
-        Self { accepted: (section.records() - quarantined, section.payload_bytes() - bytes), quarantined }
+        let accepted = (section.records() - quarantined, section.payload_bytes() - bytes);
+        let datasource = key.datasource.is_all().then(|| section.datasource.clone());
+        Self { accepted, quarantined, datasource }
     }
 }
 
+/// What consecutive sections of one key and datasource have brought: it is reported together.
+struct KeptRun<'a> {
+    key: &'a Arc<Key>,
+    datasource: &'a DatasourceId,
+    /// Messages that were let in, and their payload bytes.
+    accepted: (u64, u64),
+    last_offset: Offset,
+}
+
 impl AdmittedDraft {
-    /// Reports the use of a key to the registry.
-    fn report_use(&self, came_in: Option<(&Arc<Key>, u64, Offset)>) {
-        if let Some((key, messages, offset)) = came_in {
-            self.registry.note_use(key, self.client.as_ref(), self.received_at, Some((messages, offset)));
+    /// Reports the use of a key to the registry, and what its datasource has sent.
+    fn report_use(&self, kept: Option<KeptRun<'_>>) {
+        if let Some(KeptRun { key, datasource, accepted, last_offset }) = kept {
+            let (at, came_in) = (self.received_at, Some((accepted.0, last_offset)));
+            self.registry.note_use(key, self.client.as_ref(), at, came_in);
+            self.registry.count_traffic(key, datasource, accepted, at);
         }
     }
 
@@ -109,26 +127,26 @@ impl Future for AdmittedDraft {
         let committed = ready!(Pin::new(&mut self.committed).poll(cx)).unwrap_or(Err(AppendError::Closed))?;
         self.metrics.commit_seconds.record(self.started.elapsed());
         let (mut records, mut bytes, mut duplicates, mut quarantined) = (0, 0, 0, 0);
-        // Consecutive sections of one key are reported together: messages, and the newest offset.
-        let mut came_in: Option<(&Arc<Key>, u64, Offset)> = None;
+        let mut kept: Option<KeptRun<'_>> = None;
         let sections = self.records.iter().zip(&self.keys).zip(&committed.outcomes);
         for (origin, ((counts, key), outcome)) in sections.enumerate() {
-            let SectionCounts { accepted: (n, payload_bytes), quarantined: m } = counts;
+            let SectionCounts { accepted: (n, payload_bytes), quarantined: m, datasource } = counts;
             match outcome {
                 SectionOutcome::Kept(offsets) => {
                     records += u64::from(*n);
                     bytes += payload_bytes;
                     quarantined += u64::from(*m);
-                    let last_offset = offsets.last();
-                    came_in = match came_in {
-                        Some((same, count, _)) if Arc::ptr_eq(same, key) => {
-                            Some((key, count + u64::from(*n), last_offset))
-                        }
-                        other => {
-                            self.report_use(other);
-                            Some((key, u64::from(*n), last_offset))
-                        }
-                    };
+                    let datasource = datasource.as_ref().unwrap_or(&key.datasource);
+                    let same = |run: &KeptRun<'_>| Arc::ptr_eq(run.key, key) && run.datasource == datasource;
+                    if !kept.as_ref().is_some_and(same) {
+                        let last_offset = offsets.last();
+                        let begun = KeptRun { key, datasource, accepted: (0, 0), last_offset };
+                        self.report_use(kept.replace(begun));
+                    }
+                    if let Some(run) = &mut kept {
+                        run.accepted = (run.accepted.0 + u64::from(*n), run.accepted.1 + payload_bytes);
+                        run.last_offset = offsets.last();
+                    }
                 }
                 SectionOutcome::Duplicate(_) | SectionOutcome::Known(_) => duplicates += u64::from(n + m),
                 SectionOutcome::KeyDead => {
@@ -145,12 +163,13 @@ impl Future for AdmittedDraft {
                 }
             }
         }
-        self.report_use(came_in);
+        self.report_use(kept);
         self.metrics.count_accepted(self.transport, records, bytes);
         if quarantined > 0 {
             self.metrics.count_quarantined(self.transport, quarantined);
         }
         self.metrics.count_duplicates(self.transport, duplicates);
+        self.spans.note_outcomes(&committed.outcomes);
         Poll::Ready(Ok(DurableDraft { outcomes: committed.outcomes }))
     }
 }

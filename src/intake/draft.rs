@@ -14,6 +14,7 @@ use crate::log::{self, OnceId, QuarantineReason, RecordBody, Section};
 use crate::message::{
     DatasourceId, KeyId, Lease, NameError, RecordFlags, RecordRef, Transport, check_topic, holds_key,
 };
+use crate::observe::spans::{DraftSpans, RequestTrace, TracedMessage};
 use crate::quota::{LimitExceeded, Quota, QuotaStanding};
 use crate::time::Rfc3339;
 
@@ -72,6 +73,8 @@ pub struct Draft {
     pub(super) quota: Option<(KeyId, DatasourceId, Option<Box<Quota>>)>,
     /// Whose memory it takes. The last pays for the messages that are added.
     pub(super) payers: Vec<DraftPayer>,
+    /// The spans of its messages.
+    pub(super) spans: DraftSpans,
 }
 
 impl Draft {
@@ -101,6 +104,11 @@ impl Draft {
     /// Sets the client that sent it, for the usage of its key.
     pub fn set_client(&mut self, client: &Arc<KeyClient>) {
         self.client = Some(client.clone());
+    }
+
+    /// Declares that its messages came with this request.
+    pub fn follow(&mut self, request: &RequestTrace) {
+        self.spans.follow(request);
     }
 
     /// Marks that the next message has waited for its turn, so that it is not charged to a rate again.
@@ -256,6 +264,15 @@ impl Draft {
                 let IncomingMessage { payload, content_type, properties, flags, .. } = message;
                 let note = &[];
                 let body = RecordBody { flags, topic, content_type, properties, payload, event_at, note };
+                self.spans.note_message(&TracedMessage {
+                    origin: at,
+                    place: self.sections[at].records(),
+                    transport: self.transport,
+                    datasource,
+                    topic,
+                    payload_bytes: payload.len(),
+                    properties,
+                });
                 self.sections[at].push_body(&body);
                 self.note_memory(at, bytes_before);
                 Ok(at)
@@ -418,6 +435,8 @@ impl Draft {
     /// Drops every message that does not go into quarantine, when all messages are added. What is left does not use
     /// up the draft's id, which belongs to the corrected messages, and is kept once nevertheless.
     pub fn keep_quarantined_only(&mut self) {
+        // The messages of its spans are among what is dropped.
+        self.spans = DraftSpans::begin();
         let is_quarantined = |section: &Section| section.quarantined().0 > 0;
         let mut sections = self.sections.iter();
         self.keys.retain(|_| sections.next().is_some_and(is_quarantined));

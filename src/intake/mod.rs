@@ -35,6 +35,7 @@ use crate::message::{DatasourceId, Transport, now_micros};
 use crate::observe::cause::Cause;
 use crate::observe::metrics::Metrics;
 use crate::observe::refusals::{RefusalNote, Refusals};
+use crate::observe::spans::DraftSpans;
 use crate::processor::{DiskTurn, ProcessorTime, pauses_after_large};
 use crate::quota::{Limit, LimitExceeded, LimitOwner, LimitPolicy, LimitSetting, Meters, Quota, QuotaLimits};
 use crate::retained_topics::{RetainedFull, RetainedTopics};
@@ -89,7 +90,8 @@ impl Intake {
     ) -> Self {
         let room = Arc::new(Semaphore::new(limits.in_flight_bytes_max));
         let memory = MemoryBudget::new(limits.memory_bytes_max, limits.memory_share_bytes_max);
-        let refusals = Arc::new(Refusals::new(metrics.clone()));
+        let registry = authorizer.registry().clone();
+        let refusals = Arc::new(Refusals::new(metrics.clone(), move |id| registry.count_refused(id)));
         let (closer, retained) = (OnceLock::new(), OnceLock::new());
         log.listen_fenced({
             let refusals = refusals.clone();
@@ -171,6 +173,7 @@ impl Intake {
             over: None,
             quota: None,
             payers: Vec::new(),
+            spans: DraftSpans::begin(),
         }
     }
 
@@ -335,10 +338,12 @@ impl Intake {
     fn append(&self, mut draft: Draft, room: DraftRoom) -> AdmittedDraft {
         let started = Instant::now();
         draft.payers.iter_mut().for_each(DraftPayer::trim);
-        let records = draft.sections.iter().map(SectionCounts::from_section).collect();
+        let sections = draft.sections.iter().zip(&draft.keys);
+        let records = sections.map(|(section, key)| SectionCounts::from_section(section, key)).collect();
         // Here, so that the log's writer need not compute it.
         draft.sections.iter_mut().for_each(|section| _ = section.content_digest());
         let give_up_at = started + self.hold_back(draft.transport);
+        draft.spans.note_admitted();
         let committed = self.0.log.append(draft.sections, give_up_at);
         let metrics = self.0.metrics.clone();
         let refusals = self.0.refusals.clone();
@@ -354,6 +359,7 @@ impl Intake {
             transport: draft.transport,
             metrics,
             refusals,
+            spans: draft.spans,
             _payers: draft.payers,
             _room: room,
         }

@@ -80,13 +80,24 @@ impl Disk for FileSystem {
 /// # Errors
 /// The operating system's.
 pub(crate) fn free_bytes(dir: &Path) -> io::Result<u64> {
+    disk_room(dir).map(|(free, _)| free)
+}
+
+/// What is free for this process on the disk with this directory, and how large that is, in bytes.
+///
+/// # Errors
+/// The operating system's.
+pub(crate) fn disk_room(dir: &Path) -> io::Result<(u64, u64)> {
     let path = CString::new(dir.as_os_str().as_bytes())?;
     // SAFETY: all zeros is a valid `statvfs`; the call reads `path` and writes `stat` while both live.
     let (result, stat) = unsafe {
         let mut stat: libc::statvfs = mem::zeroed();
         (libc::statvfs(path.as_ptr(), &raw mut stat), stat)
     };
-    if result == 0 { Ok(stat.f_bavail * stat.f_frsize) } else { Err(io::Error::last_os_error()) }
+    match result {
+        0 => Ok((stat.f_bavail.saturating_mul(stat.f_frsize), stat.f_blocks.saturating_mul(stat.f_frsize))),
+        _ => Err(io::Error::last_os_error()),
+    }
 }
 
 impl SegmentFile for File {

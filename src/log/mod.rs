@@ -83,7 +83,7 @@ use headgate_format::log::{batch, frame, once, section, segment as segment_forma
 use tokio::sync::oneshot;
 
 pub use cut::{CutSegment, LogCut};
-pub(crate) use disk::free_bytes;
+pub(crate) use disk::{disk_room, free_bytes};
 pub use embedded::EmbeddedLog;
 pub use headgate_format::log::batch::{Batch, RecordPlace};
 pub use headgate_format::log::note::{QuarantineReason, RecordNote};

@@ -1,10 +1,16 @@
 //! Every metric by name. Each gateway has a recorder of its own, so that two in one process do not mix.
 //! Handles are created once, so that counting costs one atomic addition.
 
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Instant;
+
 use metrics::{Counter, Gauge, Histogram, Unit, describe_counter, describe_gauge, describe_histogram};
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle, PrometheusRecorder};
 
 use super::cause::Cause;
+use super::exposition::{ExpositionText, MetricKind, seconds_of};
+use super::traffic::{TrafficBoard, TrafficCounts, TrafficSource};
+use crate::limits::METRICS_DATASOURCES_DEFAULT;
 use crate::message::Transport;
 
 /// Latencies from 50 µs to 10 s, about three buckets per factor of ten.
@@ -13,13 +19,26 @@ const SECONDS_BUCKETS: [f64; 16] = [
     10.0,
 ];
 
+/// One of a datasource's counts.
+type TrafficFigure = fn(&TrafficCounts) -> u64;
+
 /// A gateway's metrics.
 pub struct Metrics {
     recorder: PrometheusRecorder,
     handle: PrometheusHandle,
     accepted: [Counter; 3],
     accepted_bytes: [Counter; 3],
+    /// What these show when they are rendered: messages and bytes of each transport.
+    accepted_counts: [[AtomicU64; 2]; 3],
     duplicates: [Counter; 3],
+    /// There from the start: an alert on its growth has to see the first.
+    quarantined: [Counter; 3],
+    /// Refusals that were about a datasource.
+    refused_of_datasources: AtomicU64,
+    /// What each datasource sends.
+    pub traffic: TrafficBoard,
+    /// Records that were sent to subscribers over each transport.
+    delivered: [Counter; 3],
     /// From submission to durability, per draft (a read of a socket or a request), in seconds.
     pub commit_seconds: Histogram,
     /// Open MQTT connections whose key was accepted.
@@ -31,7 +50,7 @@ pub struct Metrics {
     /// Records that retention removed before a subscriber had read them.
     pub skipped: Counter,
     /// Records that were sent to readers of streams over HTTP.
-    pub stream_records: Counter,
+    stream_records: Counter,
     /// From the moment at which the end of a key was asked for to the last of its connections closed, in seconds.
     pub revocation_seconds: Histogram,
 }
@@ -53,6 +72,8 @@ impl Metrics {
         let accepted = per_transport("headgate_accepted_total");
         let accepted_bytes = per_transport("headgate_accepted_bytes_total");
         let duplicates = per_transport("headgate_duplicates_total");
+        let quarantined = per_transport("headgate_quarantined_total");
+        let delivered = per_transport("headgate_delivered_total");
         let commit_seconds = metrics::histogram!("headgate_commit_seconds");
         let mqtt_connections = metrics::gauge!("headgate_mqtt_connections");
         let bridge_notices = metrics::counter!("headgate_bridge_notices_total");
@@ -66,7 +87,12 @@ impl Metrics {
             handle,
             accepted,
             accepted_bytes,
+            accepted_counts: Default::default(),
             duplicates,
+            quarantined,
+            refused_of_datasources: AtomicU64::new(0),
+            traffic: TrafficBoard::new(METRICS_DATASOURCES_DEFAULT),
+            delivered,
             commit_seconds,
             mqtt_connections,
             bridge_notices,
@@ -79,8 +105,68 @@ impl Metrics {
 
     /// Counts `records` messages with `bytes` of payload that were let in and are durable.
     pub fn count_accepted(&self, transport: Transport, records: u64, bytes: u64) {
-        self.accepted[transport as usize].increment(records);
-        self.accepted_bytes[transport as usize].increment(bytes);
+        let [of_records, of_bytes] = &self.accepted_counts[transport as usize];
+        of_records.fetch_add(records, Ordering::Relaxed);
+        of_bytes.fetch_add(bytes, Ordering::Relaxed);
+    }
+
+    /// Counts records that were sent to a subscriber.
+    pub fn count_delivered(&self, transport: Transport, records: u64) {
+        self.delivered[transport as usize].increment(records);
+        if transport == Transport::Http {
+            self.stream_records.increment(records);
+        }
+    }
+
+    /// Sets how many records were sent over a transport, where they are counted elsewhere.
+    pub fn set_delivered(&self, transport: Transport, records: u64) {
+        self.delivered[transport as usize].absolute(records);
+    }
+
+    /// What all datasources have sent, as far as it is counted for them.
+    fn total_traffic(&self) -> TrafficCounts {
+        let sum = |what: usize| self.accepted_counts.iter().map(|of| of[what].load(Ordering::Relaxed)).sum();
+        let refused = self.refused_of_datasources.load(Ordering::Relaxed);
+        TrafficCounts { messages: sum(0), bytes: sum(1), refused }
+    }
+
+    /// Writes what each of the busiest datasources has sent, and all others together.
+    pub fn write_traffic(&self, out: &mut ExpositionText, source: &dyn TrafficSource) {
+        let Some(reading) = self.traffic.read(Instant::now(), source, self.total_traffic()) else { return };
+        let families: [(&str, &str, TrafficFigure); 3] = [
+            (
+                "headgate_datasource_messages_total",
+                "Messages of a datasource that were let in; _other: of all that have no series of their own",
+                |of| of.messages,
+            ),
+            ("headgate_datasource_bytes_total", "Payload bytes of a datasource that were let in", |of| {
+                of.bytes
+            }),
+            (
+                "headgate_datasource_refused_total",
+                "Messages and connections that were refused and were about a datasource that there is",
+                |of| of.refused,
+            ),
+        ];
+        for (name, help, value) in families {
+            out.family(name, MetricKind::Counter, help);
+            for (id, counts, _) in &reading.datasources {
+                out.sample(name, &[("datasource", id.as_str())], value(counts));
+            }
+            // No datasource can have this name.
+            out.sample(name, &[("datasource", "_other")], value(&reading.others));
+        }
+        let name = "headgate_datasource_last_message_timestamp_seconds";
+        out.family(
+            name,
+            MetricKind::Gauge,
+            "When the last message of a datasource was received that was let in",
+        );
+        for (id, _, last_at) in &reading.datasources {
+            if let Some(at) = last_at {
+                out.sample(name, &[("datasource", id.as_str())], seconds_of(*at));
+            }
+        }
     }
 
     /// Counts `records` messages that were acknowledged and not kept again.
@@ -90,14 +176,13 @@ impl Metrics {
 
     /// Counts `records` messages that are durable in quarantine.
     pub fn count_quarantined(&self, transport: Transport, records: u64) {
-        metrics::with_local_recorder(&self.recorder, || {
-            metrics::counter!("headgate_quarantined_total", "transport" => transport.as_str())
-                .increment(records);
-        });
+        self.quarantined[transport as usize].increment(records);
     }
 
     /// Counts a refused message or connection, for [`Refusals::note`](super::refusals::Refusals::note).
-    pub(super) fn count_refused(&self, transport: Transport, cause: Cause) {
+    /// `is_of_datasource`: it was counted for one.
+    pub(super) fn count_refused(&self, transport: Transport, cause: Cause, is_of_datasource: bool) {
+        self.refused_of_datasources.fetch_add(u64::from(is_of_datasource), Ordering::Relaxed);
         metrics::with_local_recorder(&self.recorder, || {
             metrics::counter!("headgate_refused_total", "transport" => transport.as_str(), "cause" => cause.name())
                 .increment(1);
@@ -150,6 +235,11 @@ impl Metrics {
 
     /// All metrics, in Prometheus' text format.
     pub fn render(&self) -> String {
+        let shown = self.accepted.iter().zip(&self.accepted_bytes).zip(&self.accepted_counts);
+        for ((accepted, accepted_bytes), [records, bytes]) in shown {
+            accepted.absolute(records.load(Ordering::Relaxed));
+            accepted_bytes.absolute(bytes.load(Ordering::Relaxed));
+        }
         self.handle.render()
     }
 
@@ -208,6 +298,41 @@ fn describe_fronts() {
         "headgate_subscribers_still",
         "MQTT subscribers that have neither taken nor acknowledged anything for mqtt.still_ms, although messages are sent \
          or wait for them"
+    );
+    describe_counter!(
+        "headgate_delivered_total",
+        "Records that were sent to subscribers over MQTT, to streams over HTTP, and to the stream on NATS"
+    );
+    describe_gauge!(
+        "headgate_mqtt_sessions",
+        "MQTT sessions of connected clients and of those that are away"
+    );
+    describe_gauge!("headgate_mqtt_sessions_away", "MQTT sessions whose clients are away");
+    describe_gauge!("headgate_mqtt_subscribers", "Connected MQTT clients that have subscribed to something");
+    describe_gauge!(
+        "headgate_mqtt_inflight_messages",
+        "Messages that were sent to MQTT clients and are not acknowledged"
+    );
+    describe_gauge!(
+        "headgate_subscriber_lag_records",
+        "Records of the log that the connected MQTT subscriber that is furthest behind has not been sent or passed over"
+    );
+    describe_gauge!(
+        "headgate_session_away_lag_records",
+        "The same, of the MQTT session that is furthest behind of those whose clients are away"
+    );
+    describe_gauge!("headgate_datasources", "Datasources");
+    describe_gauge!(
+        "headgate_ready",
+        "Whether messages can be taken and made durable, as /readyz says it: 1, or 0"
+    );
+    describe_gauge!(
+        "headgate_readiness_warnings",
+        "What an operator should look at although messages are taken: /readyz says it in words"
+    );
+    describe_gauge!(
+        "headgate_revocations_not_durable",
+        "Ends of keys and deletions that are not written yet: a restart would undo them"
     );
     describe_gauge!("headgate_stream_readers", "Streams over HTTP that are open");
     describe_gauge!(

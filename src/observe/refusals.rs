@@ -146,9 +146,13 @@ impl RefusalFilter {
     }
 }
 
+/// Counts a refusal for the datasource that it was about; whether there is such a datasource.
+type DatasourceRefusals = Box<dyn Fn(&str) -> bool + Send + Sync>;
+
 /// Counts refusals, and lists the newest.
 pub struct Refusals {
     metrics: Arc<Metrics>,
+    of_datasources: DatasourceRefusals,
     shards: [Mutex<RefusalShard>; REFUSALS_SHARDS],
     hash: RandomState,
     /// How many were counted and not listed.
@@ -163,15 +167,16 @@ struct RefusalShard {
 }
 
 impl Refusals {
-    /// An empty list.
-    pub fn new(metrics: Arc<Metrics>) -> Self {
-        let shards = std::array::from_fn(|_| Mutex::default());
-        Self { metrics, shards, hash: RandomState::new(), unlisted: AtomicU64::new(0) }
+    /// An empty list. `of_datasource` counts a refusal for a datasource, and returns whether there is such a one.
+    pub fn new(metrics: Arc<Metrics>, of_datasource: impl Fn(&str) -> bool + Send + Sync + 'static) -> Self {
+        let (shards, of_datasources) = (std::array::from_fn(|_| Mutex::default()), Box::new(of_datasource));
+        Self { metrics, of_datasources, shards, hash: RandomState::new(), unlisted: AtomicU64::new(0) }
     }
 
     /// Counts a refusal, and lists it unless that would have to wait for a lock.
     pub fn note(&self, note: RefusalNote<'_>) {
-        self.metrics.count_refused(note.transport, note.cause);
+        let is_of_datasource = (self.of_datasources)(note.datasource);
+        self.metrics.count_refused(note.transport, note.cause, is_of_datasource);
         let address = note.address.map(|address| address.to_canonical());
         let client = RedactedText { text: note.client, bytes_max: REFUSALS_CLIENT_BYTES_MAX };
         let RefusalNote { transport, cause, key_id, key_shape, .. } = note;
@@ -304,7 +309,7 @@ mod tests {
     use crate::auth::ApiKey;
 
     fn refusals() -> Refusals {
-        Refusals::new(Arc::new(Metrics::new()))
+        Refusals::new(Arc::new(Metrics::new()), |_| false)
     }
 
     fn note<'a>(address: [u8; 4], client: &'a str) -> RefusalNote<'a> {

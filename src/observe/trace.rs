@@ -79,9 +79,10 @@ pub fn init(trace: &TraceConfig) -> Result<TraceControl, TraceError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::OtlpConfig;
 
     fn with(filter: &str) -> TraceConfig {
-        TraceConfig { filter: filter.to_owned(), format: TraceFormat::Text }
+        TraceConfig { filter: filter.to_owned(), format: TraceFormat::Text, otlp: OtlpConfig::default() }
     }
 
     #[test]

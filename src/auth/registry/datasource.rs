@@ -1,7 +1,10 @@
 //! A datasource: one named stream of readings, live.
 
+use std::sync::{Arc, OnceLock};
+
 use super::setting::JsonSetting;
 use crate::message::{DatasourceId, Incarnation, Lease, TimeMicros};
+use crate::observe::traffic::DatasourceTraffic;
 
 /// One named stream of readings.
 #[derive(Debug)]
@@ -22,11 +25,18 @@ pub struct Datasource {
     pub incarnation: Incarnation,
     /// Ends when it is deleted. What a key for all datasources sends to it is not appended after that.
     pub lease: Lease,
+    /// What it has sent to this gateway; made when it first sends something.
+    pub traffic: OnceLock<Arc<DatasourceTraffic>>,
 }
 
 impl Datasource {
     /// The id under which what belongs to this incarnation alone is kept.
     pub fn scope(&self) -> DatasourceId {
         self.id.scope(self.incarnation)
+    }
+
+    /// What it has sent, to be added to.
+    pub(super) fn traffic(&self) -> &DatasourceTraffic {
+        self.traffic.get_or_init(Arc::default)
     }
 }

@@ -3,7 +3,7 @@
 //! [`RegistryError::Away`] or [`RegistryError::Overtaken`] (both transient), [`RegistryError::TooLarge`] or
 //! [`RegistryError::Cluster`], and blocks until the other nodes have it.
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use deunicode::deunicode_with_tofu;
 use headgate_format::key::ApiKey;
@@ -143,6 +143,7 @@ impl Registry {
             event_time: JsonSetting::new(settings.event_time),
             incarnation,
             lease: Lease::new(),
+            traffic: OnceLock::new(),
         };
         change.insert_datasource(&datasource)?;
         Ok((datasource, noted))

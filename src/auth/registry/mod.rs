@@ -21,6 +21,7 @@ pub mod cluster;
 mod copy;
 mod database;
 pub mod datasource;
+mod datasource_traffic;
 pub mod datasources;
 pub mod deadlines;
 mod disk_reserve;
@@ -218,6 +219,16 @@ impl Registry {
     /// One key of a datasource, or with `*` of those for all of them, unless it is revoked.
     pub fn key(&self, datasource: &DatasourceId, id: KeyId) -> Option<Arc<Key>> {
         self.live.key(datasource, id)
+    }
+
+    /// How many ends of keys and deletions are in force and not yet durable.
+    pub fn unwritten_count(&self) -> usize {
+        self.unwritten.count()
+    }
+
+    /// The number of datasources.
+    pub fn datasource_count(&self) -> usize {
+        self.live.datasources.len()
     }
 
     /// The number of keys that are not revoked.

@@ -1,6 +1,8 @@
 //! What the registry reads from its database: everything at the start, and later the audit, the usage and how a
 //! key ended.
 
+use std::sync::OnceLock;
+
 use headgate_format::key::Digest;
 use rusqlite::types::FromSqlError;
 use rusqlite::{OptionalExtension, params};
@@ -57,6 +59,7 @@ impl RegistryDatabase {
                     event_time: JsonSetting::new(row.get_ref(6)?.as_str_or_null()?),
                     incarnation: row.get(5)?,
                     lease: Lease::new(),
+                    traffic: OnceLock::new(),
                 });
             }
             Ok(())

@@ -3,7 +3,7 @@
 //! it: its lease ends, and its connections are told to close.
 
 use std::collections::HashSet;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use headgate_format::key::Digest;
 
@@ -133,6 +133,7 @@ impl Registry {
                     event_time,
                     incarnation: row.incarnation.unwrap_or(1),
                     lease: Lease::new(),
+                    traffic: OnceLock::new(),
                 });
             }
         }

@@ -34,6 +34,10 @@ impl UnwrittenEnds {
         self.queue.lock().ends.extend(ends);
     }
 
+    pub(super) fn count(&self) -> usize {
+        self.queue.lock().ends.len()
+    }
+
     pub(super) fn is_empty(&self) -> bool {
         self.queue.lock().ends.is_empty()
     }

@@ -2,15 +2,8 @@
 
 use std::fs::File;
 use std::io::{self, Write};
-use std::mem::MaybeUninit;
-use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
-
-use rustls::pki_types::CertificateDer;
-use rustls::pki_types::pem::PemObject;
-use x509_cert::Certificate;
-use x509_cert::der::Decode;
 
 use super::DoctorFinding;
 use crate::cli::out::{grouped, latency};
@@ -18,7 +11,8 @@ use crate::cli::time_argument::distance;
 use crate::config::{Config, LogBackend, TlsConfig};
 use crate::front::tls::{Tls, TlsFront};
 use crate::gateway::fit_connections;
-use crate::message::{TimeMicros, now_micros};
+use crate::log::disk_room;
+use crate::message::now_micros;
 
 /// Writes that are timed.
 const SYNC_SAMPLES: usize = 50;
@@ -60,7 +54,7 @@ fn existing(dir: &Path) -> Option<PathBuf> {
 
 fn look_at_room(config: &Config, place: &Path) -> DoctorFinding {
     const WHAT: &str = "disk";
-    let Some((free, total)) = disk_room(place) else {
+    let Ok((free, total)) = disk_room(place) else {
         return DoctorFinding::warn(
             WHAT,
             "its room cannot be read",
@@ -92,22 +86,6 @@ fn look_at_room(config: &Config, place: &Path) -> DoctorFinding {
 fn directory_bytes(dir: &Path) -> u64 {
     let files = std::fs::read_dir(dir).into_iter().flatten().flatten();
     files.filter_map(|file| file.metadata().ok()).map(|file| file.len()).sum()
-}
-
-/// The bytes that are free for us, and those that there are.
-fn disk_room(place: &Path) -> Option<(u64, u64)> {
-    let path = std::ffi::CString::new(place.as_os_str().as_bytes()).ok()?;
-    let mut room = MaybeUninit::<libc::statvfs>::uninit();
-    // SAFETY: the path ends with NUL, and the struct is read only if the call has filled it.
-    let room = unsafe {
-        match libc::statvfs(path.as_ptr(), room.as_mut_ptr()) {
-            0 => room.assume_init(),
-            _ => return None,
-        }
-    };
-    #[allow(clippy::useless_conversion, reason = "the fields differ between platforms")]
-    let (unit, free, total) = (u64::from(room.f_frsize), u64::from(room.f_bavail), u64::from(room.f_blocks));
-    Some((free.saturating_mul(unit), total.saturating_mul(unit)))
 }
 
 fn look_at_sync(place: &Path) -> DoctorFinding {
@@ -208,10 +186,11 @@ pub(super) fn look_at_certificates(config: &Config) -> Vec<DoctorFinding> {
 }
 
 fn look_at_certificate(what: &str, front: TlsFront, tls: &TlsConfig) -> DoctorFinding {
-    if let Err(error) = Tls::load(front, tls.clone()) {
-        return DoctorFinding::bad(what, error.to_string(), "correct the files that it names");
-    }
-    let Some(ends_at) = first_end(&tls.certificate) else {
+    let standing = match Tls::load(front, tls.clone()) {
+        Ok(loaded) => loaded.standing(),
+        Err(error) => return DoctorFinding::bad(what, error.to_string(), "correct the files that it names"),
+    };
+    let Some(ends_at) = standing.ends_at else {
         let found = format!("when {} ends cannot be read", tls.certificate.display());
         return DoctorFinding::warn(what, found, "see that it is a usual certificate");
     };
@@ -229,17 +208,6 @@ fn look_at_certificate(what: &str, front: TlsFront, tls: &TlsConfig) -> DoctorFi
         true => DoctorFinding::warn(what, found, "see that it is renewed in time"),
         false => DoctorFinding::ok(what, found),
     }
-}
-
-/// When the first certificate of a chain ends that does.
-fn first_end(file: &Path) -> Option<TimeMicros> {
-    let pem = std::fs::read(file).ok()?;
-    let ends = CertificateDer::pem_slice_iter(&pem).map(|der| {
-        let certificate = Certificate::from_der(&der.ok()?).ok()?;
-        let end = certificate.tbs_certificate.validity.not_after.to_unix_duration();
-        TimeMicros::try_from(end.as_micros()).ok()
-    });
-    ends.collect::<Option<Vec<_>>>()?.into_iter().min()
 }
 
 #[cfg(test)]

@@ -10,6 +10,7 @@ use super::{StorageError, StorageProgress, unopened_words};
 use crate::consume::follower::{Consumer, NextRound};
 use crate::log::{Log, LogReadError};
 use crate::message::Offset;
+use crate::observe::spans::StoreSpan;
 use crate::scheduler::lower_priority;
 
 /// About how much of the log one transaction takes.
@@ -230,7 +231,9 @@ impl StorageFollower {
             );
         } else if has_records {
             let Some(last) = batches.last() else { return Err(StorageRoundError::NoRecords(cursor)) };
+            let span = StoreSpan::begin();
             sink.store(&mut batches.iter().flat_map(|batch| batch.records()), last.next_offset(), sync)?;
+            span.end(self.place.kind().as_str(), cursor, last.next_offset());
         } else if sync && sink.durable_cursor() < cursor {
             sink.store(&mut std::iter::empty(), cursor, sync)?;
         } else {

@@ -18,7 +18,7 @@ use std::sync::Arc;
 use axum::Json;
 use axum::extract::{FromRequestParts, Query, Request, State};
 use axum::http::header::CONTENT_TYPE;
-use axum::http::{HeaderMap, Method, Uri};
+use axum::http::{HeaderMap, HeaderValue, Method, Uri};
 use axum::response::{IntoResponse, Response};
 use headgate_format::line::TimePrecision;
 use serde::{Deserialize, Serialize};
@@ -40,6 +40,7 @@ use crate::log::{Offsets, QuarantineReason};
 use crate::memory::{MemoryAccount, MemoryCharge};
 use crate::message::{DatasourceId, Offset, RecordFlags, Transport};
 use crate::observe::cause::Cause;
+use crate::observe::spans::RequestTrace;
 use crate::processor::run_slowly;
 use crate::quota::QuotaStanding;
 
@@ -167,6 +168,7 @@ pub(super) async fn keep(
     grant.allows(Scope::Ingest, datasource).inspect_err(|_| shared.registry().note_refusal(grant.key()))?;
     let datasource = shared.datasource(datasource)?.id.clone();
     let (parts, body) = request.into_parts();
+    let trace = RequestTrace::begin(parts.headers.get("traceparent").map(HeaderValue::as_bytes));
     let message_id = idempotency_key(&parts.headers)?;
     let properties = event_time::stated_property(&parts.headers)?;
     let reserved = parts.headers.keys().filter(|name| is_reserved_name(name.as_str())).count() as u64;
@@ -188,6 +190,7 @@ pub(super) async fn keep(
         message_id,
         properties,
         body,
+        trace,
         account,
     };
     let kept = async {
@@ -378,6 +381,7 @@ struct Upload {
     /// MQTT 5 properties of each message, in wire form.
     properties: Vec<u8>,
     body: ReceivedBody,
+    trace: RequestTrace,
     /// Who is charged for the memory of what is made of it.
     account: Arc<MemoryAccount>,
 }
@@ -440,6 +444,7 @@ impl Upload {
         draft.charge_to(&self.account, self.grant.key_id());
         draft.set_client(&self.client);
         draft.let_in_all_or_none();
+        draft.follow(&self.trace);
         // The id of a single message goes with it into quarantine. One for several covers them all or none.
         let message_id = self.message_id.as_deref();
         let of_one = message_id.filter(|_| messages.payloads.len() == 1);

@@ -4,7 +4,7 @@
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use axum::body::HttpBody;
 use axum::extract::{MatchedPath, Request, State};
@@ -53,6 +53,7 @@ pub(super) async fn wrap_request<F: Future<Output = Response>>(
     mut request: Request,
     answer: impl FnOnce(Request) -> F,
 ) -> Response {
+    let started = Instant::now();
     let peer = request.extensions().get::<HttpPeer>().cloned();
     let (stranger, under_way) = match &peer {
         Some(peer) => StrangerRequest::enter(&peer.stranger_requests),
@@ -105,6 +106,7 @@ pub(super) async fn wrap_request<F: Future<Output = Response>>(
     {
         lender.discard().await;
     }
+    shared.requests.note(route, &method, response.status(), started.elapsed());
     let headers = response.headers_mut();
     if http1 && has_body && unread {
         // The unread rest of the body is where the next request would begin. Announce the close, so that

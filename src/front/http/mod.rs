@@ -30,6 +30,7 @@ mod live;
 mod long_answer;
 mod manage;
 mod messages;
+mod metrics;
 mod middleware;
 mod page_stream;
 mod persistence;
@@ -43,6 +44,7 @@ mod records;
 mod refusals;
 mod request_clock;
 mod request_form;
+mod request_meter;
 mod schema;
 mod series;
 mod server;
@@ -79,6 +81,7 @@ use self::arrival::HttpPort;
 use self::body::BodyLimits;
 use self::credentials::Caller;
 use self::dashboard::browser_sessions::BrowserSessions;
+use self::request_meter::RequestMeter;
 use self::server::{HttpCrowd, HttpPeer, ServedRoutes};
 use self::stream::StreamReaders;
 use crate::auth::failures::AuthFailures;
@@ -105,6 +108,7 @@ use crate::log::Log;
 use crate::memory::MemoryAccount;
 use crate::message::DatasourceId;
 use crate::observe::cause::Cause;
+use crate::observe::disk_figures::DiskFigures;
 use crate::observe::metrics::Metrics;
 use crate::processor::run_usually;
 use crate::quota::{Limit, LimitExceeded};
@@ -161,6 +165,10 @@ pub struct HttpFrontParts {
     pub callout: Option<Nats>,
     /// Makes backups.
     pub backups: Arc<BackupDesk>,
+    /// What the data directory takes.
+    pub disk_figures: Arc<DiskFigures>,
+    /// The certificates in service.
+    pub certificates: Vec<Arc<Tls>>,
 }
 
 /// Where HTTP is served.
@@ -196,6 +204,7 @@ pub async fn serve(listeners: HttpListeners, parts: HttpFrontParts, drain: Cance
             failures_per_s: LEAK_REPORTS_PER_S,
             failures_exempt: Vec::new(),
         }),
+        requests: RequestMeter::new(routes().into_iter().map(|(method, path, _)| (method, path))),
         limiting: Mutex::new(()),
         streams: StreamReaders::new(config.stream_heartbeat(), Duration::from_millis(config.body_ms_max)),
         live_places: live::LivePlaces::default(),
@@ -243,6 +252,8 @@ struct HttpFrontState {
     parses: Arc<Semaphore>,
     /// Counts leak reports by source address.
     leak_reports: AuthFailures,
+    /// Counts requests by route.
+    requests: RequestMeter,
     /// Held while limits are changed, so that of two concurrent changes neither is lost.
     limiting: Mutex<()>,
     /// Held while the schemas of a datasource are read and set, so that no version number is used twice.
@@ -434,7 +445,8 @@ fn routes() -> Vec<(Method, &'static str, MethodRouter<Arc<HttpFrontState>>)> {
         route(get.clone(), "/mqtt", websocket::open),
         route(get.clone(), "/livez", probes::live),
         route(get.clone(), "/readyz", probes::ready),
-        route(get.clone(), "/metrics", probes::metrics),
+        route(get.clone(), "/metrics", metrics::metrics),
+        route(get.clone(), "/v1/version", metrics::version),
         route(get.clone(), "/openapi.json", openapi),
         route(get.clone(), "/problems/{kind}", problem_pages::show),
         route(get.clone(), "/dashboard/{version}/{file}", dashboard::file),

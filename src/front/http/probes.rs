@@ -1,4 +1,4 @@
-//! Probes: whether the process is alive, whether it can take messages, and its metrics. They need no key,
+//! Probes: whether the process is alive, and whether it can take messages. They need no key,
 //! and they reveal nothing about a single datasource or key, but for the ids of dead keys whose end is not durable.
 
 use std::sync::Arc;
@@ -6,12 +6,10 @@ use std::sync::Arc;
 use axum::Json;
 use axum::extract::State;
 use axum::http::StatusCode;
-use axum::http::header::CONTENT_TYPE;
 use axum::response::{IntoResponse, Response};
 use serde::Serialize;
 
 use super::HttpFrontState;
-use crate::consume::egress::EgressSkipReason;
 
 /// `GET /livez`: the process serves.
 pub(super) async fn live() -> &'static str {
@@ -64,6 +62,11 @@ pub(super) fn readiness_of(shared: &HttpFrontState) -> Readiness {
 }
 
 impl Readiness {
+    /// How many reasons there are for no message to be taken, and how many warnings.
+    pub(super) fn counts(&self) -> (usize, usize) {
+        (self.reasons.len(), self.warnings.len())
+    }
+
     pub(super) fn new(reasons: Vec<String>, warnings: Vec<String>) -> Self {
         let status = if reasons.is_empty() { "ready" } else { "unready" };
         Self { status, reasons, warnings }
@@ -76,52 +79,4 @@ impl IntoResponse for Readiness {
         let code = if self.reasons.is_empty() { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
         (code, Json(self)).into_response()
     }
-}
-
-/// `GET /metrics`: every metric, in Prometheus' text format.
-pub(super) async fn metrics(State(shared): State<Arc<HttpFrontState>>) -> Response {
-    let parts = &shared.parts;
-    #[expect(clippy::cast_precision_loss, reason = "a metric is an f64; exact up to 2^53")]
-    let gauge = |name, value: u64| parts.metrics.set_gauge(name, value as f64);
-    gauge("headgate_log_next_offset", parts.log.next_offset());
-    gauge("headgate_log_first_offset", parts.log.first_offset());
-    gauge("headgate_log_bytes", parts.log.bytes());
-    gauge("headgate_memory_held_bytes", parts.intake.memory().held_bytes() as u64);
-    gauge("headgate_http_strangers", shared.crowd.stranger_count() as u64);
-    let (streams, still) = shared.streams.counts();
-    gauge("headgate_stream_readers", streams as u64);
-    gauge("headgate_stream_readers_still", still as u64);
-    gauge("headgate_keys", parts.intake.authorizer().registry().key_count() as u64);
-    parts.metrics.set_counter("headgate_dedup_evicted_total", parts.log.evicted_ids());
-    parts.metrics.set_counter("headgate_log_lost_records_total", parts.log.lost_records());
-    parts.metrics.set_counter("headgate_log_fenced_records_total", parts.log.fenced_records());
-    parts.metrics.set_counter("headgate_refusals_unlisted_total", parts.intake.refusals().unlisted());
-    if let Some(nats) = &parts.nats {
-        gauge("headgate_nats_connected", u64::from(nats.trouble().is_none()));
-    }
-    if let Some(storage) = &parts.storage {
-        gauge("headgate_storage_cursor", storage.cursor());
-        for sink in storage.states() {
-            let label = ("sink", sink.kind.as_str());
-            #[expect(clippy::cast_precision_loss, reason = "a metric is an f64; exact up to 2^53")]
-            let gauge = |name, value: u64| parts.metrics.set_labelled_gauge(name, label, value as f64);
-            gauge("headgate_sink_cursor", sink.cursor);
-            gauge("headgate_sink_lag_records", parts.log.next_offset().saturating_sub(sink.cursor));
-            gauge("headgate_sink_up", u64::from(sink.trouble.is_none()));
-        }
-    }
-    if let Some(egress) = &parts.egress {
-        let counts = egress.counts();
-        gauge("headgate_egress_cursor", counts.cursor());
-        gauge("headgate_egress_lag_records", parts.log.next_offset().saturating_sub(counts.cursor()));
-        parts.metrics.set_counter("headgate_egress_sent_total", counts.sent());
-        for why in EgressSkipReason::ALL {
-            parts.metrics.set_labelled_counter(
-                "headgate_egress_skipped_total",
-                ("reason", why.as_str()),
-                counts.skipped(why),
-            );
-        }
-    }
-    ([(CONTENT_TYPE, "text/plain; version=0.0.4")], parts.metrics.render()).into_response()
 }

@@ -83,6 +83,8 @@ pub(super) struct PublishWriter {
     aliases: SentTopicAliases,
     /// How many records retention removed before they were sent; reported with the next message.
     pub(super) skipped: u64,
+    /// How many packets it has written; whoever counts them takes them.
+    pub(super) written: u64,
     /// The properties of the packet that is being written.
     properties: Vec<u8>,
     origin: OriginProperties,
@@ -134,6 +136,7 @@ impl PublishWriter {
             always_metadata,
             aliases: SentTopicAliases { by_topic: HashMap::new(), max, bytes: 0 },
             skipped: 0,
+            written: 0,
             properties: Vec::new(),
             origin: OriginProperties::default(),
         }
@@ -182,6 +185,7 @@ impl PublishWriter {
         }
         let first = 0x30 | u8::from(delivery.dup) << 3 | delivery.qos << 1 | u8::from(delivery.retain);
         write::publish(out, first, topic, delivery.packet_id, properties, record.payload);
+        self.written += 1;
         if v5 && bytes >= marks.without_metadata {
             self.skipped = 0;
         }

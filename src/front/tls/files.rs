@@ -15,10 +15,13 @@ use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use rustls::server::WebPkiClientVerifier;
 use rustls::sign::{CertifiedKey, SingleCertAndKey};
 use rustls::{InconsistentKeys, RootCertStore, ServerConfig};
+use x509_cert::Certificate;
+use x509_cert::der::Decode;
 
 use super::TlsError;
 use crate::config::{ClientCertificates, TlsConfig, TlsSettingNames};
 use crate::limits::TLS_FILE_BYTES_MAX;
+use crate::message::TimeMicros;
 
 /// A digest of the files' contents, or of the read error. A digest, so that no key is kept to compare.
 pub(super) type TlsFilesDigest = blake3::Hash;
@@ -60,6 +63,18 @@ impl TlsFiles {
             key: read(names.key, &settings.key)?,
             client_ca,
         })
+    }
+}
+
+impl TlsFiles {
+    /// When the first certificate of the chain ends that does; `None` if one of them cannot be read.
+    pub(super) fn first_end(&self) -> Option<TimeMicros> {
+        let ends = CertificateDer::pem_slice_iter(&self.certificate).map(|der| {
+            let certificate = Certificate::from_der(&der.ok()?).ok()?;
+            let end = certificate.tbs_certificate.validity.not_after.to_unix_duration();
+            TimeMicros::try_from(end.as_micros()).ok()
+        });
+        ends.collect::<Option<Vec<_>>>()?.into_iter().min()
     }
 }
 

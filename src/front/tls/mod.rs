@@ -11,6 +11,7 @@ mod files;
 use std::io::{self, ErrorKind};
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use parking_lot::{Mutex, RwLock};
@@ -23,6 +24,7 @@ use tracing::{info, warn};
 
 use self::files::{TlsFiles, TlsFilesDigest, server_config, tls_files_digest};
 use crate::config::{HTTP_TLS_SETTINGS, MQTT_TLS_SETTINGS, TlsConfig, TlsSettingNames};
+use crate::message::{TimeMicros, now_micros};
 
 /// How often the files are checked for changes.
 const TLS_FILES_CHECK_EVERY: Duration = Duration::from_secs(2);
@@ -53,6 +55,13 @@ impl TlsFront {
         }
     }
 
+    const fn name(self) -> &'static str {
+        match self {
+            TlsFront::Mqtt => "mqtt",
+            TlsFront::Http => "http",
+        }
+    }
+
     const fn protocol_words(self) -> &'static str {
         match self {
             TlsFront::Mqtt => "MQTT",
@@ -77,12 +86,35 @@ pub struct TlsError {
 pub struct Tls {
     front: TlsFront,
     settings: TlsConfig,
-    in_service: RwLock<Arc<ServerConfig>>,
+    in_service: RwLock<ServedCertificate>,
     /// The files when they were read last. Held while they are read, so that a reading that began earlier never replaces
     /// a later one.
     seen: Mutex<SeenFiles>,
+    /// The files as they were read last cannot be used.
+    is_faulty: AtomicBool,
     /// Told when the files are to be read now.
     asked: Notify,
+}
+
+/// What handshakes are made with.
+struct ServedCertificate {
+    config: Arc<ServerConfig>,
+    loaded_at: TimeMicros,
+    /// When the first certificate of its chain ends.
+    ends_at: Option<TimeMicros>,
+}
+
+/// How a front's certificate stands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct CertificateStanding {
+    /// The front: `mqtt` or `http`.
+    pub front: &'static str,
+    /// When what is in service was read.
+    pub loaded_at: TimeMicros,
+    /// When the first certificate of the chain in service ends; `None` if one of them cannot be read.
+    pub ends_at: Option<TimeMicros>,
+    /// Whether the files as they are now are those in service.
+    pub is_current: bool,
 }
 
 /// The files as they were read last.
@@ -101,13 +133,31 @@ impl Tls {
     pub fn load(front: TlsFront, settings: TlsConfig) -> Result<Self, TlsError> {
         let files = TlsFiles::read(&settings, front.names());
         let seen = Mutex::new(SeenFiles { digest: tls_files_digest(&files), fault: None });
-        let in_service = Arc::new(offered_config(front, &settings, &files?)?);
-        Ok(Self { front, settings, in_service: RwLock::new(in_service), seen, asked: Notify::new() })
+        let in_service = RwLock::new(served_certificate(front, &settings, &files?)?);
+        Ok(Self {
+            front,
+            settings,
+            in_service,
+            seen,
+            is_faulty: AtomicBool::new(false),
+            asked: Notify::new(),
+        })
+    }
+
+    /// How its certificate stands.
+    pub fn standing(&self) -> CertificateStanding {
+        let (loaded_at, ends_at) = {
+            let in_service = self.in_service.read();
+            (in_service.loaded_at, in_service.ends_at)
+        };
+        // Not locked for: it is held while the files are read.
+        let is_current = !self.is_faulty.load(Ordering::Relaxed);
+        CertificateStanding { front: self.front.name(), loaded_at, ends_at, is_current }
     }
 
     /// Performs the handshake with a client, with the certificate that is now in service.
     pub(super) async fn accept(&self, tcp: TcpStream) -> io::Result<TlsStream<TcpStream>> {
-        let config = self.in_service.read().clone();
+        let config = self.in_service.read().config.clone();
         TlsAcceptor::from(config).accept(tcp).await
     }
 
@@ -142,9 +192,9 @@ impl Tls {
             }
             return;
         }
-        let fault = match files.and_then(|files| offered_config(self.front, &self.settings, &files)) {
-            Ok(config) => {
-                *self.in_service.write() = Arc::new(config);
+        let fault = match files.and_then(|files| served_certificate(self.front, &self.settings, &files)) {
+            Ok(served) => {
+                *self.in_service.write() = served;
                 info!(certificate = %self.settings.certificate.display(), "a new TLS certificate is in service");
                 None
             }
@@ -153,6 +203,7 @@ impl Tls {
                 Some(error)
             }
         };
+        self.is_faulty.store(fault.is_some(), Ordering::Relaxed);
         *seen = SeenFiles { digest, fault };
     }
 
@@ -179,8 +230,12 @@ impl Tls {
 }
 
 /// What handshakes of a front need.
-fn offered_config(front: TlsFront, settings: &TlsConfig, files: &TlsFiles) -> Result<ServerConfig, TlsError> {
+fn served_certificate(
+    front: TlsFront,
+    settings: &TlsConfig,
+    files: &TlsFiles,
+) -> Result<ServedCertificate, TlsError> {
     let mut config = server_config(settings, front.names(), files)?;
     config.alpn_protocols = front.protocols().iter().map(|name| name.to_vec()).collect();
-    Ok(config)
+    Ok(ServedCertificate { config: Arc::new(config), loaded_at: now_micros(), ends_at: files.first_end() })
 }

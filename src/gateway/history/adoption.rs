@@ -143,7 +143,6 @@ async fn try_adopt(
     if let Some(missing) = &plan.missing {
         let _ = writeln!(said, "{}", missing.words());
     }
-    }
     let is_gone = case.found.registry().is_none();
     let has_keys = !plan.mending.live_keys.is_empty() || (is_gone && order.is_restored);
     if !has_keys && !order.is_new_registry {

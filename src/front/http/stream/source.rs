@@ -23,7 +23,7 @@ use crate::limits::{
     DELIVERY_STEPS_MAX, HTTP_REQUEST_BYTES, OUTPUT_FREE_BYTES, STREAM_BYTES_PER_TURN, STREAM_CHUNK_BYTES,
 };
 use crate::log::LogReadError;
-use crate::message::{DatasourceId, Offset};
+use crate::message::{DatasourceId, Offset, Transport};
 use crate::shares::ShareCharge;
 
 /// How long a client that may have gone has to say so.
@@ -280,7 +280,7 @@ impl StreamSource {
             matched.advance();
             written += 1;
         };
-        self.parts.shared.parts.metrics.stream_records.increment(written);
+        self.parts.shared.parts.metrics.count_delivered(Transport::Http, written);
         is_left
     }
 

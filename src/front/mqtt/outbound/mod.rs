@@ -38,7 +38,7 @@ use crate::consume::subscriber::{
 use crate::filter::TopicFilter;
 use crate::limits::{DELIVERY_STEPS_MAX, MQTT_UNSENT_BYTES_MAX};
 use crate::log::LogReadError;
-use crate::message::{DatasourceId, Offset};
+use crate::message::{DatasourceId, Offset, Transport};
 use crate::observe::metrics::Metrics;
 use crate::shares::{ShareCharge, TenantShare};
 
@@ -287,6 +287,10 @@ impl Outbound {
         self.write_releases(out);
         self.groups.begin();
         let filled = self.poll_all(room_until, out, cx);
+        match std::mem::take(&mut self.writer.written) {
+            0 => {}
+            written => self.metrics.count_delivered(Transport::Mqtt, written),
+        }
         self.has_moved |= out.len() > begin;
         self.hold_packets(out);
         if filled.is_pending() {

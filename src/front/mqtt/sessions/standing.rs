@@ -10,6 +10,7 @@ use tracing::warn;
 use super::{ClientEntry, Sessions};
 use crate::auth::connections::CloseReason;
 use crate::message::{DatasourceId, Offset, TimeMicros, now_micros};
+use crate::observe::metrics::Metrics;
 
 /// How many subscribers that have begun to stand still are said one by one each time; the others as a number.
 const STILL_SAID_MAX: usize = 8;
@@ -96,8 +97,11 @@ impl Sessions {
     /// Counts the subscribers that stand still, and says which have begun to.
     pub(super) fn look_for_still(&self) {
         let (mut still, mut begun) = (0_u32, Vec::new());
+        let mut figures = SessionFigures::default();
+        let routed = self.subscribers.router.routed_offset();
         for ((scope, _), entry) in &self.lock_clients().entries {
             let mailbox = entry.connected.as_ref().and_then(|connected| connected.mailbox.as_ref());
+            figures.add(entry, mailbox.map(|mailbox| (mailbox.cursor(routed), mailbox.standing().0)));
             let Some((is_new, in_flight)) = mailbox.and_then(|mailbox| mailbox.note_still(self.still_after))
             else {
                 continue;
@@ -108,6 +112,7 @@ impl Sessions {
             }
         }
         self.intake.metrics().set_gauge("headgate_subscribers_still", f64::from(still));
+        figures.set_gauges(self.intake.metrics(), self.subscribers.log.next_offset());
         let seconds = self.still_after.as_secs();
         for (scope, in_flight) in begun.iter().take(STILL_SAID_MAX) {
             let (datasource, _) = scope.of_scope();
@@ -118,6 +123,53 @@ impl Sessions {
         }
         if let Some(more @ 1..) = begun.len().checked_sub(STILL_SAID_MAX) {
             warn!(more, "and more subscribers stand still");
+        }
+    }
+}
+
+/// All sessions together.
+#[derive(Default)]
+struct SessionFigures {
+    connected: u64,
+    subscribers: u64,
+    away: u64,
+    in_flight: u64,
+    /// The least cursor of a subscriber that is connected, and of one that is away.
+    cursors: [Option<Offset>; 2],
+}
+
+impl SessionFigures {
+    /// Adds a session, with the cursor of a connected subscriber and how many messages it has in flight.
+    fn add(&mut self, entry: &ClientEntry, subscriber: Option<(Offset, u32)>) {
+        let [of_connected, of_away] = &mut self.cursors;
+        self.connected += u64::from(entry.connected.is_some());
+        if let Some((cursor, in_flight)) = subscriber {
+            self.subscribers += 1;
+            self.in_flight += u64::from(in_flight);
+            *of_connected = Some(of_connected.map_or(cursor, |least| least.min(cursor)));
+        } else if let Some(away) = entry.away.as_ref().filter(|_| entry.connected.is_none()) {
+            let session = &away.session;
+            self.away += 1;
+            self.in_flight += session.flights.len() as u64;
+            if session.subscription_count() > 0 {
+                *of_away = Some(of_away.map_or(session.position, |least| least.min(session.position)));
+            }
+        }
+    }
+
+    #[expect(clippy::cast_precision_loss, reason = "a metric is an f64; exact up to 2^53")]
+    fn set_gauges(&self, metrics: &Metrics, log_end: Offset) {
+        let lag = |cursor: Option<Offset>| cursor.map_or(0, |cursor| log_end.saturating_sub(cursor));
+        let [of_connected, of_away] = self.cursors;
+        for (name, value) in [
+            ("headgate_mqtt_sessions", self.connected + self.away),
+            ("headgate_mqtt_sessions_away", self.away),
+            ("headgate_mqtt_subscribers", self.subscribers),
+            ("headgate_mqtt_inflight_messages", self.in_flight),
+            ("headgate_subscriber_lag_records", lag(of_connected)),
+            ("headgate_session_away_lag_records", lag(of_away)),
+        ] {
+            metrics.set_gauge(name, value as f64);
         }
     }
 }
