@@ -124,7 +124,9 @@ pub fn probe_lake(config: &DeltaConfig, data_dir: &Path) -> Result<(String, bool
     let store = place.open().map_err(|error| format!("{name}: {error}"))?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     let runtime = runtime.map_err(|error| error.to_string())?;
-    let probed = runtime.block_on(tokio::time::timeout(LAKE_PROBE_TIME_MAX, probe_store(&*store)));
+    // Inside, because a timeout is made where its clock is.
+    let probed =
+        runtime.block_on(async { tokio::time::timeout(LAKE_PROBE_TIME_MAX, probe_store(&*store)).await });
     match probed {
         Ok(Ok(())) => Ok((name, true)),
         Ok(Err(fault)) => Err(format!("{name}: {fault}")),
