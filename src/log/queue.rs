@@ -7,7 +7,7 @@
 //! turn: see [`SoloCommitter`](super::solo_commit::SoloCommitter).
 
 use std::collections::VecDeque;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use parking_lot::{Condvar, Mutex, MutexGuard};
@@ -70,6 +70,17 @@ pub(super) struct WriterQueue {
     turn_ended: Condvar,
     /// Turns in a row that took one small submission and left none behind. Changed under the lock of the state.
     solo_turns: AtomicU32,
+    /// Waits for the disk beside the syncs of turns.
+    disk_waits: AtomicUsize,
+}
+
+/// A wait for the disk: see [`WriterQueue::note_disk_wait`].
+pub(super) struct DiskWaitGuard<'a>(&'a AtomicUsize);
+
+impl Drop for DiskWaitGuard<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
 }
 
 #[derive(Default)]
@@ -299,9 +310,15 @@ impl WriterQueue {
         self.locked().sync_began[thread] = began;
     }
 
-    /// Whether a sync is under way.
+    /// Whether a sync is under way, or other work of the writer that waits for the disk.
     pub(super) fn is_syncing(&self) -> bool {
-        self.locked().sync_began.iter().any(Option::is_some)
+        self.disk_waits.load(Ordering::Relaxed) > 0 || self.locked().sync_began.iter().any(Option::is_some)
+    }
+
+    /// Notes, until this is dropped, that the writer waits for the disk without a sync of a turn.
+    pub(super) fn note_disk_wait(&self) -> DiskWaitGuard<'_> {
+        self.disk_waits.fetch_add(1, Ordering::Relaxed);
+        DiskWaitGuard(&self.disk_waits)
     }
 
     /// Ends a turn. The calling thread looks next whether more waits, so that no other one is woken for that.

@@ -18,6 +18,8 @@ impl LogWriter {
     /// Ends the current segment and begins the next one. What is under way is settled first, so that
     /// it is in one segment.
     pub(super) fn roll(&mut self) -> Result<(), AppendError> {
+        let shared = self.shared.clone();
+        let _waiting = shared.queue.note_disk_wait();
         self.wait_settled()?;
         self.learn_durable();
         let first_offset = self.written.next_offset;
@@ -139,6 +141,8 @@ impl LogWriter {
         if !may_write || self.is_short_of_room() {
             return false;
         }
+        let shared = self.shared.clone();
+        let _waiting = shared.queue.note_disk_wait();
         let segment_bytes = self.config.segment_bytes;
         let step = SEGMENT_ALLOCATE_BYTES.min(segment_bytes);
         let written = if self.current.is_untouched_below(segment_bytes) {

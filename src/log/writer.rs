@@ -278,7 +278,10 @@ impl LogWriter {
     /// Commits `group` in the only turn. What fails leaves the group as it was.
     fn commit_alone(&mut self, group: &mut Vec<WriterSubmission>) -> Result<(), AppendError> {
         if let Some(commit) = self.commit(0, group)? {
-            if let Err(error) = commit.sync(&self.shared) {
+            let waiting = self.shared.queue.note_disk_wait();
+            let synced = commit.sync(&self.shared);
+            drop(waiting);
+            if let Err(error) = synced {
                 *group = self.take_back();
                 return Err(error);
             }

@@ -3,6 +3,8 @@
 
 use std::fs;
 use std::path::Path;
+use std::sync::OnceLock;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use super::exposition::{ExpositionText, MetricKind};
 
@@ -64,25 +66,44 @@ fn fds_max() -> Option<u64> {
 }
 
 fn read_figures() -> Option<ProcessFigures> {
-    let (stat, system) =
-        (fs::read_to_string("/proc/self/stat").ok()?, fs::read_to_string("/proc/stat").ok()?);
+    let stat = fs::read_to_string("/proc/self/stat").ok()?;
     // SAFETY: the calls only return a number.
     let (ticks, page) = unsafe { (libc::sysconf(libc::_SC_CLK_TCK), libc::sysconf(libc::_SC_PAGESIZE)) };
-    parse_figures(&stat, &system, u32::try_from(ticks).ok()?, u64::try_from(page).ok()?)
+    parse_figures(&stat, boot_seconds()?, u32::try_from(ticks).ok()?, u64::try_from(page).ok()?)
 }
 
-/// From `/proc/self/stat` and `/proc/stat` (proc(5)).
-fn parse_figures(stat: &str, system: &str, ticks_per_s: u32, page_bytes: u64) -> Option<ProcessFigures> {
+/// When the machine started, in seconds since the Unix epoch. Not from `/proc/stat`: a service with `ProcSubset=pid` has
+/// none. Found once, so that it does not waver.
+fn boot_seconds() -> Option<f64> {
+    static BOOT: OnceLock<Option<f64>> = OnceLock::new();
+    *BOOT.get_or_init(|| {
+        let mut up = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+        // Other systems have no `/proc/self/stat` either.
+        #[cfg(target_os = "linux")]
+        // SAFETY: the call writes one `timespec`, which is there.
+        let failed = unsafe { libc::clock_gettime(libc::CLOCK_BOOTTIME, &raw mut up) } != 0;
+        #[cfg(not(target_os = "linux"))]
+        let failed = true;
+        if failed {
+            return None;
+        }
+        let up = Duration::new(up.tv_sec.unsigned_abs(), u32::try_from(up.tv_nsec).ok()?);
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).ok()?;
+        Some(now.checked_sub(up)?.as_secs_f64())
+    })
+}
+
+/// From `/proc/self/stat` (proc(5)).
+fn parse_figures(stat: &str, boot_seconds: f64, ticks_per_s: u32, page_bytes: u64) -> Option<ProcessFigures> {
     // The second field is the name in parentheses, which may hold anything.
     let fields: Vec<&str> = stat.rsplit_once(')')?.1.split_ascii_whitespace().collect();
     let number = |field: usize| fields.get(field - 3)?.parse::<u64>().ok();
-    let boot_s: u32 = system.lines().find_map(|line| line.strip_prefix("btime "))?.trim().parse().ok()?;
     #[expect(clippy::cast_precision_loss, reason = "ticks are exact up to 2^53")]
     let seconds = |ticks: u64| ticks as f64 / f64::from(ticks_per_s);
     Some(ProcessFigures {
         cpu_seconds: seconds(number(14)? + number(15)?),
         threads: number(20)?,
-        start_seconds: f64::from(boot_s) + seconds(number(22)?),
+        start_seconds: boot_seconds + seconds(number(22)?),
         virtual_bytes: number(23)?,
         resident_bytes: number(24)?.saturating_mul(page_bytes),
     })
@@ -95,7 +116,7 @@ mod tests {
     #[test]
     fn the_fields_are_counted_behind_a_name_that_may_be_anything() {
         let stat = "7 (a) 1 (b) S 1 7 7 0 -1 4194560 1 2 3 4 150 50 0 0 20 0 9 0 1000 4096000 300 18446744073709551615 1";
-        let figures = parse_figures(stat, "cpu 1\nbtime 1700000000\n", 100, 4096).expect("whole");
+        let figures = parse_figures(stat, 1_700_000_000.0, 100, 4096).expect("whole");
         let expected = ProcessFigures {
             cpu_seconds: 2.0,
             start_seconds: 1_700_000_010.0,
@@ -104,7 +125,7 @@ mod tests {
             resident_bytes: 300 * 4096,
         };
         assert_eq!(figures, expected);
-        assert_eq!(parse_figures("7 (a) S", "btime 1", 100, 4096), None);
+        assert_eq!(parse_figures("7 (a) S", 1.0, 100, 4096), None);
     }
 
     #[cfg(target_os = "linux")]

@@ -395,6 +395,7 @@ fn a_request_to_manage_that_makes_no_sense_changes_nothing() {
         (json!({ "name": "x", "colour": "red" }), 400, "malformed"),
         (json!({ "name": "x", "schema": 1 }), 400, "malformed"),
         (json!("x"), 400, "malformed"),
+        (json!(["x", "x"]), 400, "malformed"),
     ] {
         problem(&gateway.post("/v1/datasources", &admin, &body), status, slug);
     }
@@ -402,6 +403,7 @@ fn a_request_to_manage_that_makes_no_sense_changes_nothing() {
         json!({ "expires_at": "2001-01-01T00:00:00Z" }),
         json!({ "expires_at": "soon" }),
         json!({ "lable": "x" }),
+        json!(["label"]),
     ] {
         problem(&gateway.post("/v1/datasources/taken/keys", &admin, &body), 400, "malformed");
     }

@@ -92,7 +92,7 @@ impl Proxy {
                     ("worker_processes auto", "worker_processes 1".to_owned()),
                     ("/run/nginx.pid", format!("{}/nginx.pid", dir.display())),
                     ("/var/log/nginx/error.log", format!("{}/proxy.log", dir.display())),
-                    ("/var/log/nginx/access.log", "off".to_owned()),
+                    ("/var/log/nginx/access.log", format!("{}/access.log", dir.display())),
                     (
                         "/etc/letsencrypt/live/iot.example.com/fullchain.pem",
                         own.certificate.display().to_string(),

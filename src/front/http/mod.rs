@@ -335,7 +335,13 @@ impl HttpFrontState {
         let (parts, body) = request.into_parts();
         let limits = BodyLimits { bytes_max, setting: "", ..self.body_limits() };
         let received = body::read(&parts.headers, body, limits, &self.account_of(&parts)).await?;
-        serde_json::from_slice(messages::without_bom(&received.bytes)).map_err(|error| {
+        let json = messages::without_bom(&received.bytes);
+        // An array would be taken for the members in the order of their declaration.
+        if json.trim_ascii_start().starts_with(b"[") {
+            let words = "The body cannot be used: it is an array and has to be an object.";
+            return Err(Problem::new(Cause::Malformed, words).after_body_read());
+        }
+        serde_json::from_slice(json).map_err(|error| {
             Problem::new(Cause::Malformed, format!("The body cannot be used: {error}.")).after_body_read()
         })
     }

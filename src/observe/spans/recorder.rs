@@ -259,6 +259,9 @@ impl OpenSpans {
             return;
         }
         let Some(mut span) = self.desk.start("publish", SpanKind::Server, self.began, parent) else { return };
+        if parent.is_none() && !self.desk.take_allowance() {
+            return;
+        }
         let topic = &message.topic[..message.topic.floor_char_boundary(SPAN_TOPIC_BYTES_MAX)];
         for attribute in [
             KeyValue::new("messaging.system", "headgate"),

@@ -64,7 +64,12 @@ fn each_kind_of_failure_has_its_exit_code() {
     let missing = dir.path().join("missing.toml");
     fails_with(headgate(&["check-config"]).arg(missing), &[1]);
     let help = prints(&mut headgate(&["--help"]));
-    for line in ["Exit codes:", "  3  the gateway refused it", "  4  not found", "  5  no gateway answers"] {
+    for line in [
+        "Exit codes:",
+        "  3  the gateway or the cluster refused it",
+        "  4  not found",
+        "  5  no gateway answers",
+    ] {
         assert!(help.contains(line), "{line}: {help}");
     }
 }

@@ -169,3 +169,9 @@ document.addEventListener("visibilitychange", () => {
     open();
   }
 });
+
+// A page that comes back with the Back button follows again.
+addEventListener("pagehide", close);
+addEventListener("pageshow", ({ persisted }) => {
+  if (persisted && wanted && !followed) open();
+});

@@ -10,6 +10,8 @@ const STREAMS_MAX = 4;
 const SILENT_MS = 4_000;
 // So that not all of those who miss a stream open one at once.
 const SPREAD_MS = 300;
+// How long a new window waits for the others to say which streams they have.
+const ANSWER_MS = 50;
 const NAMES = ["hello", "datasources", "tick", "health", "keys", "refusals", "end"];
 
 const id = `${Math.random()}`.slice(2) + Date.now();
@@ -26,12 +28,16 @@ let isBegun = false;
 // When the streams of other windows were last heard of, by their paths.
 const others = new Map();
 let timer = null;
+// The window whose stream this one takes.
+let source = null;
 
 // Follows a stream from now on.
 export function follow(wanted, onEvent, onFailure) {
   leave();
   [path, take, fail] = [wanted, onEvent, onFailure];
-  look();
+  if (!channel) return look();
+  say({ asks: true });
+  timer = setTimeout(look, ANSWER_MS);
 }
 
 // Follows none any more.
@@ -41,7 +47,7 @@ export function leave() {
     drop();
     say({ left: path });
   }
-  path = null;
+  [path, source] = [null, null];
 }
 
 function drop() {
@@ -69,7 +75,7 @@ function look() {
 
 function open() {
   const [wanted, opened] = [path, new EventSource(path)];
-  [stream, since, isBegun] = [opened, Date.now(), false];
+  [stream, since, isBegun, source] = [opened, Date.now(), false, null];
   const isPresent = () => stream === opened && path === wanted;
   for (const name of NAMES) {
     opened.addEventListener(name, (event) => {
@@ -90,10 +96,20 @@ function open() {
 }
 
 // What another window says of its stream.
-function hear({ by, left, path: of, since: at, name, data, failed }) {
+function hear({ by, asks, has, left, path: of, since: at, name, data, failed }) {
+  if (asks) {
+    if (stream) say({ has: path });
+    return;
+  }
+  if (has !== undefined) {
+    others.set(has, Date.now());
+    return;
+  }
   if (left !== undefined || failed !== undefined || name === "end") others.delete(left ?? of);
   else others.set(of, Date.now());
   if ((left ?? of) !== path) return;
+  // What becomes of a stream that this window does not take is nothing to it.
+  if ((left !== undefined || failed !== undefined || name === "end") && by !== source) return;
   const isOlder = left === undefined && (at < since || (at === since && by < id));
   // Of two streams the younger one goes, once its window knows how everything is.
   if (stream && isOlder && isBegun && failed === undefined) drop();
@@ -104,13 +120,11 @@ function hear({ by, left, path: of, since: at, name, data, failed }) {
     fail(failed);
     if (path === of && !failed) wait(SILENT_MS);
   } else {
+    source = by;
     wait(SILENT_MS);
     if (name === "end") clearTimeout(timer);
     take(name, JSON.parse(data));
   }
 }
 
-if (channel) {
-  channel.onmessage = ({ data }) => hear(data);
-  addEventListener("pagehide", leave);
-}
+if (channel) channel.onmessage = ({ data }) => hear(data);
