@@ -18,18 +18,21 @@ use crate::sqlite::{SqliteError, SqliteReaders};
 const SELECT_COPIED: &str = "
     SELECT e.offset, d.datasource, t.topic, o.key_id, o.transport, o.content_type, e.received_us, e.event_us,
         CAST(e.payload AS BLOB), x'' AS properties, 0 AS publisher, 0 AS flags, NULL AS cause, NULL AS keyword,
-        NULL AS pointer, NULL AS detail, NULL AS schema_version
+        NULL AS pointer, NULL AS detail, NULL AS schema_version, NULL AS redriven_offset
     FROM entries e
     JOIN datasources d ON d.id = e.datasource_id JOIN topics t ON t.id = e.topic_id JOIN origins o ON o.id = e.origin_id
     WHERE e.offset >= ?1
     UNION ALL
     SELECT q.offset, d.datasource, t.topic, o.key_id, o.transport, o.content_type, q.received_us, q.event_us,
         CAST(q.payload AS BLOB), q.properties, q.publisher, q.flags, q.cause, q.keyword, q.pointer, q.detail,
-        q.schema_version
+        q.schema_version, q.redriven_offset
     FROM quarantined q
     JOIN datasources d ON d.id = q.datasource_id JOIN topics t ON t.id = q.topic_id JOIN origins o ON o.id = q.origin_id
     WHERE q.offset >= ?1
     ORDER BY 1 LIMIT ?2";
+
+/// Content of the records that are read at once, in bytes; one may be larger.
+const COPIED_PAGE_BYTES_MAX: usize = 8 << 20;
 
 /// A `records.db`, for reading.
 pub struct RecordCopy {
@@ -47,6 +50,8 @@ pub struct CopiedRecord {
     pub received_at: TimeMicros,
     /// What was sent.
     pub payload: Vec<u8>,
+    /// It is in quarantine, and was sent through intake again and let in, itself or in its place.
+    pub was_let_in: bool,
     datasource: String,
     topic: String,
     transport: Transport,
@@ -89,7 +94,8 @@ impl RecordCopy {
         Ok(self.read(self.readers.read(last)?, 1)?.pop())
     }
 
-    /// Its records from an offset on, in order: at most `max`.
+    /// Its records from an offset on, in order: at most `max`, and not many more bytes than are to be in memory at once. Empty
+    /// at the end only.
     ///
     /// # Errors
     /// [`SqliteError`].
@@ -97,8 +103,16 @@ impl RecordCopy {
         let limit = i64::try_from(max).unwrap_or(i64::MAX);
         self.readers.read(|connection| {
             let mut select = connection.prepare(SELECT_COPIED)?;
-            let rows = select.query_map([sql_offset(from), limit], copied_record_of_row)?;
-            rows.collect()
+            let (mut records, mut bytes) = (Vec::new(), 0);
+            for record in select.query_map([sql_offset(from), limit], copied_record_of_row)? {
+                let record = record?;
+                bytes += record.bytes();
+                records.push(record);
+                if bytes >= COPIED_PAGE_BYTES_MAX {
+                    break;
+                }
+            }
+            Ok(records)
         })
     }
 }
@@ -123,6 +137,15 @@ impl CopiedRecord {
             flags: self.flags,
             note: &self.note,
         }
+    }
+
+    /// Whether it is of an incarnation that has ended: its datasource was deleted, and may have a successor.
+    pub fn has_ended(&self) -> bool {
+        self.datasource.contains('~')
+    }
+
+    fn bytes(&self) -> usize {
+        self.payload.len() + self.properties.len() + self.note.len() + self.topic.len()
     }
 }
 
@@ -151,6 +174,7 @@ fn copied_record_of_row(row: &Row<'_>) -> rusqlite::Result<CopiedRecord> {
         publisher: row.get::<_, i64>(10)?.cast_unsigned(),
         flags,
         note,
+        was_let_in: row.get::<_, Option<i64>>(17)?.is_some(),
     })
 }
 
@@ -210,5 +234,44 @@ mod tests {
             copy.read(from, max).expect("read").iter().map(|record| record.offset).collect()
         };
         assert_eq!((offsets(0, 2), offsets(4, 9)), (vec![3, 4], vec![4, 7]));
+    }
+
+    #[test]
+    fn it_is_known_what_was_let_in_again_and_what_is_of_a_datasource_that_has_ended() {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let mut sink = SqliteSink::open(&dir.path().join(RECORDS_FILE_NAME)).expect("opens");
+        let reason = QuarantineReason {
+            keyword: "maximum".into(),
+            pointer: "/t".into(),
+            words: "too much".into(),
+            schema_version: 3,
+        };
+        let (note, again) = (
+            RecordNote::Quarantined(reason).encode(),
+            RecordNote::Redriven { offset: 2, received_at: 9 }.encode(),
+        );
+        let quarantined = |offset| RecordRef {
+            flags: RecordFlags::QUARANTINED,
+            note: &note,
+            ..record(offset, "p", "a", b"1")
+        };
+        let redriven = RecordRef { flags: RecordFlags::REDRIVEN, note: &again, ..record(4, "p", "a", b"1") };
+        let records = [record(1, "press-4~1", "a", b"1"), quarantined(2), quarantined(3), redriven];
+        sink.store(records.iter().copied(), 5, true).expect("stored");
+        let copy = RecordCopy::in_dir(dir.path()).expect("it is there");
+        let told = |record: &CopiedRecord| (record.offset, record.has_ended(), record.was_let_in);
+        let read: Vec<_> = copy.read(0, 10).expect("read").iter().map(told).collect();
+        assert_eq!(read, [(1, true, false), (2, false, true), (3, false, false), (4, false, false)]);
+    }
+
+    #[test]
+    fn a_page_ends_at_its_bytes() {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let mut sink = SqliteSink::open(&dir.path().join(RECORDS_FILE_NAME)).expect("opens");
+        let payload = vec![0xff; COPIED_PAGE_BYTES_MAX / 2];
+        sink.store((1..6).map(|offset| record(offset, "p", "a", &payload)), 6, true).expect("stored");
+        let copy = RecordCopy::in_dir(dir.path()).expect("it is there");
+        let count = |from| copy.read(from, 10).expect("read").len();
+        assert_eq!([count(0), count(3), count(5), count(6)], [2, 2, 1, 0]);
     }
 }

@@ -21,8 +21,8 @@ use crate::message::{Offset, TimeMicros};
 const FOLLOWED_SUBJECT: &str = "headgate.settle.followed";
 /// Where they are asked why they do not go on with it.
 const DOUBTED_SUBJECT: &str = "headgate.settle.doubted";
-/// How much later those answer that do.
-const NO_DOUBT_ANSWER_DELAY: Duration = Duration::from_millis(20);
+/// For how long each may tell: one that does go on with it may be faster than one that does not.
+const DOUBT_ANSWER_WAIT: Duration = Duration::from_millis(500);
 /// How long they may take to answer. Without any the servers say so at once.
 const FOLLOWED_ANSWER_WAIT_MAX: Duration = Duration::from_secs(2);
 
@@ -183,19 +183,26 @@ async fn begin(
 
 /// The identity of the log that a gateway on these servers has followed; `None` if there is none.
 async fn followed_elsewhere(nats: &Nats) -> Option<String> {
-    ask_gateways(nats, FOLLOWED_SUBJECT, "").await
+    let asked = nats.client().request(FOLLOWED_SUBJECT, Default::default());
+    let answer = tokio::time::timeout(FOLLOWED_ANSWER_WAIT_MAX, asked).await.ok()?.ok()?;
+    Some(String::from_utf8_lossy(&answer.payload).into_owned()).filter(|id| !id.is_empty())
 }
 
 /// Why a gateway that runs, and has followed the log of this identity, does not go on with it, if one does not.
 async fn doubted_elsewhere(nats: &Nats, id: &str) -> Option<String> {
-    ask_gateways(nats, DOUBTED_SUBJECT, id).await
-}
-
-/// The first answer of those that run, unless it is empty.
-async fn ask_gateways(nats: &Nats, subject: &'static str, question: &str) -> Option<String> {
-    let asked = nats.client().request(subject, question.to_owned().into());
-    let answer = tokio::time::timeout(FOLLOWED_ANSWER_WAIT_MAX, asked).await.ok()?.ok()?;
-    Some(String::from_utf8_lossy(&answer.payload).into_owned()).filter(|text| !text.is_empty())
+    let (client, inbox) = (nats.client(), nats.client().new_inbox());
+    let mut answers = client.subscribe(inbox.clone()).await.ok()?;
+    client.publish_with_reply(DOUBTED_SUBJECT, inbox, id.to_owned().into()).await.ok()?;
+    let first_doubt = async {
+        loop {
+            // A status says that nobody listens.
+            let answer = answers.next().await.filter(|answer| answer.status.is_none())?;
+            if !answer.payload.is_empty() {
+                return Some(String::from_utf8_lossy(&answer.payload).into_owned());
+            }
+        }
+    };
+    tokio::time::timeout(DOUBT_ANSWER_WAIT, first_doubt).await.ok().flatten()
 }
 
 /// Tells whoever asks the identity of the log that this gateway has followed, until the connection is closed for good.
@@ -208,15 +215,12 @@ pub(super) async fn answer_followed(nats: Nats, id: String) {
     }
 }
 
-/// Tells whoever asks why this gateway does not go on with the log, until the connection is closed for good. One that does go
-/// on leaves the first answer to those that do not.
+/// Tells whoever asks why this gateway does not go on with the log, until the connection is closed for good. The answer of one
+/// that does go on is empty.
 pub(super) async fn answer_doubts(nats: Nats, id: String, gate: HistoryGate) {
     let Ok(mut asked) = nats.client().subscribe(DOUBTED_SUBJECT).await else { return };
     while let Some(question) = asked.next().await {
         let doubt = gate.doubt().filter(|_| question.payload == id.as_bytes());
-        if doubt.is_none() {
-            tokio::time::sleep(NO_DOUBT_ANSWER_DELAY).await;
-        }
         if let Some(reply) = question.reply {
             let _ = nats.client().publish(reply, doubt.unwrap_or_default().into()).await;
         }

@@ -9,7 +9,8 @@ use headgate_bridge_nats::{KvBucket, KvError, Nats};
 
 use super::admission::{AdmissionError, new_identity, put_history};
 use super::anchors::{FollowedEnd, end_of_followed};
-use super::missing::{MissingRecords, first_other};
+use super::comparison::first_other;
+use super::missing::MissingRecords;
 use super::{
     ClusterHistory, FollowedHistory, HistoryFindings, HistoryVerdict, SetBackRow, judge_all, registry_stream,
 };

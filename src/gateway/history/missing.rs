@@ -11,30 +11,25 @@
 //!
 //! Nobody appends meanwhile: gateways take nothing before it is decided, and begin the new epoch after it.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::HashSet;
 use std::time::Duration;
 
-use headgate_bridge_nats::stream::{
-    JetstreamAck, OutgoingMessage, PublishError, StoredMessage, StreamPublisher,
-};
+use headgate_bridge_nats::stream::{JetstreamAck, OutgoingMessage, PublishError, StreamPublisher};
 use headgate_bridge_nats::{HeaderMap, JetstreamStream, Nats};
 
 use super::adoption::AdoptionError;
+use super::comparison::{COMPARED_RECORDS_MAX, CommonPart, compare, may_return};
 use crate::config::Config;
 use crate::consume::sink::record_copy::{CopiedRecord, RecordCopy};
 use crate::log::nats_message::{
-    NATS_EXPECTED_LAST_SEQUENCE_HEADER, RECORD_KEY_ID_HEADER, RECORD_RECEIVED_AT_HEADER,
-    RECORD_RESTORED_HEADER, encode_record, header_text, origin_headers,
+    NATS_EXPECTED_LAST_SEQUENCE_HEADER, NATS_MESSAGE_ID_HEADER, RECORD_RESTORED_HEADER, encode_record,
+    origin_headers,
 };
 use crate::log::open_log_stream;
 use crate::message::{KeyId, Offset};
 use crate::sqlite::SqliteError;
 use crate::subject::SubjectSpace;
-use crate::time::parse_time;
 
-/// Records that are read or compared at once, and their bytes.
-const COMPARED_RECORDS_MAX: usize = 1_000;
-const COMPARED_BYTES_MAX: usize = 8 << 20;
 /// Messages that wait for their acknowledgement, and for how long.
 const REPUBLISHED_IN_FLIGHT_MAX: usize = 512;
 const REPUBLISH_ACK_TIMEOUT: Duration = Duration::from_secs(5);
@@ -61,17 +56,9 @@ pub(super) struct MissingRecords {
     /// Offsets of the copy that an earlier attempt has published.
     was_published: HashSet<Offset>,
     live_keys: HashSet<KeyId>,
-    /// How many records are published, and how many are not because their keys are dead.
+    /// How many records are published, and how many are not: see [`may_return`].
     pub(super) records: u64,
-    pub(super) of_dead_keys: u64,
-}
-
-/// What the stream and the copy have in common.
-struct CommonPart {
-    /// The last offset at which they have the same record, or neither has one.
-    same_to: Offset,
-    has_other: bool,
-    was_published: HashSet<Offset>,
+    pub(super) left_out: u64,
 }
 
 impl MissingRecords {
@@ -87,7 +74,7 @@ impl MissingRecords {
         let copied_to = copy.cursor()?;
         let part = match stream {
             Some(stream) => compare(stream, &copy, (common, last), epoch, &live_keys).await?,
-            None => CommonPart { same_to: 0, has_other: false, was_published: HashSet::new() },
+            None => CommonPart::new(0),
         };
         let is_empty = match stream {
             Some(stream) => stream.state().await?.messages == 0,
@@ -106,7 +93,7 @@ impl MissingRecords {
             was_published: part.was_published,
             live_keys,
             records: 0,
-            of_dead_keys: 0,
+            left_out: 0,
         };
         let first = missing.count()?;
         let begins = if is_empty { first.unwrap_or(missing.from) } else { missing.from };
@@ -126,26 +113,28 @@ impl MissingRecords {
             let Some(last) = page.last() else { return Ok(first) };
             at = last.offset + 1;
             for record in page.iter().filter(|record| !self.was_published.contains(&record.offset)) {
-                let is_live = self.live_keys.contains(&record.key_id);
-                *(if is_live { &mut self.records } else { &mut self.of_dead_keys }) += 1;
-                first = first.or(is_live.then_some(record.offset));
+                let may_return = may_return(record, &self.live_keys);
+                *(if may_return { &mut self.records } else { &mut self.left_out }) += 1;
+                first = first.or(may_return.then_some(record.offset));
             }
         }
     }
 
     /// What is (or would be) done, for people.
     pub(super) fn words(&self) -> String {
-        let (records, dead, from) = (self.records, self.of_dead_keys, self.from);
+        let (records, from) = (self.records, self.from);
         let place = match self.is_in_place {
             true => "at the offsets that they had".to_owned(),
             false => format!("behind what the log has by now, which ends at {}", self.last),
         };
-        let dead = match dead {
+        let left_out = match self.left_out {
             0 => String::new(),
-            dead => format!("; {dead} records stay out, because their keys are dead"),
+            left_out => format!(
+                "; {left_out} records stay out: their keys are dead, their datasources deleted, or they were let in again"
+            ),
         };
         format!(
-            "{records} records from offset {from} on are published again from records.db, which ends at {}, {place}{dead}",
+            "{records} records from offset {from} on are published again from records.db, which ends at {}, {place}{left_out}",
             self.copied_to.saturating_sub(1)
         )
     }
@@ -154,7 +143,8 @@ impl MissingRecords {
     pub(super) async fn publish(&self, nats: &Nats, config: &Config) -> Result<(), AdoptionError> {
         let stream = open_log_stream(nats, config).await?;
         let mut next = stream.state().await?.last + 1;
-        if next != self.last + 1 {
+        // Behind what the log has by now they may have any place.
+        if self.is_in_place && next != self.last + 1 {
             return Err(AdoptionError::Away("the log's stream has just grown".to_owned()));
         }
         let mut at = self.from;
@@ -183,7 +173,7 @@ impl MissingRecords {
     }
 
     fn is_published(&self, record: &CopiedRecord) -> bool {
-        self.live_keys.contains(&record.key_id) && !self.was_published.contains(&record.offset)
+        may_return(record, &self.live_keys) && !self.was_published.contains(&record.offset)
     }
 
     fn encode(&self, copied: &CopiedRecord) -> Result<OutgoingMessage, AdoptionError> {
@@ -191,6 +181,10 @@ impl MissingRecords {
         let mut headers =
             origin_headers(record.key_id, record.received_at, record.transport, record.publisher);
         headers.insert(RECORD_RESTORED_HEADER, format!("{}/{}", self.epoch, copied.offset));
+        if !self.is_in_place {
+            // The comparison sees neither what another command publishes now nor what an earlier one has on its way.
+            headers.insert(NATS_MESSAGE_ID_HEADER, format!("restored-{}-{}", self.epoch, copied.offset));
+        }
         encode_record(&record, headers).map_err(|error| {
             AdoptionError::Refused(anyhow::anyhow!("the record at offset {}: {error}", copied.offset))
         })
@@ -271,117 +265,6 @@ impl OrderedPublisher {
 
 fn gap_subject() -> String {
     format!("{}.{GAP_TOKEN}", SubjectSpace::Quarantine.as_str())
-}
-
-/// The offset of the copy from which an earlier attempt has published this message.
-fn restored_from(message: &StoredMessage, epoch: u64) -> Option<Offset> {
-    let (of, offset) = header_text(&message.headers, RECORD_RESTORED_HEADER)?.split_once('/')?;
-    offset.parse().ok().filter(|_| of.parse() == Ok(epoch))
-}
-
-/// Compares the messages of a stream from `common` on with the copy.
-async fn compare(
-    stream: &JetstreamStream,
-    copy: &RecordCopy,
-    (common, last): (Offset, Offset),
-    epoch: u64,
-    live_keys: &HashSet<KeyId>,
-) -> Result<CommonPart, AdoptionError> {
-    let mut part = CommonPart { same_to: common.max(1) - 1, has_other: false, was_published: HashSet::new() };
-    let (mut at, copied_to) = (common.max(1), copy.cursor()?);
-    while at <= last {
-        let messages = stream.get(at, COMPARED_RECORDS_MAX, COMPARED_BYTES_MAX).await?;
-        let next = messages.last().map_or(last, |message| message.sequence).min(last) + 1;
-        let copied = records_between(copy, at, next)?;
-        let stored: BTreeMap<Offset, &StoredMessage> =
-            messages.iter().map(|message| (message.sequence, message)).collect();
-        for offset in at..next {
-            let (copied, stored) = (copied.get(&offset), stored.get(&offset).copied());
-            part.was_published.extend(stored.and_then(|message| restored_from(message, epoch)));
-            if copied.is_some() && stored.is_none() && stream.get_from_leader(offset).await?.is_some() {
-                return Err(AdoptionError::Away("a server of the log's stream is behind".to_owned()));
-            }
-            // An earlier attempt has left those of dead keys out.
-            let is_left_out = copied.is_some_and(|record| !live_keys.contains(&record.key_id))
-                && stored.is_none_or(|message| key_of(message).is_none());
-            let is_same = offset < copied_to && (is_left_out || is_same_record(copied, stored));
-            part.has_other |= !is_same;
-            if !part.has_other {
-                part.same_to = offset;
-            }
-        }
-        at = next;
-    }
-    if !part.has_other {
-        part.same_to = last.max(part.same_to);
-        // They are where they were.
-        part.was_published.clear();
-    }
-    Ok(part)
-}
-
-/// The key that a message came in under; `None` for one that is no record.
-fn key_of(message: &StoredMessage) -> Option<KeyId> {
-    header_text(&message.headers, RECORD_KEY_ID_HEADER).and_then(|id| KeyId::parse(id).ok())
-}
-
-/// The first offset from `from` to `last` at which the stream has another record than the copy, or none; `None` if there is
-/// none. What the copy does not have tells nothing: limits may have removed it.
-pub(super) async fn first_other(
-    stream: &JetstreamStream,
-    copy: &RecordCopy,
-    (from, last): (Offset, Offset),
-) -> Result<Option<Offset>, AdoptionError> {
-    let mut at = from;
-    while at <= last {
-        let messages = stream.get(at, COMPARED_RECORDS_MAX, COMPARED_BYTES_MAX).await?;
-        let next = messages.last().map_or(last, |message| message.sequence).min(last) + 1;
-        for copied in records_between(copy, at, next)?.values() {
-            let place = messages.binary_search_by_key(&copied.offset, |message| message.sequence);
-            let stored = place.ok().map(|place| &messages[place]);
-            let is_same = is_same_record(Some(copied), stored);
-            // The server that answered may be behind the leader.
-            if !is_same
-                && !is_same_record(Some(copied), stream.get_from_leader(copied.offset).await?.as_ref())
-            {
-                return Ok(Some(copied.offset));
-            }
-        }
-        at = next;
-    }
-    Ok(None)
-}
-
-/// The records of the copy from `from` on, below `next`.
-fn records_between(
-    copy: &RecordCopy,
-    mut from: Offset,
-    next: Offset,
-) -> Result<BTreeMap<Offset, CopiedRecord>, SqliteError> {
-    let mut records = BTreeMap::new();
-    while from < next {
-        let page = copy.read(from, COMPARED_RECORDS_MAX)?;
-        from = page.last().map_or(next, |record| record.offset + 1);
-        let below = page.into_iter().filter(|record| record.offset < next);
-        records.extend(below.map(|record| (record.offset, record)));
-    }
-    Ok(records)
-}
-
-/// Whether the two are the same record, or neither is one.
-pub(super) fn is_same_record(copied: Option<&CopiedRecord>, stored: Option<&StoredMessage>) -> bool {
-    let received_at = |message: &StoredMessage| {
-        header_text(&message.headers, RECORD_RECEIVED_AT_HEADER).and_then(parse_time)
-    };
-    match (copied, stored) {
-        (None, stored) => stored.is_none_or(|message| key_of(message).is_none()),
-        (Some(_), None) => false,
-        (Some(copied), Some(message)) => {
-            key_of(message) == Some(copied.key_id)
-                && received_at(message) == Some(copied.received_at)
-                && message.payload == copied.payload
-        }
-    }
 }
 
 impl From<SqliteError> for AdoptionError {

@@ -15,6 +15,7 @@
 mod admission;
 mod adoption;
 mod anchors;
+mod comparison;
 mod missing;
 mod set_back;
 mod verdict;

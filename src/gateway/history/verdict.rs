@@ -5,7 +5,7 @@ use std::path::Path;
 use headgate_bridge_nats::stream::StreamExtent;
 use headgate_bridge_nats::{Nats, StreamError};
 
-use super::missing::is_same_record;
+use super::comparison::is_same_record;
 use super::{ClusterHistory, FollowedHistory, HistoryFindings, registry_stream};
 use crate::consume::sink::record_copy::RecordCopy;
 use crate::time::Rfc3339;

@@ -159,14 +159,21 @@ impl LakeTable {
         self.snapshot.cursor(&mark_app(&self.spec.app_id, name))
     }
 
-    /// Commits a further cursor, and nothing else. It may also go back.
+    /// Commits a further cursor, and nothing else. It may also go back. `expected` are marks that it depends on, and where they
+    /// are; 0 if one was never set.
     ///
     /// # Errors
     ///
-    /// The store's.
-    pub async fn set_mark(&mut self, name: &str, version: i64) -> Result<(), LakeError> {
+    /// The store's, and [`LakeError::Superseded`] when one of these is elsewhere.
+    pub async fn set_mark(
+        &mut self,
+        name: &str,
+        version: i64,
+        expected: &[(&str, i64)],
+    ) -> Result<(), LakeError> {
         let app_id = self.spec.app_id.clone();
         self.commit(|snapshot| {
+            check_marks(snapshot, &app_id, expected)?;
             let moved = mark_action(snapshot, &app_id, name, version);
             Ok(moved.map(|moved| vec![commit_info("WRITE"), moved]))
         })
@@ -369,6 +376,19 @@ fn mark_action(snapshot: &TableSnapshot, app_id: &str, name: &str, version: i64)
     (!is_there).then(|| AppTransaction { app_id, version, last_updated: Some(now_ms()) }.into())
 }
 
+/// Whether a mark is where it is expected; one that was never set is at 0.
+fn has_mark(snapshot: &TableSnapshot, app_id: &str, name: &str, version: i64) -> bool {
+    snapshot.cursor(&mark_app(app_id, name)).unwrap_or_default() == version
+}
+
+/// Refuses what depends on marks that are elsewhere by now.
+fn check_marks(snapshot: &TableSnapshot, app_id: &str, expected: &[(&str, i64)]) -> Result<(), LakeError> {
+    match expected.iter().all(|(name, version)| has_mark(snapshot, app_id, name, *version)) {
+        true => Ok(()),
+        false => Err(LakeError::Superseded { cursor: snapshot.cursor(app_id) }),
+    }
+}
+
 /// `None` when the cursor is there already.
 fn plan_append(
     snapshot: &TableSnapshot,
@@ -379,10 +399,8 @@ fn plan_append(
     if cursor.is_some_and(|cursor| cursor >= append.through) {
         return Ok(None);
     }
-    let has_mark = |(name, version): &(String, i64)| {
-        snapshot.cursor(&mark_app(app_id, name)).unwrap_or_default() == *version
-    };
-    if cursor != append.previous || !append.marks.iter().all(has_mark) {
+    let is_expected = |(name, version): &(String, i64)| has_mark(snapshot, app_id, name, *version);
+    if cursor != append.previous || !append.marks.iter().all(is_expected) {
         return Err(LakeError::Superseded { cursor });
     }
     let mut actions = vec![commit_info("WRITE")];

@@ -13,7 +13,7 @@ use bytes::Bytes;
 use object_store::path::Path;
 use object_store::{ObjectStoreExt, PutPayload};
 
-use super::{LakeTable, commit_info, mark_action, now_ms, object_path};
+use super::{LakeTable, check_marks, commit_info, mark_action, now_ms, object_path};
 use crate::actions::{AddFile, AppTransaction, LogAction, RemoveFile};
 use crate::data_file::{DataFile, DataFileWriter, PartitionValues, partition_of, read_rows};
 use crate::error::LakeError;
@@ -97,18 +97,20 @@ impl LakeTable {
         selects: impl Fn(&AddFile) -> bool,
         sort: impl FnMut(&PartitionValues, &RecordBatch) -> Result<RowTargets, LakeError>,
     ) -> Result<RewriteReport, LakeError> {
-        self.rewrite_with_mark(None, selects, sort).await
+        self.rewrite_with_mark(None, &[], selects, sort).await
     }
 
     /// As [`LakeTable::rewrite`], and sets a [mark](LakeTable::mark) in the same commit, also when no row has to move: an
-    /// append that expects the mark to be where it was is then too late.
+    /// append that expects the mark to be where it was is then too late. `expected` are marks that it depends on itself, and
+    /// where they are; 0 if one was never set.
     ///
     /// # Errors
     ///
-    /// As there.
+    /// As there, and [`LakeError::Superseded`] when one of these is elsewhere; then nothing has changed.
     pub async fn rewrite_with_mark(
         &mut self,
         mark: Option<(&str, i64)>,
+        expected: &[(&str, i64)],
         selects: impl Fn(&AddFile) -> bool,
         mut sort: impl FnMut(&PartitionValues, &RecordBatch) -> Result<RowTargets, LakeError>,
     ) -> Result<RewriteReport, LakeError> {
@@ -134,6 +136,7 @@ impl LakeTable {
             }
             let mut is_outdated = false;
             self.commit(|snapshot| {
+                check_marks(snapshot, &app_id, expected)?;
                 // A commit of another writer may have replaced files, or brought some that have not been looked at.
                 let paths = snapshot.files().filter(|f| selects(f)).map(|f| &f.path);
                 is_outdated =

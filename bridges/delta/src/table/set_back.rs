@@ -18,6 +18,7 @@ use super::{LakeTable, commit_info, mark_action, mark_app, now_ms, object_path};
 use crate::actions::{AddFile, AppTransaction, LogAction};
 use crate::data_file::{DataFile, DataFileWriter, read_rows};
 use crate::error::LakeError;
+use crate::snapshot::TableSnapshot;
 
 /// The folder, in that of a set-back, of the rows that were not in the table but aside.
 const WITHHELD_FOLDER: &str = "withheld";
@@ -29,8 +30,19 @@ pub struct SetBackOrder<'a> {
     pub mark: (&'a str, i64),
     /// The first value of the order column that the table has no longer; `None`: all rows stay.
     pub from: Option<i64>,
+    /// Marks that go back to 0 together with rows, if they were ever set.
+    pub reset: &'a [&'a str],
     /// The folder of the rows that leave. Its name begins with `_`.
     pub folder: &'a str,
+}
+
+impl SetBackOrder<'_> {
+    /// Puts back the marks that go back.
+    fn reset_actions(&self, snapshot: &TableSnapshot, app_id: &str) -> impl Iterator<Item = LogAction> {
+        let names = self.from.iter().flat_map(|_| self.reset);
+        let was_set = names.filter(|name| snapshot.cursor(&mark_app(app_id, name)).is_some());
+        was_set.filter_map(|name| mark_action(snapshot, app_id, name, 0))
+    }
 }
 
 /// What a set-back has done.
@@ -67,6 +79,10 @@ impl LakeTable {
         let mut written: BTreeSet<Path> = BTreeSet::new();
         for _ in 0..REWRITE_ATTEMPTS_MAX {
             self.refresh().await?;
+            // Before anything is written: what is there now came behind it.
+            if self.mark(mark).is_some_and(|reached| reached >= version) {
+                return Ok(None);
+            }
             let selected: Vec<AddFile> = self.snapshot.files().filter(|f| is_beyond(f)).cloned().collect();
             let all_aside = names_aside(&self.snapshot);
             let (splits, ended) = self.split_files(order, &selected, &all_aside).await?;
@@ -83,7 +99,8 @@ impl LakeTable {
                     AppTransaction { app_id, version: from - 1, last_updated: Some(now_ms()) }.into()
                 });
                 let marked = mark_action(snapshot, &app_id, mark, version);
-                let changes: Vec<LogAction> = actions.iter().cloned().chain(moved).chain(marked).collect();
+                let marks = order.reset_actions(snapshot, &app_id).chain(marked);
+                let changes: Vec<LogAction> = actions.iter().cloned().chain(moved).chain(marks).collect();
                 Ok((!is_done && !is_outdated).then(|| [vec![commit_info("DELETE")], changes].concat()))
             })
             .await?;

@@ -152,7 +152,8 @@ async fn perform(
         }
         ModelStep::SetBack { from } => {
             let epoch = table.mark("epoch").unwrap_or(0) + 1;
-            let order = SetBackOrder { mark: ("epoch", epoch), from: Some(from), folder: "_set_aside" };
+            let order =
+                SetBackOrder { mark: ("epoch", epoch), from: Some(from), reset: &[], folder: "_set_aside" };
             let report = table.set_back(&order).await?;
             assert!(report.is_some(), "nobody else has done it");
             Ok(())
@@ -316,7 +317,12 @@ async fn rows_that_follow_older_rules_are_not_appended() {
     let store: Arc<dyn ObjectStore> = Arc::new(InMemory::new());
     let (mut surgeon, mut writer) = (open(&store).await, open(&store).await);
     surgeon
-        .rewrite_with_mark(Some(("rules", 1)), |_| true, |_, batch| Ok(sorted(batch, |_| RowTarget::Nowhere)))
+        .rewrite_with_mark(
+            Some(("rules", 1)),
+            &[],
+            |_| true,
+            |_, batch| Ok(sorted(batch, |_| RowTarget::Nowhere)),
+        )
         .await
         .expect("rewritten");
     let following = |version: i64| TableAppend {
@@ -347,7 +353,7 @@ async fn rows_that_a_table_goes_back_behind_are_kept_beside_it() {
         .await
         .expect("rewritten");
     late.refresh().await.expect("read");
-    let order = SetBackOrder { mark: ("epoch", 7), from: Some(12), folder: "_set_aside_7" };
+    let order = SetBackOrder { mark: ("epoch", 7), from: Some(12), reset: &[], folder: "_set_aside_7" };
     let report = table.set_back(&order).await.expect("set back").expect("it was not done before");
     assert_eq!(report.rows, 8);
     assert_eq!(table.set_back(&order).await.expect("read"), None);
@@ -371,4 +377,51 @@ async fn rows_that_a_table_goes_back_behind_are_kept_beside_it() {
     assert!(matches!(late.append(&stale).await, Err(LakeError::Superseded { cursor: Some(11) })));
     append_next(&mut table, &DATASOURCES, DAYS[1], 3).await.expect("appended");
     assert_eq!(table.cursor(), Some(14));
+
+    // What has come since is not of what it has gone back behind.
+    let before = all_paths(&store).await;
+    assert_eq!(late.set_back(&order).await.expect("read"), None, "another gateway comes later still");
+    assert_eq!(all_paths(&store).await, before, "nothing is written for nothing");
+}
+
+/// Marks go back with the rows, in one commit, so that rules are followed anew; and what depends on an earlier epoch is too
+/// late to move them on again.
+#[tokio::test]
+async fn marks_go_back_together_with_rows() {
+    let store: Arc<dyn ObjectStore> = Arc::new(InMemory::new());
+    let (mut table, mut late) = (open(&store).await, open(&store).await);
+    append_next(&mut table, &DATASOURCES, DAYS[0], 20).await.expect("appended");
+    table.set_mark("rules", 5, &[]).await.expect("set");
+    late.refresh().await.expect("read");
+    let order = |epoch, from| SetBackOrder {
+        mark: ("epoch", epoch),
+        from,
+        reset: &["rules", "never"],
+        folder: "_set_aside_7",
+    };
+    let marks = |table: &LakeTable| ["epoch", "rules", "never"].map(|name| table.mark(name));
+    table.set_back(&order(6, None)).await.expect("set back").expect("it was not done before");
+    assert_eq!(marks(&table), [Some(6), Some(5), None], "no row has to leave");
+    let version = table.snapshot().version();
+    table.set_back(&order(7, Some(12))).await.expect("set back").expect("it was not done before");
+    assert_eq!(marks(&table), [Some(7), Some(0), None]);
+    assert_eq!(table.snapshot().version(), version + 1, "one commit");
+
+    let follow = async |table: &mut LakeTable, epoch| {
+        let nowhere =
+            |_: &BTreeMap<String, Option<String>>, batch: &_| Ok(sorted(batch, |_| RowTarget::Nowhere));
+        table.rewrite_with_mark(Some(("rules", 6)), &[("epoch", epoch)], |_| true, nowhere).await
+    };
+    assert!(matches!(follow(&mut late, 6).await, Err(LakeError::Superseded { cursor: Some(11) })));
+    assert!(matches!(late.set_mark("rules", 6, &[("epoch", 6)]).await, Err(LakeError::Superseded { .. })));
+    assert_eq!(marks(&late), [Some(7), Some(0), None]);
+    follow(&mut late, 7).await.expect("rewritten");
+    assert_eq!(marks(&late), [Some(7), Some(6), None]);
+}
+
+/// Whatever is in the store.
+async fn all_paths(store: &Arc<dyn ObjectStore>) -> BTreeSet<String> {
+    use futures_util::TryStreamExt;
+    let all: Vec<_> = store.list(None).try_collect().await.expect("listed");
+    all.into_iter().map(|object| object.location.to_string()).collect()
 }

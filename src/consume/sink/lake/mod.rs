@@ -373,6 +373,9 @@ impl LakeSink {
     /// # Errors
     /// [`LakeFault`].
     pub(in crate::consume) fn reconcile(&mut self, withheld: &WithheldRules) -> Result<(), LakeFault> {
+        if self.epoch.is_some() && self.table.mark(EPOCH_MARK) != self.epoch {
+            return Err(LakeFault::LaterEpoch { place: self.place().to_string() });
+        }
         let followed = self.withheld_version();
         let is_ahead = followed > withheld.version();
         if is_ahead && self.settings.is_shared {
@@ -391,7 +394,13 @@ impl LakeSink {
         // Also without changes: the mark of another registry has to go, or no commit fits it.
         if !changes.is_empty() || is_ahead {
             self.commit()?;
-            self.runtime.block_on(rules::follow(&mut self.table, &changes, &left_out, version))?;
+            self.runtime.block_on(rules::follow(
+                &mut self.table,
+                self.epoch,
+                &changes,
+                &left_out,
+                version,
+            ))?;
         }
         self.left_out = Some((left_out, version));
         self.erase_purged(withheld)
@@ -404,7 +413,8 @@ impl LakeSink {
         let (changes, _) = withheld.changes_and_rules(erased);
         if self.runtime.block_on(rules::erase_purged(&mut self.table, &changes))? {
             let version = cursor_of(erased + changes.len() as u64);
-            self.runtime.block_on(self.table.set_mark(ERASED_MARK, version))?;
+            let expected: Vec<_> = self.epoch.map(|epoch| (EPOCH_MARK, epoch)).into_iter().collect();
+            self.runtime.block_on(self.table.set_mark(ERASED_MARK, version, &expected))?;
         }
         Ok(())
     }
