@@ -191,6 +191,14 @@ fn quarantine_note(row: &Row<'_>, cause: &str) -> rusqlite::Result<Vec<u8>> {
     Ok(RecordNote::Quarantined(reason).encode())
 }
 
+/// Names a datasource in the `records.db` of this directory as the sink does once it is deleted.
+#[cfg(test)]
+pub fn end_datasource(dir: &Path, id: &str) {
+    let database = Connection::open(dir.join(RECORDS_FILE_NAME)).expect("opens");
+    let sql = "UPDATE datasources SET datasource = datasource || '~1' WHERE datasource = ?1";
+    assert_eq!(database.execute(sql, [id]).expect("written"), 1);
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -256,8 +264,9 @@ mod tests {
             ..record(offset, "p", "a", b"1")
         };
         let redriven = RecordRef { flags: RecordFlags::REDRIVEN, note: &again, ..record(4, "p", "a", b"1") };
-        let records = [record(1, "press-4~1", "a", b"1"), quarantined(2), quarantined(3), redriven];
+        let records = [record(1, "press-4", "a", b"1"), quarantined(2), quarantined(3), redriven];
         sink.store(records.iter().copied(), 5, true).expect("stored");
+        end_datasource(dir.path(), "press-4");
         let copy = RecordCopy::in_dir(dir.path()).expect("it is there");
         let told = |record: &CopiedRecord| (record.offset, record.has_ended(), record.was_let_in);
         let read: Vec<_> = copy.read(0, 10).expect("read").iter().map(told).collect();

@@ -191,6 +191,7 @@ mod tests {
     use headgate_bridge_nats::HeaderMap;
 
     use super::*;
+    use crate::consume::sink::record_copy::end_datasource;
     use crate::consume::sink::sqlite::{RECORDS_FILE_NAME, SqliteSink};
     use crate::log::nats_message::{encode_record, origin_headers};
     use crate::log::{QuarantineReason, RecordNote};
@@ -199,6 +200,8 @@ mod tests {
     const EPOCH: u64 = 7;
     const LIVE_KEY: KeyId = KeyId([1; 6]);
     const DEAD_KEY: KeyId = KeyId([2; 6]);
+    /// A datasource that was deleted.
+    const ENDED: &str = "press-5";
 
     /// Records of one batch, ten a batch: they are alike but for their offsets.
     fn record<'a>(offset: Offset) -> RecordRef<'a> {
@@ -250,7 +253,12 @@ mod tests {
     ) -> CommonPart {
         let dir = tempfile::tempdir().expect("temporary directory");
         let mut sink = SqliteSink::open(&dir.path().join(RECORDS_FILE_NAME)).expect("opens");
+        let records: Vec<_> = records.into_iter().collect();
+        let has_ended = records.iter().any(|record| record.datasource == ENDED);
         sink.store(records.into_iter(), copied_to, true).expect("stored");
+        if has_ended {
+            end_datasource(dir.path(), ENDED);
+        }
         let copy = RecordCopy::in_dir(dir.path()).expect("it is there");
         let last = stream.last().map_or(0, |message| message.sequence);
         let live_keys = HashSet::from([LIVE_KEY]);
@@ -318,7 +326,7 @@ mod tests {
         };
         let note = RecordNote::Quarantined(reason).encode();
         let mark = RecordNote::Superseded { offset: 42, by: 60 }.encode();
-        let ended = RecordRef { datasource: "press-4~1", ..record(41) };
+        let ended = RecordRef { datasource: ENDED, ..record(41) };
         let let_in = RecordRef { flags: RecordFlags::QUARANTINED, note: &note, ..record(42) };
         let dead = RecordRef { key_id: DEAD_KEY, ..record(43) };
         let marked = RecordRef {
