@@ -164,7 +164,7 @@ fn the_version_says_which_parts_are_built_in() {
         manifest().pointer("/package/version").and_then(Value::as_str).expect("a version").to_owned();
     let long = run(program().arg("--version"));
     assert!(long.starts_with(&format!("headgate {version}")), "{long}");
-    assert!(long.contains("the feature delta"), "{long}");
+    assert!(long.contains("the features delta and otlp"), "{long}");
     assert_eq!(run(program().arg("-V")).trim(), format!("headgate {version}"));
 }
 
