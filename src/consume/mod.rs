@@ -49,4 +49,4 @@ pub(crate) fn newest_format(name: &str) -> Option<i64> {
 }
 
 #[cfg(test)]
-mod testing;
+pub mod testing;

@@ -1,5 +1,6 @@
 //! What the tests of this directory share: records without a log behind them.
 
+use crate::log::{QuarantineReason, RecordNote};
 use crate::message::{KeyId, Offset, RecordFlags, RecordRef, TimeMicros, Transport};
 
 /// When the record with offset 0 was received. Each later one came a millisecond after the one before.
@@ -27,4 +28,15 @@ pub(super) fn record<'a>(
         flags: RecordFlags::default(),
         note: b"",
     }
+}
+
+/// The note of a record that its schema has put into quarantine.
+pub fn quarantine_note() -> Vec<u8> {
+    let reason = QuarantineReason {
+        keyword: "maximum".into(),
+        pointer: "/t".into(),
+        words: "too much".into(),
+        schema_version: 3,
+    };
+    RecordNote::Quarantined(reason).encode()
 }

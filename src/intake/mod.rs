@@ -91,11 +91,17 @@ impl Intake {
         let room = Arc::new(Semaphore::new(limits.in_flight_bytes_max));
         let memory = MemoryBudget::new(limits.memory_bytes_max, limits.memory_share_bytes_max);
         let registry = authorizer.registry().clone();
-        let refusals = Arc::new(Refusals::new(metrics.clone(), move |id| registry.count_refused(id)));
+        let refusals = Arc::new(Refusals::new(metrics.clone(), {
+            let registry = registry.clone();
+            move |id| registry.count_refused(id)
+        }));
         let (closer, retained) = (OnceLock::new(), OnceLock::new());
         log.listen_fenced({
             let refusals = refusals.clone();
-            Box::new(move |FencedMessage { datasource, key_id, transport }| {
+            Box::new(move |FencedMessage { datasource, key_id, transport, received_at }| {
+                // A datasource that was made since has the name, and nothing to do with it.
+                let is_younger = registry.with_datasource(datasource, |of| of.created_at > received_at);
+                let datasource = if is_younger == Some(true) { "" } else { datasource };
                 let words = "it reached the cluster's log behind the end of its key, and is no record";
                 let note = RefusalNote::new(transport, Cause::Fenced, &words);
                 refusals.note(RefusalNote { datasource, key_id: Some(key_id), ..note });
@@ -319,11 +325,8 @@ impl Intake {
     /// The turn of a tenant in the slow lane for a draft that needs so many permits of all.
     fn disk_turn(&self, of_tenant: Option<OwnedSemaphorePermit>, permits: u32) -> Option<DiskTurn> {
         let is_large = permits > slow_permits(permits);
-        Some(
-            self.0
-                .processor
-                .disk_turn(of_tenant?, if is_large { pauses_after_large(permits as usize) } else { 0 }),
-        )
+        let pauses = if is_large { pauses_after_large(permits as usize) } else { 0 };
+        Some(self.0.processor.disk_turn(of_tenant?, pauses))
     }
 
     /// What the draft's tenant has to wait for in the slow lane. `None` over NATS: a draft has the messages of many

@@ -112,6 +112,8 @@ pub struct FencedMessage<'a> {
     pub key_id: KeyId,
     /// The way that it came.
     pub transport: Transport,
+    /// When it was received.
+    pub received_at: TimeMicros,
 }
 
 /// Is told of messages behind the ends of their keys.

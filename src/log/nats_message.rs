@@ -121,6 +121,7 @@ pub(super) fn message_origin(message: &StoredMessage) -> Option<FencedMessage<'_
         datasource: rest.split_once('.')?.0,
         key_id: KeyId::parse(text(RECORD_KEY_ID_HEADER)?).ok()?,
         transport: Transport::parse(text(RECORD_TRANSPORT_HEADER)?)?,
+        received_at: parse_time(text(RECORD_RECEIVED_AT_HEADER)?)?,
     })
 }
 

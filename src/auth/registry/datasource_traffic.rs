@@ -18,12 +18,11 @@ impl Registry {
         (messages, bytes): (u64, u64),
         at: TimeMicros,
     ) {
-        let counted = self.with_datasource(datasource.as_str(), |datasource| {
+        self.with_datasource(datasource.as_str(), |datasource| {
             if key.holds() {
                 datasource.traffic().count(messages, bytes, at);
             }
         });
-        counted.unwrap_or_default();
     }
 
     /// Counts a refusal that was about a datasource, by its id as the client may have written it. Returns whether there is

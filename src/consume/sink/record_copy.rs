@@ -203,20 +203,14 @@ pub fn end_datasource(dir: &Path, id: &str) {
 mod tests {
     use super::*;
     use crate::consume::sink::sqlite::SqliteSink;
-    use crate::consume::testing::record;
+    use crate::consume::testing::{quarantine_note, record};
 
     #[test]
     fn records_come_as_they_were_and_in_the_order_of_the_log() {
         let dir = tempfile::tempdir().expect("temporary directory");
         assert!(RecordCopy::in_dir(dir.path()).is_none());
         let mut sink = SqliteSink::open(&dir.path().join(RECORDS_FILE_NAME)).expect("opens");
-        let reason = QuarantineReason {
-            keyword: "maximum".into(),
-            pointer: "/t".into(),
-            words: "too much".into(),
-            schema_version: 3,
-        };
-        let note = RecordNote::Quarantined(reason).encode();
+        let note = quarantine_note();
         let plain = |offset, payload: &'static [u8]| record(offset, "press-4", "a/b", payload);
         let records = [
             RecordRef { event_at: Some(-5), content_type: "text/plain", ..plain(3, b"21") },
@@ -248,16 +242,7 @@ mod tests {
     fn it_is_known_what_was_let_in_again_and_what_is_of_a_datasource_that_has_ended() {
         let dir = tempfile::tempdir().expect("temporary directory");
         let mut sink = SqliteSink::open(&dir.path().join(RECORDS_FILE_NAME)).expect("opens");
-        let reason = QuarantineReason {
-            keyword: "maximum".into(),
-            pointer: "/t".into(),
-            words: "too much".into(),
-            schema_version: 3,
-        };
-        let (note, again) = (
-            RecordNote::Quarantined(reason).encode(),
-            RecordNote::Redriven { offset: 2, received_at: 9 }.encode(),
-        );
+        let (note, again) = (quarantine_note(), RecordNote::Redriven { offset: 2, received_at: 9 }.encode());
         let quarantined = |offset| RecordRef {
             flags: RecordFlags::QUARANTINED,
             note: &note,

@@ -193,8 +193,9 @@ mod tests {
     use super::*;
     use crate::consume::sink::record_copy::end_datasource;
     use crate::consume::sink::sqlite::{RECORDS_FILE_NAME, SqliteSink};
+    use crate::consume::testing::quarantine_note;
+    use crate::log::RecordNote;
     use crate::log::nats_message::{encode_record, origin_headers};
-    use crate::log::{QuarantineReason, RecordNote};
     use crate::message::{RecordFlags, RecordRef, Transport};
 
     const EPOCH: u64 = 7;
@@ -318,13 +319,7 @@ mod tests {
 
     #[test]
     fn what_an_earlier_attempt_has_left_out_is_no_difference() {
-        let reason = QuarantineReason {
-            keyword: "maximum".into(),
-            pointer: "/t".into(),
-            words: "too much".into(),
-            schema_version: 3,
-        };
-        let note = RecordNote::Quarantined(reason).encode();
+        let note = quarantine_note();
         let mark = RecordNote::Superseded { offset: 42, by: 60 }.encode();
         let ended = RecordRef { datasource: ENDED, ..record(41) };
         let let_in = RecordRef { flags: RecordFlags::QUARANTINED, note: &note, ..record(42) };
