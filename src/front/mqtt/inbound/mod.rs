@@ -325,11 +325,7 @@ impl Inbound {
             };
             consumed += frame.bytes;
             read.batch.packets += 1;
-            if let Err(end) = frame
-                .decode(self.form.version)
-                .map_err(InboundEnd::Violation)
-                .and_then(|packet| self.handle_packet(packet, rest.len(), read))
-            {
+            if let Err(end) = self.handle_frame(&frame, rest.len(), read) {
                 read.batch.end = Some(end);
             }
             if read.batch.is_held() {
@@ -339,6 +335,23 @@ impl Inbound {
             }
         }
         consumed
+    }
+
+    #[inline]
+    fn handle_frame(
+        &mut self,
+        frame: &MqttFrame<'_>,
+        bytes_left: usize,
+        read: &mut InboundRead<'_>,
+    ) -> Result<(), InboundEnd> {
+        let version = self.form.version;
+        // Nearly all traffic: a packet of any kind is large to move.
+        if frame.is_publish() {
+            let publish = frame.decode_publish(version).map_err(InboundEnd::Violation)?;
+            return self.handle_publish(&publish, bytes_left, read);
+        }
+        let packet = frame.decode(version).map_err(InboundEnd::Violation)?;
+        self.handle_packet(packet, bytes_left, read)
     }
 
     fn handle_packet(
