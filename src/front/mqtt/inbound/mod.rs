@@ -315,17 +315,19 @@ impl Inbound {
         let mut consumed = 0;
         while read.may_go_on() {
             let rest = &bytes[consumed..];
-            let frame = match MqttFrame::split(rest, self.packet_bytes_max, Some(self.form.version)) {
+            // What is decoded is looked at where it is: moving it takes as long as decoding it.
+            let split = MqttFrame::split(rest, self.packet_bytes_max, Some(self.form.version));
+            let frame = match &split {
                 Ok(Some(frame)) => frame,
                 Ok(None) => break,
                 Err(violation) => {
-                    read.batch.end = Some(InboundEnd::Violation(violation));
+                    read.batch.end = Some(InboundEnd::Violation(violation.clone()));
                     break;
                 }
             };
             consumed += frame.bytes;
             read.batch.packets += 1;
-            if let Err(end) = self.handle_frame(&frame, rest.len(), read) {
+            if let Err(end) = self.handle_frame(frame, rest.len(), read) {
                 read.batch.end = Some(end);
             }
             if read.batch.is_held() {
@@ -345,10 +347,12 @@ impl Inbound {
         read: &mut InboundRead<'_>,
     ) -> Result<(), InboundEnd> {
         let version = self.form.version;
-        // Nearly all traffic: a packet of any kind is large to move.
+        // Nearly all traffic.
         if frame.is_publish() {
-            let publish = frame.decode_publish(version).map_err(InboundEnd::Violation)?;
-            return self.handle_publish(&publish, bytes_left, read);
+            return match &frame.decode_publish(version) {
+                Ok(publish) => self.handle_publish(publish, bytes_left, read),
+                Err(violation) => Err(InboundEnd::Violation(violation.clone())),
+            };
         }
         let packet = frame.decode(version).map_err(InboundEnd::Violation)?;
         self.handle_packet(packet, bytes_left, read)
