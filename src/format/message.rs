@@ -351,23 +351,28 @@ impl Transport {
 /// the key opened and every message on its way into the log. Once it has ended, none of them gets any
 /// further.
 #[derive(Debug, Clone)]
-pub struct Lease(Arc<AtomicBool>);
+pub struct Lease(Arc<LeaseCell>);
+
+/// On a cache line of its own: everybody reads it for each message, and writes the count of its holders beside it.
+#[derive(Debug)]
+#[repr(align(64))]
+struct LeaseCell(AtomicBool);
 
 impl Lease {
     /// A lease that holds until [`Lease::end`].
     pub fn new() -> Self {
-        Self(Arc::new(AtomicBool::new(true)))
+        Self(Arc::new(LeaseCell(AtomicBool::new(true))))
     }
 
     /// Whether the key is still valid. One atomic load.
     #[inline]
     pub fn holds(&self) -> bool {
-        self.0.load(Ordering::Acquire)
+        self.0.0.load(Ordering::Acquire)
     }
 
     /// Ends the key for every holder, from now on.
     pub fn end(&self) {
-        self.0.store(false, Ordering::Release);
+        self.0.0.store(false, Ordering::Release);
     }
 }
 
