@@ -648,3 +648,20 @@ fn a_will_of_a_dead_key_or_of_a_datasource_that_was_made_again_is_never_publishe
     assert_eq!(KilledGateway::wills(&gateway, 1), ["living"]);
     assert_eq!(gateway.records("other"), Vec::<Value>::new());
 }
+
+#[test]
+fn a_will_that_waits_goes_on_waiting_when_its_client_is_not_let_in_again() {
+    let dir = scratch();
+    let gateway = Gateway::start(dir.path());
+    let key = create(&gateway, json!({ "connections": 1 }));
+    drop(Wire::connect(gateway.mqtt, &willing(&key, "late", 2, 3600)));
+    wait_for("its connection to end", || {
+        let (other, connack) = Wire::connect(gateway.mqtt, &willing(&key, "other", 3600, 3600));
+        (connack.body[1] == 0).then_some(other).map(|other| {
+            let (_, refused) = Wire::connect(gateway.mqtt, &willing(&key, "late", 2, 3600));
+            assert_eq!(refused.body[1], 0x97, "one connection too many");
+            assert_eq!(KilledGateway::wills(&gateway, 1), ["late"]);
+            drop(other);
+        })
+    });
+}

@@ -247,7 +247,6 @@ impl Consumer for RetainedFollower {
         }
         let met = self.shared.damage.lock().take();
         if let Some(damage) = met.filter(|_| self.shared.set_aside().is_none()) {
-            self.table = None;
             self.begin_anew(&damage)?;
         }
         let round = self.consume();
@@ -286,7 +285,7 @@ impl Consumer for RetainedFollower {
         let cursor = self.shared.cursor();
         if self.shared.is_open()
             && self.durable != Some(cursor)
-            && let Err(error) = self.write(std::iter::empty(), cursor, true)
+            && let Err(error) = self.write(&[], cursor, true)
         {
             warn!(%error, "retained messages: the next start reads a part of the log again");
         }
@@ -330,14 +329,18 @@ impl RetainedFollower {
         Ok(())
     }
 
-    /// Sets the damaged database aside, and goes on with another one from where the log begins.
+    /// Sets the damaged database aside, and goes on with another one from where the log begins. If it cannot, the next
+    /// round does.
     fn begin_anew(&mut self, damage: &SqliteError) -> Result<(), SqliteError> {
         // The log keeps all that it has until the new database has consumed it.
         self.shared.consumed.lock()(0);
         self.durable = None;
-        let aside = set_aside(&self.path)?;
-        self.shared.note_set_aside(damage_words(&aside, damage, self.log.first_offset()));
         self.table = None;
+        let aside = set_aside(&self.path).inspect_err(|_| {
+            // A reader that has met it waits for another database.
+            self.shared.damage.lock().get_or_insert_with(|| damage.clone());
+        })?;
+        self.shared.note_set_aside(damage_words(&aside, damage, self.log.first_offset()));
         // Before the new one is opened: if that fails, the next round begins with an empty one all the same.
         self.shared.topics.clear();
         self.shared.progress.send_modify(|progress| {
@@ -384,11 +387,7 @@ impl RetainedFollower {
             let written = sync || !newest.is_empty();
             if written {
                 let newest: Vec<RecordRef<'_>> = newest.into_values().collect();
-                self.write(newest.iter().copied(), last.next_offset(), sync)?;
-                for record in newest {
-                    let bytes = message_bytes(record.topic, record.payload.len());
-                    self.shared.topics.confirm(record.datasource, record.topic, bytes);
-                }
+                self.write(&newest, last.next_offset(), sync)?;
             } else {
                 self.shared.progress.send_modify(|progress| progress.cursor = last.next_offset());
             }
@@ -399,7 +398,7 @@ impl RetainedFollower {
                 false => RetainedRound::OnlyRead,
             });
         } else if sync && self.durable != Some(cursor) {
-            self.write(std::iter::empty(), cursor, true)?;
+            self.write(&[], cursor, true)?;
         } else {
             return Ok(RetainedRound::AtTail);
         }
@@ -409,24 +408,27 @@ impl RetainedFollower {
     /// Leaves out what the rules leave out now, and goes back in the log for what is to be read again for that. Those
     /// who wait for an offset wait until the thread reaches it again.
     fn follow_rules(&mut self) -> Result<(), SqliteError> {
+        // What is to be read again stays in the log until it is.
+        self.shared.consumed.lock()(0);
+        self.durable = None;
         let first = self.log.first_offset();
         let table = open_or_reopen(&mut self.table, &self.path)?;
         if table.withheld_version() > self.log.withheld().version() {
-            table.forget_rules();
+            table.forget_rules().map_err(|error| SqliteError::from_sqlite(&error, &self.path))?;
         }
         let (changes, left_out) = self.log.withheld().changes_and_rules(table.withheld_version());
         table
             .follow_rules(&changes, &left_out, first)
             .map_err(|error| SqliteError::from_sqlite(&error, &self.path))?;
-        self.shared.follow_table(table);
+        // Before anybody hears of it.
         self.shared.count_topics(table).map_err(|error| SqliteError::from_sqlite(&error, &self.path))?;
-        self.durable = None;
+        self.shared.follow_table(table);
         Ok(())
     }
 
     /// Resumes at `to`, where the log begins.
     fn skip_removed(&mut self, from: Offset, to: Offset) -> Result<(), SqliteError> {
-        self.write(std::iter::empty(), to, true)?;
+        self.write(&[], to, true)?;
         warn!(
             from,
             to,
@@ -437,14 +439,15 @@ impl RetainedFollower {
     }
 
     /// Writes `newest` and the cursor `next`, and wakes those who wait for it.
-    fn write<'a>(
-        &mut self,
-        newest: impl Iterator<Item = RecordRef<'a>>,
-        next: Offset,
-        sync: bool,
-    ) -> Result<(), SqliteError> {
+    fn write(&mut self, newest: &[RecordRef<'_>], next: Offset, sync: bool) -> Result<(), SqliteError> {
         let table = open_or_reopen(&mut self.table, &self.path)?;
-        table.write(newest, next, sync).map_err(|error| SqliteError::from_sqlite(&error, &self.path))?;
+        let written = table.write(newest.iter().copied(), next, sync);
+        written.map_err(|error| SqliteError::from_sqlite(&error, &self.path))?;
+        // Before anybody hears of it: who has waited finds them counted.
+        for record in newest {
+            let bytes = message_bytes(record.topic, record.payload.len());
+            self.shared.topics.confirm(record.datasource, record.topic, bytes);
+        }
         self.shared.follow_table(table);
         if sync {
             self.synced_at = Some(Instant::now());

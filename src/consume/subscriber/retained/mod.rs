@@ -363,6 +363,8 @@ pub fn set_back_retained(dir: &Path, end: Offset, first: Offset) -> Result<Optio
         opened => opened?,
     };
     if table.cursor() <= end {
+        // The registry may have gone back too, and given a version to another rule.
+        table.forget_rules().map_err(|error| SqliteError::from_sqlite(&error, &path))?;
         return Ok(None);
     }
     let aside = new_file_aside(&path)?;

@@ -57,6 +57,8 @@ pub(super) struct Inbound {
     session: u64,
     /// The session ends with the connection.
     ephemeral: bool,
+    /// No earlier connection of the session can have opened an exchange.
+    is_first: bool,
     /// The QoS 2 exchanges of this connection, as far as the log has answered.
     pub(super) exchanges: ExchangeTable,
     /// The beginning of a packet whose rest has not arrived yet.
@@ -142,6 +144,7 @@ impl Inbound {
             publisher,
             session: session.uid,
             ephemeral: !session.is_durable(),
+            is_first: !session.ever_stayed,
             exchanges: ExchangeTable::default(),
             partial: Vec::new(),
             paused: false,
@@ -160,7 +163,7 @@ impl Inbound {
 
     /// What ends the exchanges that the client takes for ended because the log has refused their message.
     pub(super) fn exchange_closer<'a>(&self, intake: &'a Intake) -> ExchangeCloser<'a> {
-        ExchangeCloser { intake, session: self.session, is_ephemeral: self.ephemeral }
+        ExchangeCloser { intake, session: self.session, is_first: self.is_first }
     }
 
     fn exchange(&self, packet_id: u16) -> Exchange {
@@ -412,7 +415,7 @@ impl Inbound {
                 return;
             }
             Some(ExchangeState::Open) => {}
-            None if self.ephemeral => {
+            None if self.is_first => {
                 let reason = ReasonCode::PacketIdentifierNotFound;
                 let words = "no message with this packet identifier waits for its release";
                 read.batch.acks.push_refused(AckKind::Pubcomp, packet_id, reason, words.to_owned());
