@@ -4,6 +4,7 @@
 #[path = "../common/mod.rs"]
 mod common;
 
+mod container;
 mod deb;
 mod documentation;
 mod kubernetes;

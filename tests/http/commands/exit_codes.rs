@@ -25,6 +25,8 @@ fn each_kind_of_failure_has_its_exit_code() {
         &["publish", "press-4", "a/#", "1"],
         &["datasource", "create", "x", "--id", "X"],
         &["datasource", "limit", "press-4", "--set", "topics=1", "--unset", "topics"],
+        &["key", "create", "press-4", "--scope", "read"],
+        &["datasource", "create", "x", "--scope", "Ingest"],
     ] {
         fails_with(&mut to(&gateway, args), &[2]);
     }
@@ -72,6 +74,30 @@ fn each_kind_of_failure_has_its_exit_code() {
     ] {
         assert!(help.contains(line), "{line}: {help}");
     }
+}
+
+#[test]
+fn ping_needs_no_key_and_tells_a_gateway_from_whatever_else_answers() {
+    let dir = scratch();
+    let gateway = Gateway::start(dir.path());
+    let ping = |url: &str, args: &[&str]| {
+        let mut command = headgate(&[&["ping"], args].concat());
+        command.env("HEADGATE_URL", url);
+        command
+    };
+    let url = format!("http://{}", gateway.http);
+    assert_eq!(prints(&mut ping(&url, &[])), format!("alive at {url}\n"));
+    assert_eq!(prints(&mut ping(&format!("{url}/"), &["--ready"])), format!("ready at {url}\n"));
+    assert!(prints(&mut ping(&url, &["--json"])).contains("\"alive\": true"));
+    assert!(prints(&mut ping(&url, &["--ready", "--json"])).contains("\"status\": \"ready\""));
+    // A page of the gateway that is none of the two, as whatever else would answer.
+    for args in [&[][..], &["--ready"]] {
+        let said = fails_with(&mut ping(&format!("{url}/v1"), args), &[1]);
+        assert!(said.contains("no gateway"), "{said}");
+    }
+    let nobody = TcpListener::bind("127.0.0.1:0").and_then(|free| free.local_addr()).expect("a port");
+    let said = fails_with(&mut ping(&format!("http://{nobody}"), &[]), &[5]);
+    assert!(said.contains("no gateway answers at"), "{said}");
 }
 
 /// What was said of a refused key was which headers HTTP takes, and not which key it was.
