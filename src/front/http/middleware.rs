@@ -103,8 +103,8 @@ pub(super) async fn wrap_request<F: Future<Output = Response>>(
     let mut is_unread = refused.is_some_and(|refused| !refused.body_read);
     if let Some(body) = lender.and_then(BodyLender::unread) {
         is_unread = true;
-        // HTTP/2 carries other requests beside an unread body; HTTP/1.1 closes the connection below.
-        if !http1 {
+        // HTTP/2 carries other requests beside an unread body; HTTP/1.1 closes the connection below. A stream does not wait.
+        if !http1 && response.body().size_hint().exact().is_some() {
             body.discard().await;
         }
     }
