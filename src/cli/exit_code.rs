@@ -83,6 +83,11 @@ pub(super) fn exit_code(error: &Error) -> u8 {
     }
 }
 
+/// Whether it says that the gateway has refused.
+pub(super) fn is_refusal(error: &Error) -> bool {
+    exit_code(error) == REFUSED
+}
+
 fn of_problem(problem: &ProblemAnswer) -> u8 {
     match (problem.status, problem.is_gateways()) {
         (502..=504, _) => AWAY,
