@@ -25,10 +25,20 @@ fn each_kind_of_failure_has_its_exit_code() {
         &["publish", "press-4", "a/#", "1"],
         &["datasource", "create", "x", "--id", "X"],
         &["datasource", "limit", "press-4", "--set", "topics=1", "--unset", "topics"],
-        &["key", "create", "press-4", "--scope", "read"],
-        &["datasource", "create", "x", "--scope", "Ingest"],
     ] {
         fails_with(&mut to(&gateway, args), &[2]);
+    }
+    for args in [
+        &["key", "create", "press-4", "--scope", "read"][..],
+        &["key", "token", "press-4", key_id, "--scope", "admin"],
+        &["datasource", "create", "x", "--scope", "Ingest"],
+    ] {
+        let output = to(&gateway, args).output().expect("headgate runs");
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(
+            output.status.code() == Some(2) && said.contains("possible values: ingest, subscribe"),
+            "{said}"
+        );
     }
     for (key, args) in [
         (source.key.as_str(), &["datasource", "list"][..]),
