@@ -339,6 +339,53 @@ fn a_request_that_opens_a_websocket_and_has_a_body_is_malformed() {
     assert!(wire.answer().starts_with("HTTP/1.1 200 "));
 }
 
+/// Whoever answered a body that nobody reads, without a word that the connection ends, closed it under a client that was still
+/// sending; the answer to a request for another protocol was followed by a reset.
+#[test]
+fn a_body_that_nobody_reads_and_that_is_late_costs_no_client_its_answer() {
+    let dir = scratch();
+    let gateway = Gateway::start(dir.path());
+    let (key, websocket) = (with_key(&gateway.admin_key()), ["Connection: Upgrade", "Upgrade: websocket"]);
+    let requests: [(_, _, &[&str], _); 7] = [
+        ("GET", "/mqtt", &websocket, "426"),
+        ("GET", "/mqtt", &[websocket[0], websocket[1], "Sec-WebSocket-Version: 13"], "400"),
+        ("GET", "/mqtt", &[], "426"),
+        ("GET", "/livez", &[], "200"),
+        ("GET", "/v1/datasources", &[&key], "200"),
+        ("POST", "/livez", &[], "405"),
+        ("GET", "/nothing", &websocket, "404"),
+    ];
+    for (method, path, headers, status) in requests {
+        for framing in ["Content-Length: 10", "Transfer-Encoding: chunked"] {
+            let mut wire = Wire::open(gateway.http);
+            wire.head(method, path, &[headers, &[framing]].concat());
+            let answer = wire.answer();
+            assert!(answer.starts_with(&format!("HTTP/1.1 {status} ")), "{path}: {answer}");
+            assert!(answer.contains("connection: close\r\n"), "{path}, {framing}: {answer}");
+            wire.end();
+            // Our half is open yet: a socket that is closed for good is an error of the second write.
+            for piece in ["5\r\nhe", "llo\r\n"] {
+                wire.0.write_all(piece.as_bytes()).unwrap_or_else(|e| panic!("{path}, {framing}: {e}"));
+            }
+        }
+    }
+    // One that was read is no reason to close.
+    let mut wire = Wire::open(gateway.http);
+    let source = gateway.create("press-4");
+    for body in ["{}", "[]"] {
+        wire.request("POST", "/v1/ingest/press-4", &[&with_key(&source.key), "Content-Length: 2"], body);
+        assert!(!wire.answer().contains("connection: close"));
+        wire.head(
+            "PATCH",
+            "/v1/datasources/press-4",
+            &[&key, "Content-Type: application/json", "Content-Length: 2"],
+        );
+        wire.send("{}");
+        let answer = wire.answer();
+        assert!(!answer.contains("connection: close"), "{answer}");
+    }
+}
+
 /// They were served.
 #[test]
 fn a_request_without_a_host_or_with_two_is_malformed() {
