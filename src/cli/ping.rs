@@ -45,10 +45,11 @@ pub(super) fn run(args: PingArgs, out: &mut CommandOutput) -> anyhow::Result<()>
         if status != 200 || text.trim() != "alive" {
             return Err(ProblemAnswer::of_stranger(status).into());
         }
-        return Ok(match args.json {
+        match args.json {
             true => writeln!(out, "{:#}", json!({ "alive": true, "url": url }))?,
             false => writeln!(out, "alive at {url}")?,
-        });
+        }
+        return Ok(());
     }
     let answer: Result<Value, _> = serde_json::from_str(&text);
     let said = answer.ok().and_then(|answer| Some((ReadinessAnswer::deserialize(&answer).ok()?, answer)));

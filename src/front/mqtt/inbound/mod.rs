@@ -324,7 +324,7 @@ impl Inbound {
                 Ok(Some(frame)) => frame,
                 Ok(None) => break,
                 Err(violation) => {
-                    read.batch.end = Some(InboundEnd::Violation(violation.clone()));
+                    read.batch.end = Some(InboundEnd::Violation(*violation));
                     break;
                 }
             };
@@ -354,7 +354,7 @@ impl Inbound {
         if frame.is_publish() {
             return match &frame.decode_publish(version) {
                 Ok(publish) => self.handle_publish(publish, bytes_left, read),
-                Err(violation) => Err(InboundEnd::Violation(violation.clone())),
+                Err(violation) => Err(InboundEnd::Violation(*violation)),
             };
         }
         let packet = frame.decode(version).map_err(InboundEnd::Violation)?;
