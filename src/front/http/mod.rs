@@ -110,7 +110,7 @@ use crate::message::DatasourceId;
 use crate::observe::cause::Cause;
 use crate::observe::disk_figures::DiskFigures;
 use crate::observe::metrics::Metrics;
-use crate::processor::run_usually;
+use crate::processor::{run_usually, spawn_reading};
 use crate::quota::{Limit, LimitExceeded};
 
 pub use waiting::{UnreadyReason, serve_until_ready};
@@ -363,7 +363,7 @@ async fn run_blocking<T: Send + 'static>(
 async fn run_reading<T: Send + 'static>(
     work: impl FnOnce() -> Result<T, Problem> + Send + 'static,
 ) -> Result<T, Problem> {
-    tokio::task::spawn_blocking(work).await.map_err(|error| Problem::internal(&error))?
+    spawn_reading(work).await.map_err(|error| Problem::internal(&error))?
 }
 
 /// As [`run_reading`], for what a caller reads: in a turn of its tenant, so that others and the registry always
