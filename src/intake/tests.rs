@@ -95,7 +95,7 @@ async fn in_the_slow_lane_what_has_an_id_of_its_own_counts_for_what_the_log_comp
     let tenant = intake.processor().of_grant(&grant);
     intake.processor().slow_down(&tenant);
     let half = crate::limits::SLOW_SECTIONS_MAX / 2;
-    let held = [draft(half - 2, true), draft(half - 2, true)].map(|draft| intake.try_room(&draft));
+    let held = [draft(half - 4, true), draft(half - 4, true)].map(|draft| intake.try_room(&draft));
     assert!(held.iter().all(Option::is_some));
     assert!(intake.try_room(&draft(half, true)).is_none());
     assert!(intake.try_room(&draft(half, false)).is_some(), "all of them are one");
