@@ -25,10 +25,12 @@ use crate::auth::Grant;
 use crate::intake::{Draft, Exchange, Intake, Refusal};
 use crate::limits::{
     MQTT_PACKET_BYTES_PER_S_MIN, MQTT_PACKET_GRACE, MQTT_PACKETS_PER_TURN_MAX, MQTT_READ_BYTES,
+    SLOW_SECTIONS_MAX,
 };
 use crate::memory::{MemoryAccount, MemoryCharge};
 use crate::observe::refusals::RefusalNote;
 use crate::quota::LimitExceeded;
+use crate::scheduler::is_lowered;
 
 /// How a client's connection ends.
 #[derive(Debug)]
@@ -445,7 +447,9 @@ impl InboundRead<'_> {
 
     /// Whether other connections have their turn before more is taken in.
     fn is_full(&self) -> bool {
+        let has_sections = |draft: &Draft| draft.section_count() >= SLOW_SECTIONS_MAX;
         self.batch.packets >= MQTT_PACKETS_PER_TURN_MAX
+            || is_lowered() && self.batch.draft.as_ref().is_some_and(has_sections)
     }
 }
 
