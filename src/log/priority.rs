@@ -70,7 +70,14 @@ impl CommitPriority {
 
     /// Gives the calling thread real-time priority for good, as long as somebody takes more of the processors than others.
     pub(super) fn raise_in_crowd(&mut self) {
-        if !self.may_be_real_time || self.is_kept == is_crowded() {
+        if !self.may_be_real_time {
+            return;
+        }
+        if self.is_kept == is_crowded() {
+            // It may have been taken away, for a commit that computed for long.
+            if self.is_kept && !is_real_time() {
+                self.is_raised = set_policy(libc::SCHED_RR, COMMIT_PRIORITY).is_ok();
+            }
             return;
         }
         self.is_kept = !self.is_kept;
@@ -114,6 +121,13 @@ impl CommitPriority {
 /// Whether a real-time thread has computed for too long since the last call, and has normal priority now.
 pub(super) fn take_lowered() -> bool {
     WAS_LOWERED.swap(false, Ordering::Relaxed)
+}
+
+/// Whether the calling thread has real-time priority.
+fn is_real_time() -> bool {
+    // SAFETY: no memory is touched. 0 is the calling thread.
+    let policy = unsafe { libc::sched_getscheduler(0) };
+    policy & !libc::SCHED_RESET_ON_FORK == libc::SCHED_RR
 }
 
 /// Sets the calling thread's policy. Only a system call, so that a signal handler may do it.

@@ -53,6 +53,8 @@ pub struct Presence {
     /// The prefix of the subjects on which nodes announce themselves.
     prefix: String,
     others: Arc<OtherNodes>,
+    /// Since when it hears the others.
+    started: Instant,
     /// Whether the others are told of it.
     is_announced: Arc<AtomicBool>,
     task: AbortHandle,
@@ -135,6 +137,7 @@ impl Presence {
             id: id.to_owned(),
             prefix: prefix.to_owned(),
             others,
+            started: Instant::now(),
             is_announced,
             task: task.abort_handle(),
             served: Mutex::default(),
@@ -149,6 +152,8 @@ impl Presence {
         if client.publish(own, Bytes::from_static(HERE_PAYLOAD)).await.is_ok() {
             let _ = tokio::time::timeout(PRESENCE_BEAT_INTERVAL, client.flush()).await;
         }
+        // Whoever is there has been heard once: who does not know the others asks nobody.
+        sleep_until(self.started + PRESENCE_BEAT_INTERVAL + NODE_ASK_TIMEOUT).await;
     }
 
     /// This node's id.

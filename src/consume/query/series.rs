@@ -240,13 +240,19 @@ impl SeriesReading {
             }
         };
         stored.read(|connection| {
-            let mut select = connection
-                .prepare_cached("SELECT first_offset, base_us, samples FROM sample_chunks WHERE id = ?1")?;
+            // The id of a chunk that was removed may be another topic's now.
+            let Some(topic) = topic_id(connection, &self.query)? else {
+                self.chunks.clear();
+                return Ok(false);
+            };
+            let mut select = connection.prepare_cached(
+                "SELECT first_offset, base_us, samples FROM sample_chunks WHERE id = ?1 AND topic_id = ?2",
+            )?;
             let mut bytes = 0;
             while bytes < SERIES_PIECE_BYTES
                 && let Some(id) = self.chunks.pop()
             {
-                let mut rows = select.query([id])?;
+                let mut rows = select.query([id, topic])?;
                 let Some(row) = rows.next()? else { continue };
                 let base = ChunkBase { first_offset: row.get(0)?, base_us: row.get(1)? };
                 let text = row.get_ref(2)?.as_str()?;

@@ -15,8 +15,11 @@ use headgate_bridge_delta::array::builder::{BooleanBuilder, Float64Builder, Stri
 use headgate_bridge_delta::{ColumnType, TableColumn, TableSchema};
 use serde::Deserializer;
 use serde::de::{DeserializeSeed, IgnoredAny, MapAccess, SeqAccess, Visitor};
+use serde_json::value::RawValue;
 
-use crate::limits::{LAKE_VALUE_BYTES_MAX, LAKE_VALUE_COLUMNS_OF_ONE_MAX, LAKE_VALUE_NAME_BYTES_MAX};
+use crate::limits::{
+    LAKE_VALUE_BYTES_MAX, LAKE_VALUE_COLUMNS_OF_ONE_MAX, LAKE_VALUE_NAME_BYTES_MAX, SAMPLE_DEPTH_MAX,
+};
 
 /// What the names of all columns of values begin with.
 const VALUE_PREFIX: &str = "v_";
@@ -121,9 +124,14 @@ impl ValueBuilders {
         if !payload.trim_start().starts_with('{') {
             return;
         }
-        let mut reader = PayloadReader { builders: self, datasource, row, columns, member: String::new() };
-        // What is broken off is no JSON: its first members may stand in columns, its payload is there as it came.
-        let _ = serde_json::Deserializer::from_str(payload).deserialize_map(&mut reader);
+        let member = String::new();
+        let mut reader = PayloadReader { builders: self, datasource, row, columns, member, one_by_one: None };
+        if serde_json::Deserializer::from_str(payload).deserialize_map(&mut reader).is_err() {
+            // A number beyond a double, half a surrogate pair or much nesting costs no other member its column. What is
+            // broken off is no JSON: its first members may stand in columns, its payload is there as it came.
+            (reader.member, reader.one_by_one) = (String::new(), Some(0));
+            let _ = serde_json::Deserializer::from_str(payload).deserialize_map(&mut reader);
+        }
     }
 
     /// The columns, each with `rows` values.
@@ -251,6 +259,8 @@ struct PayloadReader<'a> {
     columns: &'a mut ValueColumns,
     /// The member that is read: `state.rpm`.
     member: String,
+    /// How deep it is, if each member is read by itself.
+    one_by_one: Option<usize>,
 }
 
 impl PayloadReader<'_> {
@@ -267,7 +277,14 @@ impl<'de> DeserializeSeed<'de> for &mut PayloadReader<'_> {
     type Value = ();
 
     fn deserialize<D: Deserializer<'de>>(self, from: D) -> Result<(), D::Error> {
-        from.deserialize_any(self)
+        let Some(depth) = self.one_by_one else { return from.deserialize_any(self) };
+        let value = <&'de RawValue as serde::Deserialize>::deserialize(from)?;
+        if depth < SAMPLE_DEPTH_MAX {
+            self.one_by_one = Some(depth + 1);
+            let _ = serde_json::Deserializer::from_str(value.get()).deserialize_any(&mut *self);
+            self.one_by_one = Some(depth);
+        }
+        Ok(())
     }
 }
 
@@ -388,6 +405,14 @@ mod tests {
         let expected = [("v_t", 3), ("v_ok", 1), ("v_unit", 1), ("v_deep_t", 1), ("v_t_", 1), ("v_a_b", 1)];
         let expected: Vec<_> = expected.map(|(name, values)| (name.to_owned(), values)).to_vec();
         assert_eq!(found, expected);
+    }
+
+    #[test]
+    fn a_value_that_no_column_takes_costs_the_others_nothing() {
+        let deep = format!(r#"{{"deep":{}{},"t":4}}"#, r#"{"a":"#.repeat(200), "1".to_owned() + &"}".repeat(200));
+        let payloads = [r#"{"big":1e400,"t":1}"#, r#"{"name":"\ud83d","t":2,"state":{"t":3}}"#, &deep];
+        let found = columns(&payloads, 100);
+        assert_eq!(found, [("v_t".to_owned(), 3), ("v_state_t".to_owned(), 1)]);
     }
 
     #[test]

@@ -48,6 +48,17 @@ impl RememberedNames {
         *self = Self::default();
     }
 
+    /// Forgets topics of a datasource that are no longer there. Those of others stay: to learn them costs a question each.
+    pub(super) fn forget_topics(&mut self, datasource: i32, gone: &[i32]) {
+        let gone: HashSet<i32> = gone.iter().copied().collect();
+        for (_, topics) in self.datasources.values_mut().filter(|(id, _)| *id == datasource) {
+            topics.retain(|_, topic| !gone.contains(topic));
+        }
+        self.key_sets.retain(|(topic, _), _| !gone.contains(topic));
+        self.full_topics.retain(|topic| !gone.contains(topic));
+        self.new_topics.retain(|topic, _| !gone.contains(topic));
+    }
+
     /// Makes room for the names of a transaction, before it: it relies on what it has remembered.
     pub(super) fn make_room(&mut self) {
         if self.bytes >= REMEMBERED_NAMES_BYTES_MAX {
@@ -96,7 +107,7 @@ impl PostgresSink {
         self.learn_topics(datasource, name, record, ahead)?;
         let origin = match self.names.origin(record) {
             Some(origin) => origin,
-            None => self.learn_origin(record)?,
+            None => self.learn_origin(record, ahead)?,
         };
         let topic = self.names.datasources.get(name).and_then(|(_, topics)| topics.get(record.topic));
         Ok(RecordNameIds { datasource, topic: topic.copied().unwrap_or_default(), origin })
@@ -152,22 +163,44 @@ impl PostgresSink {
         Ok(())
     }
 
-    fn learn_origin(&mut self, record: &RecordRef<'_>) -> Result<i32, PostgresError> {
-        let origin = self.connection.query_one(
-            // What is there takes no new id: there are only so many.
-            "WITH found AS (SELECT id FROM origins
-                 WHERE key_id = $1::text AND transport = $2::text AND content_type = $3::text),
-             made AS (INSERT INTO origins (key_id, transport, content_type) SELECT $1::text, $2::text, $3::text
-                 WHERE NOT EXISTS (SELECT FROM found)
-                 ON CONFLICT (key_id, transport, content_type) DO UPDATE SET key_id = excluded.key_id RETURNING id)
-             SELECT id FROM found UNION ALL SELECT id FROM made",
-            &[&record.key_id.to_string(), &record.transport.as_str(), &text_of(record.content_type)],
-        )?;
-        let origin = origin.get(0);
+    /// Learns the origin of a record, and those of the records after it under the same key over the same transport: media
+    /// types are the senders' to choose, and one question for each record would hold up everybody's.
+    fn learn_origin(
+        &mut self,
+        record: &RecordRef<'_>,
+        ahead: &[RecordRef<'_>],
+    ) -> Result<i32, PostgresError> {
         let origins = self.names.origins.entry((record.key_id, record.transport)).or_default();
-        origins.insert(record.content_type.into(), origin);
-        self.names.bytes += REMEMBERED_NAME_BYTES + record.content_type.len();
-        Ok(origin)
+        let is_of_same = |next: &&RecordRef<'_>| {
+            (next.key_id, next.transport) == (record.key_id, record.transport)
+                && !origins.contains_key(next.content_type)
+        };
+        let ahead = ahead.iter().take(LEARNT_AHEAD_RECORDS).filter(is_of_same);
+        let wanted: HashSet<&str> = ahead.chain([record]).map(|record| record.content_type).collect();
+        let texts: Vec<Cow<'_, str>> = wanted.iter().map(|content_type| text_of(content_type)).collect();
+        let texts: Vec<&str> = texts.iter().map(|text| &**text).collect();
+        let rows = self.connection.query(
+            // What is there takes no new id: there are only so many.
+            "WITH wanted AS (SELECT DISTINCT content_type FROM unnest($3::text[]) AS w (content_type)),
+             made AS (INSERT INTO origins (key_id, transport, content_type)
+                 SELECT $1::text, $2::text, w.content_type FROM wanted w WHERE NOT EXISTS (SELECT FROM origins o
+                     WHERE o.key_id = $1::text AND o.transport = $2::text AND o.content_type = w.content_type)
+                 ON CONFLICT (key_id, transport, content_type) DO UPDATE SET key_id = excluded.key_id
+                 RETURNING id, content_type)
+             SELECT id, content_type FROM made
+             UNION ALL SELECT o.id, o.content_type FROM origins o JOIN wanted w ON w.content_type = o.content_type
+             WHERE o.key_id = $1::text AND o.transport = $2::text",
+            &[&record.key_id.to_string(), &record.transport.as_str(), &texts],
+        )?;
+        let ids: HashMap<&str, i32> = rows.iter().map(|row| (row.get(1), row.get(0))).collect();
+        for content_type in wanted {
+            if let Some(id) = ids.get(&*text_of(content_type)) {
+                origins.insert(content_type.into(), *id);
+                self.names.bytes += REMEMBERED_NAME_BYTES + content_type.len();
+            }
+        }
+        let learnt = self.names.origin(record);
+        learnt.ok_or_else(|| PostgresFault::Io(std::io::Error::other("the server has given no id")).into())
     }
 
     /// The row id of a set of a topic's keys, if it is remembered.

@@ -102,6 +102,17 @@ pub enum PostgresError {
         /// What does not fit.
         why: String,
     },
+    /// Another gateway has stored by rules about keys that this one does not have yet.
+    #[error(
+        "the tables follow the rules about leaked keys up to version {stored}, and this gateway has heard of {known}: \
+         another gateway goes on, or this one when it has caught up"
+    )]
+    RulesBehind {
+        /// What the tables follow.
+        stored: u64,
+        /// What this gateway knows.
+        known: u64,
+    },
     /// Another gateway has moved the cursor.
     #[error("another gateway has written into the schema {schema}: its cursor is no longer {expected}")]
     CursorMoved {
@@ -363,6 +374,12 @@ impl PostgresSink {
         &mut self,
         withheld: &WithheldRules,
     ) -> Result<bool, PostgresError> {
+        if self.withheld_version > withheld.version() && self.is_shared {
+            // Another gateway has them, and they come: what is stored meanwhile would follow older ones. Where the
+            // registry itself has gone back the epoch is a later one, and the version is 0.
+            let (stored, known) = (self.withheld_version, withheld.version());
+            return Err(PostgresError::RulesBehind { stored, known });
+        }
         if self.withheld_version > withheld.version() {
             // They are of another registry. To follow a rule twice does no harm.
             self.withheld_version = 0;

@@ -251,7 +251,7 @@ impl PostgresSink {
         }
         self.connection.execute("DELETE FROM key_sets WHERE topic_id = ANY($1)", &[&empty])?;
         self.connection.execute("DELETE FROM topics WHERE id = ANY($1)", &[&empty])?;
-        self.names.clear();
+        self.names.forget_topics(datasource, &empty);
         Ok(())
     }
 

@@ -419,7 +419,8 @@ impl RetainedFollower {
 
     /// Counts the topics of a table, and of what it has still to consume; not while the thread is to end.
     fn count_topics(&self, table: &RetainedTable) -> Result<(), SqliteError> {
-        let may_go_on = || self.shared.control.stop_deadline().is_none();
+        let until = Instant::now() + super::RETAINED_COUNT_TIME_MAX;
+        let may_go_on = || Instant::now() < until && self.shared.control.stop_deadline().is_none();
         let counted = self.shared.count_topics(table, &*self.log, may_go_on);
         counted.map_err(|error| SqliteError::from_sqlite(&error, &self.path))
     }
@@ -493,7 +494,9 @@ impl RetainedFollower {
             .follow_rules(&changes, &left_out, first)
             .map_err(|error| SqliteError::from_sqlite(&error, &self.path))?;
         if let Some(table) = &self.table {
-            // Before anybody hears of it.
+            // The cursor at once: who asks for a page waits until what went is read again. The version when it is counted.
+            let cursor = table.cursor();
+            self.shared.progress.send_modify(|progress| progress.cursor = progress.cursor.min(cursor));
             self.count_topics(table)?;
             self.shared.follow_table(table);
         }
