@@ -409,7 +409,8 @@ mod tests {
 
     #[test]
     fn a_value_that_no_column_takes_costs_the_others_nothing() {
-        let deep = format!(r#"{{"deep":{}{},"t":4}}"#, r#"{"a":"#.repeat(200), "1".to_owned() + &"}".repeat(200));
+        let deep =
+            format!(r#"{{"deep":{}{},"t":4}}"#, r#"{"a":"#.repeat(200), "1".to_owned() + &"}".repeat(200));
         let payloads = [r#"{"big":1e400,"t":1}"#, r#"{"name":"\ud83d","t":2,"state":{"t":3}}"#, &deep];
         let found = columns(&payloads, 100);
         assert_eq!(found, [("v_t".to_owned(), 3), ("v_state_t".to_owned(), 1)]);
