@@ -156,6 +156,11 @@ impl Rules {
         Ok(Self { rules, last_version: kept.last_version })
     }
 
+    /// Whether its versions are some that counting from 1 gives.
+    pub fn is_numbered(&self) -> bool {
+        self.rules.iter().all(|rule| (1..=self.last_version).contains(&rule.version))
+    }
+
     /// The rules, in the order in which filters are matched.
     pub fn iter(&self) -> impl Iterator<Item = &Rule> {
         self.rules.iter()

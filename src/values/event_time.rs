@@ -61,11 +61,7 @@ pub struct EventTimeSetting {
     #[serde(default)]
     pub on_error: EventTimeFallback,
     /// How far it may be from the time of receipt, before and after it, in seconds. Without one, any time will do.
-    #[serde(
-        default,
-        deserialize_with = "whole_number::or_null",
-        skip_serializing_if = "Option::is_none"
-    )]
+    #[serde(default, deserialize_with = "whole_number::or_null", skip_serializing_if = "Option::is_none")]
     pub max_skew_s: Option<u64>,
 }
 

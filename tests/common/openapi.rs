@@ -92,7 +92,8 @@ pub fn compare(method: &str, target: &str, answer: &Answer) -> Result<(), String
 /// Fails if an event, or a line, of a stream is not what the component `schema` says.
 pub fn check_event(schema: &str, name: &str, data: &Value) {
     let variants = DESCRIPTION["components"]["schemas"][schema]["oneOf"].as_array().expect("variants");
-    let is_of = |variant: &&Value| variant["properties"]["event"]["const"].as_str().unwrap_or("message") == name;
+    let is_of =
+        |variant: &&Value| variant["properties"]["event"]["const"].as_str().unwrap_or("message") == name;
     let variant = variants.iter().find(is_of).unwrap_or_else(|| panic!("{schema} has no event {name}"));
     let validator = validator(format!("{schema} {name}"), &variant["properties"]["data"]["contentSchema"]);
     let errors: Vec<String> = validator.iter_errors(data).map(|error| error.to_string()).collect();

@@ -201,7 +201,8 @@ fn every_refusal_of_an_operation_is_shown_with_its_own_status() {
     for (place, operation) in operations(&described) {
         for (status, response) in operation["responses"].as_object().expect("responses") {
             let reference = response["$ref"].as_str().map(|to| to.trim_start_matches('#'));
-            let response = reference.map_or(response, |to| described.pointer(to).expect("it leads somewhere"));
+            let response =
+                reference.map_or(response, |to| described.pointer(to).expect("it leads somewhere"));
             let Some(content) = response["content"].get("application/problem+json") else { continue };
             let examples = content["examples"].as_object();
             let examples = examples.unwrap_or_else(|| panic!("{place} {status} shows no problem"));

@@ -35,8 +35,8 @@ use crate::consume::render::Rfc3339;
 use crate::front::problem::Problem;
 use crate::intake::{RedriveOutcome, Refusal};
 use crate::limits::{
-    HTTP_MANAGE_BYTES_MAX, PAYLOAD_BYTES_MAX, QUERY_PIECE_BYTES, QUERY_RECORDS_MAX, REDRIVE_PAGE_RECORDS, REDRIVE_RECORDS_MAX,
-    VALIDATION_ERRORS_MAX,
+    HTTP_MANAGE_BYTES_MAX, PAYLOAD_BYTES_MAX, QUERY_PIECE_BYTES, QUERY_RECORDS_MAX, REDRIVE_PAGE_RECORDS,
+    REDRIVE_RECORDS_MAX, VALIDATION_ERRORS_MAX,
 };
 use crate::log::{QuarantineReason, SectionOutcome};
 use crate::message::{Incarnation, KeyId, Offset, Transport, now_micros};

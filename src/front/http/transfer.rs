@@ -104,5 +104,10 @@ fn checked_schemas(schemas: &Value) -> Result<Option<String>, Problem> {
     if schemas.is_null() {
         return Ok(None);
     }
-    Ok(Some(Rules::from_stored_json(&schemas.to_string())?.to_stored_json()))
+    let rules = Rules::from_stored_json(&schemas.to_string())?;
+    if !rules.is_numbered() {
+        let words = "A schema has a version from 1 to last_version.";
+        return Err(Problem::new(Cause::NotPossible, words).with("pointer", "/schemas"));
+    }
+    Ok(Some(rules.to_stored_json()))
 }
