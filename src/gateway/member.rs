@@ -1,11 +1,10 @@
 //! A gateway as a member of its cluster: its connection to NATS, the registry that it shares with the other
 //! members, and its presence among them.
 
-use parking_lot::Mutex;
 use std::io;
 use std::path::Path;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use anyhow::Context;
 use headgate_bridge_nats::{KvBucket, KvError, Nats, Presence, StreamError};
@@ -18,6 +17,7 @@ use tracing::{error, info, warn};
 use super::cluster_settings::{all_streams, check_cluster_settings};
 use super::directory::{ADMIN_KEY_LABEL, write_secret};
 use super::history::{AdmissionError, AdmittedHistory, HistoryWatch, set_back_stores};
+use super::start_wait::StartWait;
 use crate::auth::cluster::{JoinedRegistry, RegistryFollower};
 use crate::auth::{Registry, RegistryError};
 use crate::config::Config;
@@ -29,17 +29,14 @@ use crate::front::mqtt::ClientClaims;
 use crate::intake::Intake;
 use crate::log::{JetstreamLog, Log, LogOpenError, SharedPlaces};
 
-/// The pause before a retry while NATS is unreachable.
-const CLUSTER_RETRY_PAUSE: Duration = Duration::from_millis(250);
-
 /// The file with the gateway's name in its cluster.
 pub(super) const NODE_NAME_FILE: &str = "node";
 
 /// A gateway that is joining its cluster.
 pub(super) struct JoiningMember {
     nats: Nats,
-    /// What it last waited for, other than NATS itself.
-    waits_for: Arc<Mutex<String>>,
+    /// What it waits for, other than NATS itself.
+    wait: Arc<StartWait>,
 }
 
 impl JoiningMember {
@@ -49,16 +46,13 @@ impl JoiningMember {
     /// Settings that can never work, worded for an operator.
     pub(super) async fn begin(config: &Config) -> anyhow::Result<Self> {
         let nats = Nats::connect(&config.nats.connection("headgate cluster")?).await?;
-        Ok(Self { nats, waits_for: Arc::new(Mutex::new("the cluster's registry is being read".to_owned())) })
+        Ok(Self { nats, wait: Arc::new(StartWait::new("the cluster's registry is being read")) })
     }
 
     /// What it is waiting for, as `/readyz` reports it.
     pub(super) fn reason(&self) -> UnreadyReason {
-        let (nats, waits_for) = (self.nats.clone(), self.waits_for.clone());
-        Arc::new(move || {
-            let of_cluster = || waits_for.lock().clone();
-            nats.trouble().unwrap_or_else(of_cluster)
-        })
+        let (nats, wait) = (self.nats.clone(), self.wait.clone());
+        Arc::new(move || nats.trouble().unwrap_or_else(|| wait.reason()))
     }
 
     /// Joins the cluster and opens its log. Waits while NATS is unreachable.
@@ -72,11 +66,10 @@ impl JoiningMember {
             match self.try_join(config, &name).await {
                 Err(error) if is_overtaken(&error) => {
                     warn!("{error}: it joins again");
-                    *self.waits_for.lock() = error.to_string();
+                    self.wait.pause(error).await;
                 }
                 joined => return joined,
             }
-            tokio::time::sleep(CLUSTER_RETRY_PAUSE).await;
         }
     }
 
@@ -89,24 +82,21 @@ impl JoiningMember {
         loop {
             match check_cluster_settings(&self.nats, config).await {
                 Ok(()) => break,
-                Err(StreamError::Away(trouble)) => *self.waits_for.lock() = trouble,
+                Err(StreamError::Away(trouble)) => self.wait.pause(trouble).await,
                 Err(error) => return Err(error.into()),
-            }
-            tokio::time::sleep(CLUSTER_RETRY_PAUSE).await;
+            };
         }
         let admitted = self.admit(config).await?;
-        let mut member = ClusterMember::join(&self.nats, config).await?;
+        let mut member = ClusterMember::join(&self.nats, config, self.wait.clone()).await?;
         // The log has its own connection because it carries the most traffic.
         let nats = Nats::connect(&config.nats.connection("headgate log")?).await?;
         let following = Nats::connect(&config.nats.connection("headgate log, following")?).await?;
         let log = loop {
-            let error = match JetstreamLog::open(&nats, &following, config, name).await {
+            match JetstreamLog::open(&nats, &following, config, name).await {
                 Ok(log) => break Arc::new(log),
-                Err(error @ LogOpenError::Away(_)) => error,
+                Err(error @ LogOpenError::Away(_)) => self.wait.pause(error).await,
                 Err(error) => return Err(error.into()),
             };
-            *self.waits_for.lock() = error.to_string();
-            tokio::time::sleep(CLUSTER_RETRY_PAUSE).await;
         };
         let registry = member.registry.clone();
         log.set_behind_check(move || registry.may_be_behind());
@@ -119,19 +109,17 @@ impl JoiningMember {
     async fn admit(&self, config: &Config) -> anyhow::Result<AdmittedHistory> {
         let (streams, replicas) = (all_streams(config), config.nats.stream.replicas);
         loop {
-            let text = match AdmittedHistory::ask(&self.nats, &streams, replicas, &config.data_dir).await {
+            match AdmittedHistory::ask(&self.nats, &streams, replicas, &config.data_dir).await {
                 Ok(admitted) => return Ok(admitted),
-                Err(AdmissionError::Away(text)) => text,
+                Err(AdmissionError::Away(text)) => self.wait.pause(text).await,
                 Err(AdmissionError::Undecided(text)) => {
-                    if *self.waits_for.lock() != text {
+                    if self.wait.reason() != text {
                         error!("the cluster is not the one that this gateway has followed: {text}");
                     }
-                    text
+                    self.wait.pause(text).await
                 }
                 Err(error) => return Err(error.into()),
             };
-            *self.waits_for.lock() = text;
-            tokio::time::sleep(CLUSTER_RETRY_PAUSE).await;
         }
     }
 
@@ -153,8 +141,7 @@ impl JoiningMember {
         }
         if let Some(followed_at) = admitted.followed_at {
             while let Err(error) = log.find_open_exchanges(followed_at).await {
-                *self.waits_for.lock() = error.to_string();
-                tokio::time::sleep(CLUSTER_RETRY_PAUSE).await;
+                self.wait.pause(error).await;
             }
         }
         member.open_cells(config).await?;
@@ -163,10 +150,9 @@ impl JoiningMember {
             let replicas = config.nats.stream.replicas;
             match admitted.complete(&self.nats, &streams, replicas, log.next_offset()).await {
                 Ok(known) => break known,
-                Err(AdmissionError::Away(text)) => *self.waits_for.lock() = text,
+                Err(AdmissionError::Away(text)) => self.wait.pause(text).await,
                 Err(error) => return Err(error.into()),
-            }
-            tokio::time::sleep(CLUSTER_RETRY_PAUSE).await;
+            };
         };
         known.save(&dir).with_context(|| format!("what is followed, in {}", dir.display()))?;
         let (gate, registry) = (log.gate().clone(), member.registry.clone());
@@ -218,6 +204,8 @@ pub(super) struct ClusterMember {
     history: Option<JoinHandle<()>>,
     /// Cancelled when it goes on from another state.
     left: CancellationToken,
+    /// What its start waits for.
+    wait: Arc<StartWait>,
 }
 
 impl ClusterMember {
@@ -225,7 +213,7 @@ impl ClusterMember {
     ///
     /// # Errors
     /// Worded for an operator: settings that can never work, a registry that cannot be read.
-    async fn join(nats: &Nats, config: &Config) -> anyhow::Result<Self> {
+    async fn join(nats: &Nats, config: &Config, wait: Arc<StartWait>) -> anyhow::Result<Self> {
         // A new id at each start: no member waits for the process that ran here before.
         let id = random_name()?;
         let JoinedRegistry { registry, presence, follow } =
@@ -239,6 +227,7 @@ impl ClusterMember {
             cells: None,
             history: None,
             left: CancellationToken::new(),
+            wait,
         })
     }
 
@@ -263,7 +252,9 @@ impl ClusterMember {
         let (replicas, expiry_s_max) = (config.nats.stream.replicas, config.mqtt.session_expiry_s_max);
         loop {
             match bucket::open_sessions_bucket(&self.nats, replicas, expiry_s_max).await {
-                Err(KvError::Away(_)) => tokio::time::sleep(CLUSTER_RETRY_PAUSE).await,
+                Err(error @ KvError::Away(_)) => {
+                    self.wait.pause(format_args!("the bucket of MQTT sessions: {error}")).await;
+                }
                 opened => {
                     let cells = opened.context("the bucket of MQTT sessions")?;
                     self.cells = Some(cells.clone());
@@ -289,9 +280,9 @@ impl ClusterMember {
         }
         loop {
             match self.registry.caught_up().await {
-                Err(RegistryError::Away(_)) => tokio::time::sleep(CLUSTER_RETRY_PAUSE).await,
+                Err(error @ RegistryError::Away(_)) => self.wait.pause(error).await,
                 caught_up => return Ok(caught_up?),
-            }
+            };
         }
     }
 
@@ -304,11 +295,11 @@ impl ClusterMember {
         loop {
             let (registry, for_file) = (self.registry.clone(), path.to_owned());
             match tokio::task::spawn_blocking(move || first_admin_key(&registry, &for_file)).await? {
-                Err(RegistryError::Away(_) | RegistryError::Overtaken) => {
-                    tokio::time::sleep(CLUSTER_RETRY_PAUSE).await
+                Err(error @ (RegistryError::Away(_) | RegistryError::Overtaken)) => {
+                    self.wait.pause(error).await
                 }
                 made => return made.with_context(|| format!("the admin key in {}", path.display())),
-            }
+            };
         }
     }
 

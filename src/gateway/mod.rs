@@ -13,6 +13,7 @@ mod member;
 mod opened;
 mod repair;
 mod start_advice;
+mod start_wait;
 
 use std::fs::File;
 use std::net::SocketAddr;

@@ -52,6 +52,27 @@ fn a_gateway_that_starts_without_nats_says_what_it_waits_for_and_serves_once_tha
 }
 
 #[test]
+fn a_gateway_whose_stream_has_no_room_says_so_and_serves_once_there_is() {
+    let dir = scratch();
+    let mut server = NatsServer::with_jetstream("max_file_store: 3GB", "");
+    let http_addr = TcpListener::bind("127.0.0.1:0").and_then(|s| s.local_addr()).expect("a free port");
+    let setup = setup(dir.path(), &server).set("http.listen", http_addr).set("log.retention_bytes", "4GiB");
+    let (started, starting) = std::sync::mpsc::channel();
+    std::thread::spawn(move || drop(started.send(setup.start())));
+    let agent = http_agent();
+    wait_for("/readyz to say why", || {
+        let ready = http(&agent, http_addr, "GET", "/readyz", "", &[], b"").ok()?;
+        let words = ["its maximum size is 4294967296 bytes", "max_file_store"];
+        words.iter().all(|word| ready.text().contains(word)).then_some(())
+    });
+    server.give_room();
+    let gateway = starting.recv_timeout(crate::common::PATIENCE).expect("it serves once there is room");
+    let source = gateway.create("press-4");
+    let mut wire = Wire::login(gateway.mqtt, Version::V5, &source.key);
+    assert_eq!(wire.publish(Version::V5, 1, "t", b"1"), 0);
+}
+
+#[test]
 fn a_gateway_that_waits_for_nats_ends_when_it_is_asked_to() {
     let dir = scratch();
     let mut server = NatsServer::start();

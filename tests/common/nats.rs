@@ -10,6 +10,9 @@ use tempfile::TempDir;
 
 use super::{python, scratch, wait_for};
 
+/// How much JetStream believes that it may store, whatever is free on this disk: a stream reserves what it may become.
+pub const STORE_ROOM: &str = "max_file_store: 1TB, max_memory_store: 1GB";
+
 /// A nats-server. While it is stopped, its port is nobody's.
 pub struct NatsServer {
     /// Its log, and in most cases its configuration and JetStream's files.
@@ -30,12 +33,22 @@ impl NatsServer {
     /// One with `config` in its configuration file, beside JetStream and the place of its files. Ports
     /// in there are best -1, which takes a free one.
     pub fn with(config: &str) -> Self {
+        Self::with_jetstream(STORE_ROOM, config)
+    }
+
+    /// One with these settings of JetStream beside the place of its files.
+    pub fn with_jetstream(settings: &str, config: &str) -> Self {
         let dir = scratch();
-        let store = dir.path().join("jetstream");
-        let text = format!("jetstream {{ store_dir: {store:?} }}\n{config}\n");
         let file = dir.path().join("nats.conf");
-        std::fs::write(&file, text).expect("the configuration is written");
+        std::fs::write(&file, text_of(dir.path(), settings, config)).expect("the configuration is written");
         Self::begin(dir, file, 0)
+    }
+
+    /// Stops it and starts it again with the usual room.
+    pub fn give_room(&mut self) {
+        self.kill();
+        std::fs::write(&self.config, text_of(self.dir.path(), STORE_ROOM, "")).expect("it is written");
+        self.restart();
     }
 
     /// One with this configuration file, on the port that it names.
@@ -174,4 +187,8 @@ pub fn nats_py(url: &str, body: &str, arguments: &[&str]) -> Output {
     );
     let arguments: Vec<&str> = [url].into_iter().chain(arguments.iter().copied()).collect();
     python(&program, &arguments)
+}
+
+fn text_of(dir: &Path, jetstream: &str, config: &str) -> String {
+    format!("jetstream {{ store_dir: {:?}, {jetstream} }}\n{config}\n", dir.join("jetstream"))
 }

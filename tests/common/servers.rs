@@ -7,7 +7,7 @@ use std::process::{Child, Command, Stdio};
 use serde_json::Value;
 use tempfile::TempDir;
 
-use super::nats::binary;
+use super::nats::{STORE_ROOM, binary};
 use super::{http_agent, scratch, wait_for};
 
 /// How many servers.
@@ -64,7 +64,7 @@ impl Servers {
             let [port, cluster, monitoring] = ports;
             let config = format!(
                 "server_name: n{n}\nlisten: \"{address}:{port}\"\nhttp: \"{address}:{monitoring}\"\n\
-                 jetstream {{ store_dir: {:?} }}\n\
+                 jetstream {{ store_dir: {:?}, {STORE_ROOM} }}\n\
                  cluster {{ name: test, listen: \"{address}:{cluster}\", routes: [{routes}] }}\n",
                 dir.path().join("jetstream"),
             );

@@ -132,9 +132,18 @@ pub(crate) async fn open_stream(
     if let Some(trouble) = nats.trouble() {
         return Err(StreamError::Away(trouble));
     }
+    let room = wanted.max_bytes;
     let found = context.get_or_create_stream(wanted).await.map_err(|error| {
         let text = format!("{what}: {error}");
         match error.kind() {
+            CreateStreamErrorKind::JetStream(error)
+                if error.error_code() == ErrorCode::STORAGE_RESOURCES_EXCEEDED =>
+            {
+                StreamError::Away(format!(
+                    "{text}: its maximum size is {room} bytes, and JetStream has less left (max_file_store of the \
+                     servers, by itself three quarters of the disk that was free when they started)"
+                ))
+            }
             CreateStreamErrorKind::JetStream(error) => stream_error_of_jetstream(text, &error),
             CreateStreamErrorKind::JetStreamUnavailable
             | CreateStreamErrorKind::TimedOut
