@@ -104,10 +104,13 @@ pub(super) async fn patch_key_limits(
 
 /// The limits after a JSON merge patch of them.
 fn patched(limits: QuotaLimits, patch: &Value) -> Result<QuotaLimits, Problem> {
-    limits.patched(patch).map_err(|error| match patch.pointer(&error.pointer) {
-        Some(_) => error.into(),
-        // What is missing has its place where the limit is set already.
-        None => Problem::from(error).not_possible(),
+    limits.patched(patch).map_err(|error| {
+        let setting = error.pointer.strip_suffix("/max").and_then(|at| patch.pointer(at));
+        // What is left out has its place where the limit is set already.
+        match setting.is_some_and(|setting| setting.is_object() && setting.get("max").is_none()) {
+            true => Problem::from(error).not_possible(),
+            false => error.into(),
+        }
     })
 }
 

@@ -80,10 +80,8 @@ mod tests {
                 let kind = kind.unwrap_or_else(|| panic!("{name}: {slug}"));
                 let problem = &example["value"];
                 assert_eq!(problem["type"], format!("/problems/{slug}"), "{name}");
-                assert_eq!(
-                    (&problem["status"], &problem["title"]),
-                    (&kind.status().into(), &kind.title().into())
-                );
+                assert_eq!(problem["status"], kind.status(), "{name}");
+                assert_eq!(problem["title"], kind.title(), "{name}");
                 shown.insert(kind.slug());
             }
         }
