@@ -51,6 +51,7 @@ mod sqlite;
 mod subject;
 mod time;
 mod trouble;
+mod whole_number;
 
 mod gateway;
 

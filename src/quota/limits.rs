@@ -16,6 +16,7 @@ use crate::limits::{
     RETAINED_TOPICS_LIMIT, RETAINED_TOPICS_PER_TENANT_MAX, SESSIONS_PER_TENANT_MAX,
     SHARE_GROUPS_PER_TENANT_MAX, SUBSCRIPTION_BYTES_PER_TENANT_MAX, SUBSCRIPTIONS_PER_TENANT_MAX,
 };
+use crate::whole_number::WholeNumber;
 
 /// What can be limited.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -345,7 +346,9 @@ fn parse_limit_setting(
     let number = |name: &'static str, pointer, default: Option<u64>| match members.get(name) {
         None => default.ok_or((pointer, format!("it has to be between 1 and {}", limit.max()))),
         Some(value) => value
-            .as_u64()
+            .as_number()
+            .and_then(WholeNumber::of)
+            .map(|WholeNumber(number)| number)
             .filter(|number| (1..=limit.max()).contains(number))
             .ok_or((pointer, format!("it has to be a whole number between 1 and {}", limit.max()))),
     };
@@ -374,7 +377,7 @@ mod tests {
 
     #[test]
     fn a_number_alone_is_the_max_and_the_rest_is_default() {
-        let limits = limits(json!({ "messages_per_s": 100, "topics": 5 })).expect("good");
+        let limits = limits(json!({ "messages_per_s": 100.0, "topics": 5 })).expect("good");
         let rate = limits.get(Limit::MessagesPerS).expect("set");
         assert_eq!((rate.max, rate.burst, rate.policy), (100, 100, LimitPolicy::HoldBack));
         assert_eq!(limits.get(Limit::Topics).expect("set").policy, LimitPolicy::Reject);

@@ -21,7 +21,7 @@ pub mod schema;
 use std::sync::Arc;
 
 pub use rules::{Rules, RulesError, WrittenRule};
-pub use schema::Schema;
+pub use schema::{Schema, SchemaError};
 
 use crate::auth::setting::JsonSetting;
 use crate::log::QuarantineReason;

@@ -9,6 +9,7 @@ use super::schema::{Schema, SchemaError, cut_reason_text};
 use crate::filter::TopicFilter;
 use crate::limits::SCHEMA_RULES_MAX;
 use crate::log::QuarantineReason;
+use crate::whole_number;
 
 /// The rules of a datasource, in the order in which filters are matched.
 #[derive(Debug, Default)]
@@ -79,6 +80,7 @@ pub enum RulesError {
 /// The form of the rules in the registry.
 #[derive(Serialize, Deserialize)]
 struct StoredRules {
+    #[serde(deserialize_with = "whole_number::narrowed")]
     last_version: u32,
     rules: Vec<StoredRule>,
 }
@@ -86,6 +88,7 @@ struct StoredRules {
 #[derive(Serialize, Deserialize)]
 struct StoredRule {
     filter: String,
+    #[serde(deserialize_with = "whole_number::narrowed")]
     version: u32,
     schema: Value,
 }
@@ -151,6 +154,11 @@ impl Rules {
             rules.push(Rule { filter, version, schema });
         }
         Ok(Self { rules, last_version: kept.last_version })
+    }
+
+    /// Whether its versions are some that counting from 1 gives.
+    pub fn is_numbered(&self) -> bool {
+        self.rules.iter().all(|rule| (1..=self.last_version).contains(&rule.version))
     }
 
     /// The rules, in the order in which filters are matched.

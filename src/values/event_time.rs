@@ -14,6 +14,7 @@ use crate::limits::{EVENT_TIME_POINTER_BYTES_MAX, EVENT_TIME_POINTER_PARTS_MAX, 
 use crate::log::QuarantineReason;
 use crate::message::TimeMicros;
 use crate::time::parse_time;
+use crate::whole_number;
 
 /// The user property of MQTT 5, and the header of HTTP and NATS, with the time at which a message was measured.
 pub const EVENT_TIME_PROPERTY: &str = "event-time";
@@ -60,7 +61,7 @@ pub struct EventTimeSetting {
     #[serde(default)]
     pub on_error: EventTimeFallback,
     /// How far it may be from the time of receipt, before and after it, in seconds. Without one, any time will do.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(default, deserialize_with = "whole_number::or_null", skip_serializing_if = "Option::is_none")]
     pub max_skew_s: Option<u64>,
 }
 

@@ -5,7 +5,7 @@ use std::net::{SocketAddr, TcpStream};
 
 use serde_json::Value;
 
-use super::PATIENCE;
+use super::{PATIENCE, openapi};
 
 /// An event of a stream, or a line of one in NDJSON.
 #[derive(Debug, Clone, PartialEq)]
@@ -26,6 +26,8 @@ pub struct EventStream {
     is_over: bool,
     /// The id of the last event.
     pub last_id: Option<String>,
+    /// What its events, and its lines, are by the description of the API.
+    schemas: Option<(&'static str, &'static str)>,
 }
 
 impl EventStream {
@@ -70,7 +72,12 @@ impl EventStream {
                 return Err(std::io::ErrorKind::UnexpectedEof.into());
             }
         }
-        Ok(Self { tcp, head, rest: Vec::new(), is_over: false, last_id: None })
+        let schemas = match path.split('?').next() {
+            Some("/v1/live") => Some(("LiveEvent", "LiveEvent")),
+            Some(path) if path.ends_with("/stream") => Some(("StreamEvent", "StreamLine")),
+            _ => None,
+        };
+        Ok(Self { tcp, head, rest: Vec::new(), is_over: false, last_id: None, schemas })
     }
 
     /// The socket.
@@ -125,6 +132,9 @@ impl EventStream {
                 self.last_id.clone_from(&event.id);
             }
             if event.data != Value::Null {
+                if let Some((schema, _)) = self.schemas {
+                    openapi::check_event(schema, &event.name, &event.data);
+                }
                 return Some(event);
             }
         }
@@ -132,7 +142,11 @@ impl EventStream {
 
     /// The next line of NDJSON.
     pub fn line(&mut self) -> Option<Value> {
-        self.take_until(b"\n").map(|line| serde_json::from_str(&line).expect("JSON"))
+        let line = self.take_until(b"\n").map(|line| serde_json::from_str(&line).expect("JSON"))?;
+        if let Some((_, schema)) = self.schemas {
+            openapi::check_value(schema, &line);
+        }
+        Some(line)
     }
 
     /// The next event that is no heartbeat.

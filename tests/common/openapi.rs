@@ -1,7 +1,8 @@
 //! Every answer of the API that a test receives, held against the gateway's description of itself: that the
 //! status is one of those of the operation, the media type one of those of the status, and the body what its
-//! schema says, with no field that the schema does not name. A test needs nothing for that:
-//! [`http`](super::http) calls [`check`].
+//! schema says, with no field that the schema does not name; a refusal is of a type that the status has an example of. A
+//! test needs nothing for that: [`http`](super::http) calls [`check`], and [`EventStream`](super::events::EventStream)
+//! [`check_event`].
 
 use std::collections::HashMap;
 use std::sync::{Arc, LazyLock, Mutex};
@@ -40,6 +41,7 @@ pub fn compare(method: &str, target: &str, answer: &Answer) -> Result<(), String
     let wanted = if method == "HEAD" { "get".to_owned() } else { method.to_lowercase() };
     let status = answer.status.to_string();
     let operation = operations(path).map(|(path, operations)| (path, operations.get(&wanted)));
+    let is_operation = matches!(operation, Some((_, Some(_))));
     let (place, response) = match operation {
         // Browsers ask before they send; that is no operation of the API.
         Some((_, None)) if method == "OPTIONS" && answer.status == 204 && answer.body.is_empty() => {
@@ -76,7 +78,42 @@ pub fn compare(method: &str, target: &str, answer: &Answer) -> Result<(), String
     let errors = validator.iter_errors(&body);
     let errors: Vec<String> =
         errors.map(|error| format!("{error} (at {:?})", error.instance_path().to_string())).collect();
-    if errors.is_empty() { Ok(()) } else { Err(format!("differs for {place}: {}", errors.join("; "))) }
+    if !errors.is_empty() {
+        return Err(format!("differs for {place}: {}", errors.join("; ")));
+    }
+    let kind = body["type"].as_str().unwrap_or_default().trim_start_matches("/problems/");
+    let is_unknown = is_operation && media_type == "application/problem+json";
+    match is_unknown && described["examples"].get(kind).is_none() {
+        true => Err(format!("has no example of {kind} for {place}")),
+        false => Ok(()),
+    }
+}
+
+/// Fails if an event, or a line, of a stream is not what the component `schema` says.
+pub fn check_event(schema: &str, name: &str, data: &Value) {
+    let variants = DESCRIPTION["components"]["schemas"][schema]["oneOf"].as_array().expect("variants");
+    let is_of =
+        |variant: &&Value| variant["properties"]["event"]["const"].as_str().unwrap_or("message") == name;
+    let variant = variants.iter().find(is_of).unwrap_or_else(|| panic!("{schema} has no event {name}"));
+    let validator = validator(format!("{schema} {name}"), &variant["properties"]["data"]["contentSchema"]);
+    let errors: Vec<String> = validator.iter_errors(data).map(|error| error.to_string()).collect();
+    assert!(errors.is_empty(), "{name} differs from {schema}: {}\n{data}", errors.join("; "));
+}
+
+/// Fails if a value is not what the component `schema` says.
+pub fn check_value(schema: &str, value: &Value) {
+    let validator = validator(schema.to_owned(), &json!({ "$ref": format!("{SCHEMAS}{schema}") }));
+    let errors: Vec<String> = validator.iter_errors(value).map(|error| error.to_string()).collect();
+    assert!(errors.is_empty(), "it differs from {schema}: {}\n{value}", errors.join("; "));
+}
+
+/// What is wrong with a value by a schema of the description, as it is written there.
+pub fn faults(schema: &Value, value: &Value) -> Vec<String> {
+    let mut root = schema.clone();
+    root["components"] = json!({ "schemas": DESCRIPTION["components"]["schemas"] });
+    let options = jsonschema::options().should_validate_formats(true).offline();
+    let validator = options.build(&root).expect("openapi.json has JSON Schemas");
+    validator.iter_errors(value).map(|error| error.to_string()).collect()
 }
 
 /// What is answered where there is no operation.

@@ -399,9 +399,12 @@ fn a_request_to_manage_that_makes_no_sense_changes_nothing() {
     ] {
         problem(&gateway.post("/v1/datasources", &admin, &body), status, slug);
     }
+    let past = json!({ "expires_at": "2001-01-01T00:00:00Z" });
+    problem(&gateway.post("/v1/datasources/taken/keys", &admin, &past), 422, "not_possible");
+    problem(&gateway.post("/v1/datasources", &admin, &json!({ "name": "!?" })), 422, "not_possible");
     for body in [
-        json!({ "expires_at": "2001-01-01T00:00:00Z" }),
         json!({ "expires_at": "soon" }),
+        json!({ "scopes": null }),
         json!({ "lable": "x" }),
         json!(["label"]),
     ] {
@@ -575,7 +578,6 @@ fn stored_records_come_in_pages_and_by_filter() {
 
     for (query, names) in [
         ("limit=0", "limit"),
-        ("order=newest&after_offset=1", "cursor"),
         ("order=up", "order"),
         ("format=xml", "format"),
         ("limit=x", "limit"),
@@ -583,11 +585,16 @@ fn stored_records_come_in_pages_and_by_filter() {
         ("topci=a", "topci"),
         ("key_id=x", "key id"),
         ("after_offset=-1", "after_offset"),
+        ("after_offset=9223372036854775808", "after_offset"),
+        ("limit=9223372036854775808", "limit"),
     ] {
         let path = format!("/v1/datasources/press-4/records?{query}");
         let json = problem(&gateway.get(&path, &gateway.admin_key()), 400, "malformed");
         assert!(json["detail"].as_str().is_some_and(|words| words.contains(names)), "{query}: {json}");
     }
+    let path = "/v1/datasources/press-4/records?order=newest&after_offset=1";
+    let json = problem(&gateway.get(path, &gateway.admin_key()), 422, "not_possible");
+    assert_eq!(json["parameter"], "after_offset");
 }
 
 #[test]

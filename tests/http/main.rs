@@ -7,6 +7,7 @@ mod common;
 mod api;
 mod cli;
 mod commands;
+mod contract;
 mod cors;
 mod dashboard;
 mod environment;

@@ -388,6 +388,11 @@ fn limits_that_cannot_be_set_are_refused_at_their_place_and_change_nothing() {
         let body = json!({ "id": "other", "name": "other", "limits": limits });
         assert_eq!(gateway.post("/v1/datasources", &gateway.admin_key(), &body).status, 400);
     }
+    // What a change may leave out has to be there already, and a new datasource has nothing.
+    let no_max = json!({ "messages_per_s": { "policy": "reject" } });
+    assert_eq!(patch(&gateway, "/v1/datasources/press-4", no_max.clone()).status, 422);
+    let body = json!({ "id": "other", "name": "other", "limits": no_max });
+    assert_eq!(gateway.post("/v1/datasources", &gateway.admin_key(), &body).status, 400);
     let shown = gateway.get("/v1/datasources/press-4", &gateway.admin_key()).json();
     assert_eq!(shown["limits"], json!({ "topics": { "max": 7, "policy": "reject" } }));
     assert_eq!(gateway.get("/v1/datasources/other", &gateway.admin_key()).status, 404);

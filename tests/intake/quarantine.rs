@@ -447,8 +447,13 @@ fn a_leaked_key_is_quarantined_in_the_datasource_that_is_named_and_by_who_may(st
     assert_eq!(wire.publish(Version::V5, 3, "press-4/t", b"6"), 0);
     assert_eq!(gateway.stored("press-4", 1).len(), 1);
 
-    for body in [json!({}), json!({"since": "yesterday"}), json!({"since": "2100-01-01T00:00:00Z"})] {
-        assert_eq!(leak(&gateway, "press-4", &for_all, &body).status, 400, "{body}");
+    for (body, status) in [
+        (json!({}), 400),
+        (json!({"since": "yesterday"}), 400),
+        (json!({"since": null, "undo": true}), 400),
+        (json!({"since": "2100-01-01T00:00:00Z"}), 422),
+    ] {
+        assert_eq!(leak(&gateway, "press-4", &for_all, &body).status, status, "{body}");
     }
     let path = format!("/v1/datasources/press-4/keys/{for_all}/quarantine");
     assert_eq!(gateway.post(&path, &one.key, &since).status, 403);

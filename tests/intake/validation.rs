@@ -200,18 +200,26 @@ fn a_schema_that_cannot_be_used_is_refused_with_its_place_and_changes_nothing() 
         (json!({"pattern": "(?=a)"}), "pattern"),
     ] {
         let answer = set(&gateway, "press-4", &json!({ "schema": schema }));
-        assert_eq!(answer.status, 400, "{}", answer.text());
+        assert_eq!(answer.status, 422, "{}", answer.text());
+        assert_eq!(answer.json()["type"], "/problems/not_possible");
         let detail = answer.json()["detail"].as_str().expect("words").to_owned();
         assert!(detail.contains(words), "{detail}");
     }
-    for body in [json!({}), json!({"schema": {}, "schemas": []}), json!({"schema": {}, "more": 1})] {
+    for body in [
+        json!({}),
+        json!({"schema": {}, "schemas": []}),
+        json!({"schema": {}, "schemas": null}),
+        json!({"schema": {}, "more": 1}),
+        json!({"schema": null}),
+        json!({"schema": 1}),
+    ] {
         assert_eq!(set(&gateway, "press-4", &body).status, 400);
     }
     let enforced = gateway.get("/v1/datasources/press-4/schema", &gateway.admin_key()).json();
     assert_eq!(enforced["enforced"][0]["schema"], reading_schema(200.0));
 
     let wanted = json!({"name": "press-5", "schema": {"$ref": "other.json"}});
-    assert_eq!(gateway.post("/v1/datasources", &gateway.admin_key(), &wanted).status, 400);
+    assert_eq!(gateway.post("/v1/datasources", &gateway.admin_key(), &wanted).status, 422);
     assert_eq!(gateway.get("/v1/datasources/press-5", &gateway.admin_key()).status, 404);
     let wanted = json!({"name": "press-5", "schema": {"type": "number"}});
     let created = gateway.post("/v1/datasources", &gateway.admin_key(), &wanted);

@@ -60,9 +60,7 @@ fn the_answer_tells_nothing_of_what_was_reported() {
         json!({ "secret": "nonsense" }).to_string(),
         json!([]).to_string(),
         json!([{ "token": unknown, "url": null }]).to_string(),
-        json!({ "token": 5 }).to_string(),
-        "no JSON at all".to_owned(),
-        String::new(),
+        json!([{ "token": "nonsense", "type": 5, "source": { "line": 1 } }]).to_string(),
     ];
     let send = |body: &str| {
         let began = Instant::now();
@@ -79,6 +77,32 @@ fn the_answer_tells_nothing_of_what_was_reported() {
         assert_eq!((other_status, other_text), (&status, &text));
         assert!((Duration::from_millis(200)..Duration::from_secs(2)).contains(took), "{took:?}");
     }
+}
+
+/// Half a report was thanked for, and nobody looked at what was in it.
+#[test]
+fn what_is_no_report_is_refused_whole() {
+    let dir = scratch();
+    let gateway = Gateway::start(dir.path());
+    let source = gateway.create("press-4");
+    for body in [
+        String::new(),
+        "no JSON at all".to_owned(),
+        "null".to_owned(),
+        json!({}).to_string(),
+        json!({ "token": source.key }).to_string(),
+        json!({ "secret": [source.key] }).to_string(),
+        json!({ "secret": source.key, "url": {} }).to_string(),
+        json!([source.key]).to_string(),
+        json!([[source.key, null]]).to_string(),
+        json!([{ "token": source.key }, { "token": null }]).to_string(),
+        json!([{ "token": source.key }, { "secret": source.key }]).to_string(),
+    ] {
+        let answer = gateway.request("POST", "/v1/leaks", "", &[], body.as_bytes());
+        assert_eq!(answer.status, 400, "{body}: {}", answer.text());
+        assert!(answer.text().contains("The accepted forms are"), "{}", answer.text());
+    }
+    assert_eq!(post(&gateway, "press-4", &source.key), 200);
 }
 
 #[test]

@@ -92,19 +92,23 @@ fn what_no_token_can_be_is_refused_by_name() {
     let (_dir, gateway, source) = scene();
     let ingest = create_key(&gateway, "press-4", &json!({ "scopes": ["ingest"] }));
     let many: Vec<String> = (0..17).map(|n| format!("t{n}")).collect();
-    for (wanted, pointer) in [
-        (json!({ "ttl_s": 0 }), "/ttl_s"),
-        (json!({ "ttl_s": 86_401 }), "/ttl_s"),
-        (json!({ "topics": [] }), "/topics"),
-        (json!({ "topics": many }), "/topics"),
-        (json!({ "topics": ["t".repeat(513)] }), "/topics"),
-        (json!({ "topics": ["a", "a#"] }), "/topics/1"),
-        (json!({ "topics": ["$share/g/a"] }), "/topics/0"),
-        (json!({ "scopes": ["admin"] }), "/scopes"),
-        (json!({ "scopes": ["subscribe"] }), "/scopes"),
+    for (wanted, status, pointer) in [
+        (json!({ "ttl_s": 0 }), 400, "/ttl_s"),
+        (json!({ "ttl_s": 86_401 }), 400, "/ttl_s"),
+        (json!({ "topics": [] }), 400, "/topics"),
+        (json!({ "topics": many }), 400, "/topics"),
+        (json!({ "topics": ["t".repeat(513)] }), 422, "/topics"),
+        (json!({ "topics": ["a", "a#"] }), 400, "/topics/1"),
+        (json!({ "topics": ["$share/g/a"] }), 400, "/topics/0"),
+        (json!({ "scopes": ["admin"] }), 400, "/scopes"),
+        (json!({ "scopes": ["subscribe"] }), 422, "/scopes"),
     ] {
         let answer = ask_token(&gateway, &gateway.admin_key(), "press-4", &ingest.id, &wanted);
-        assert_eq!((answer.status, &answer.json()["pointer"]), (400, &json!(pointer)), "{wanted}");
+        assert_eq!((answer.status, &answer.json()["pointer"]), (status, &json!(pointer)), "{wanted}");
+    }
+    for wanted in [json!({ "ttl_s": null }), json!({ "topics": null }), json!({ "scopes": null })] {
+        let answer = ask_token(&gateway, &gateway.admin_key(), "press-4", &ingest.id, &wanted);
+        assert_eq!(answer.status, 400, "{wanted}");
     }
     for (wanted, count) in [(86_400, 1), (1, 1)] {
         let answer = ask_token(

@@ -73,7 +73,7 @@ impl Registry {
     ///
     /// # Errors
     /// [`RegistryError::Exists`] if the id is taken; [`RegistryError::InvalidName`] if the name is blank,
-    /// too long or has control characters, if no id can be made from it, or if there are no scopes;
+    /// too long or has control characters, or if there are no scopes; [`RegistryError::NoSlug`] if no id can be made from it;
     /// [`RegistryError::Database`] if it cannot be made durable.
     pub fn create_datasource_with(
         &self,
@@ -325,7 +325,7 @@ impl Registry {
     fn free_id(&self, name: &str) -> Result<DatasourceId, RegistryError> {
         let id = DatasourceId::from_name(&deunicode_with_tofu(name, "-")).ok_or_else(|| {
             let text = "the name has no letter a-z or digit to make an id from: give an id as well";
-            RegistryError::InvalidName(text.to_owned())
+            RegistryError::NoSlug(text)
         })?;
         Ok(if self.has_datasource(id.as_str()) { self.numbered_id(&id) } else { id })
     }

@@ -52,6 +52,9 @@ pub enum RegistryError {
     /// The id, name, label or set of scopes cannot be used.
     #[error("{0}")]
     InvalidName(String),
+    /// The name of a datasource without an id gives no id.
+    #[error("{0}")]
+    NoSlug(&'static str),
     /// Changes of other cluster nodes came first at every attempt. Transient: try again.
     #[error("registry: other nodes of the cluster are changing it at this moment")]
     Overtaken,

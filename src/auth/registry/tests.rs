@@ -328,7 +328,7 @@ fn an_id_that_is_given_has_to_be_free_and_one_that_is_made_is() {
     assert_eq!(create(None, &long).expect("made"), format!("{}-2", "x".repeat(DATASOURCE_ID_BYTES_MAX - 2)));
     assert_eq!(create(None, "温度").expect("made"), "wen-du");
     let error = create(None, "!?").expect_err("nothing to make an id from");
-    assert!(matches!(&error, RegistryError::InvalidName(text) if text.contains("give an id")), "{error}");
+    assert!(matches!(&error, RegistryError::NoSlug(text) if text.contains("give an id")), "{error}");
     assert_eq!(create(Some("temperature"), "!?").expect("id given"), "temperature");
 }
 

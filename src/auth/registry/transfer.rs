@@ -19,6 +19,7 @@ use super::setting::JsonSetting;
 use crate::auth::scope::Scopes;
 use crate::message::{DatasourceId, KeyId, TimeMicros};
 use crate::time::{Rfc3339, parse_time};
+use crate::whole_number;
 
 /// The version of the format of [`ExportedDatasource`].
 pub const EXPORT_FORMAT: u32 = 1;
@@ -28,6 +29,7 @@ pub const EXPORT_FORMAT: u32 = 1;
 #[serde(deny_unknown_fields)]
 pub struct ExportedDatasource {
     /// [`EXPORT_FORMAT`].
+    #[serde(deserialize_with = "whole_number::narrowed")]
     pub headgate_export: u32,
     /// The slug.
     pub id: String,

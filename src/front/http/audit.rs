@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 
 use super::charged_list::ChargedList;
 use super::credentials::Caller;
+use super::members::whole_parameter;
 use super::{HttpFrontState, run_in_turn};
 use crate::auth::audit::{AuditEntry, AuditQuery};
 use crate::front::problem::Problem;
@@ -26,7 +27,8 @@ const NDJSON_MEDIA_TYPE: &str = "application/x-ndjson";
 struct AuditParameters {
     from: Option<String>,
     to: Option<String>,
-    after: Option<i64>,
+    #[serde(default, deserialize_with = "whole_parameter")]
+    after: Option<u64>,
     limit: Option<usize>,
     format: Option<AuditFormat>,
 }
@@ -73,7 +75,8 @@ pub(super) async fn list(
         return Err(Problem::new(Cause::Malformed, words).with("limit", AUDIT_ENTRIES_MAX));
     }
     let (from, to) = (audit_time_parameter("from", from)?, audit_time_parameter("to", to)?);
-    let mut query = AuditQuery { from, to, after: after.unwrap_or(0), limit };
+    let after = after.and_then(|id| i64::try_from(id).ok()).unwrap_or(0);
+    let mut query = AuditQuery { from, to, after, limit };
     let registry = shared.registry().clone();
     let account = shared.parts.intake.memory_account(&caller.0);
     run_in_turn(&shared, &caller, move || {

@@ -105,7 +105,7 @@ pub(super) async fn delete(
     let QueryString(DeletionParameters { purge, incarnation }) = QueryString::try_from_uri(&uri)?;
     if incarnation.is_some() && !purge {
         let words = "incarnation says what to purge: give purge=true as well, or leave it out.";
-        return Err(Problem::new(Cause::Malformed, words).with("parameter", "incarnation"));
+        return Err(Problem::new(Cause::NotPossible, words).with("parameter", "incarnation"));
     }
     let present = shared.datasource(&id);
     let is_present = |of: &Arc<Datasource>| incarnation.is_none_or(|wanted| wanted == of.incarnation);

@@ -262,13 +262,13 @@ fn precision(uri: &Uri, content_type: &str) -> Result<Option<TimePrecision>, Pro
     let may_be_points = ["", "text/plain", "application/x-www-form-urlencoded"];
     if !may_be_points.iter().any(|of_points| essence.eq_ignore_ascii_case(of_points)) {
         let words = format!("A precision is for line protocol (text/plain), and the body is {essence:?}.");
-        return Err(Problem::new(Cause::Malformed, words));
+        return Err(Problem::new(Cause::NotPossible, words).with("parameter", "precision"));
     }
     let named = TimePrecision::parse(&name).ok_or_else(|| unknown_precision(&name))?;
     match in_type {
         Some(other) if other != named => {
             let words = "The query and the Content-Type name different precisions.";
-            Err(Problem::new(Cause::Malformed, words))
+            Err(Problem::new(Cause::NotPossible, words).with("parameter", "precision"))
         }
         _ => Ok(Some(named)),
     }

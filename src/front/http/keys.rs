@@ -14,6 +14,7 @@ use serde_json::Value;
 use super::charged_list::ChargedList;
 use super::connect::ConnectLines;
 use super::credentials::Caller;
+use super::members::stated;
 use super::{HttpFrontState, PathParameters, limits, run_blocking, run_in_turn};
 use crate::auth::usage::{KeyClientUse, KeyUsage};
 use crate::auth::{ApiKey, Key, NewKey, RegistryError, Scope, Scopes};
@@ -23,6 +24,7 @@ use crate::message::{DatasourceId, KeyId, Offset};
 use crate::observe::cause::Cause;
 use crate::quota::QuotaLimits;
 use crate::time::{Rfc3339, cluster_micros, parse_time};
+use crate::whole_number::WholeNumber;
 
 /// The body of a request that creates a key.
 #[derive(Deserialize)]
@@ -30,6 +32,7 @@ use crate::time::{Rfc3339, cluster_micros, parse_time};
 pub(super) struct CreateKeyRequest {
     #[serde(default)]
     label: String,
+    #[serde(default, deserialize_with = "stated")]
     scopes: Option<Scopes>,
     expires_at: Option<String>,
     #[serde(default)]
@@ -138,7 +141,8 @@ impl<'a> KeyUsageView<'a> {
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct RotateKeyRequest {
-    grace_seconds: Option<u64>,
+    #[serde(default, deserialize_with = "stated")]
+    grace_seconds: Option<WholeNumber>,
     #[serde(default)]
     undo: bool,
 }
@@ -146,7 +150,7 @@ pub(super) struct RotateKeyRequest {
 impl RotateKeyRequest {
     /// How long the old key stays valid.
     fn grace(&self) -> Result<Duration, Problem> {
-        let seconds = self.grace_seconds.unwrap_or(GRACE_DEFAULT_S);
+        let WholeNumber(seconds) = self.grace_seconds.unwrap_or(WholeNumber(GRACE_DEFAULT_S));
         let problem = if self.undo && self.grace_seconds.is_some() {
             let words = "grace_seconds cannot be given together with undo.";
             Problem::new(Cause::Malformed, words)
@@ -220,11 +224,15 @@ pub(super) async fn create(
     let expires_at = match expires_at {
         None => None,
         Some(text) => {
-            let time = parse_time(&text).filter(|&time| time > cluster_micros());
-            Some(time.ok_or_else(|| {
+            let refused = |cause| {
                 let words = "expires_at has to be a future RFC 3339 time such as 2027-01-31T12:00:00Z.";
-                Problem::new(Cause::Malformed, words).with("pointer", "/expires_at").after_body_read()
-            })?)
+                Problem::new(cause, words).with("pointer", "/expires_at").after_body_read()
+            };
+            let time = parse_time(&text).ok_or_else(|| refused(Cause::Malformed))?;
+            if time <= cluster_micros() {
+                return Err(refused(Cause::NotPossible));
+            }
+            Some(time)
         }
     };
     let scopes = scopes.unwrap_or(Scopes::from_slice(&[Scope::Ingest]));

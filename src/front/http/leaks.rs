@@ -9,8 +9,7 @@ use axum::extract::{Request, State};
 use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
 use axum::{Extension, Json};
-use serde::Deserialize;
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::body::{self, BodyLimits};
 use super::messages::without_bom;
@@ -26,25 +25,34 @@ use crate::observe::metrics::Metrics;
 /// How long after its arrival a report is answered: well above the few milliseconds that a revocation takes.
 const LEAK_ANSWER_DELAY: Duration = Duration::from_millis(200);
 
-/// A report, as GitHub's secret scanning sends it, or one secret alone.
-#[derive(Deserialize)]
-#[serde(untagged)]
-enum LeakReportBody {
-    Several(Vec<ReportedSecret>),
-    Single(SingleSecretReport),
-}
+/// The forms that a report has, in the words of answers.
+const REPORT_FORMS: &str =
+    "The accepted forms are [{\"token\": …, \"url\": …}, …] and {\"secret\": …, \"url\": …}.";
 
-/// One secret in GitHub's form. Its further members, such as the kind of secret, are not needed here.
-#[derive(Deserialize)]
+/// A secret that is reported, and where it was found.
 struct ReportedSecret {
     token: String,
     url: Option<String>,
 }
 
-#[derive(Deserialize)]
-struct SingleSecretReport {
-    secret: String,
-    url: Option<String>,
+impl ReportedSecret {
+    /// Those of a report: a list, as GitHub's secret scanning sends it, or one secret alone. Further members, such as the kind
+    /// of secret, are not needed here. `None` for what is no report.
+    fn all(report: &Value) -> Option<Vec<Self>> {
+        match report {
+            Value::Array(found) => found.iter().map(|found| Self::read(found, "token")).collect(),
+            alone => Some(vec![Self::read(alone, "secret")?]),
+        }
+    }
+
+    fn read(found: &Value, member: &str) -> Option<Self> {
+        let token = found.get(member)?.as_str()?.to_owned();
+        let url = match found.get("url") {
+            None | Some(Value::Null) => None,
+            Some(url) => Some(url.as_str()?.to_owned()),
+        };
+        Some(Self { token, url })
+    }
 }
 
 /// `POST /v1/leaks`
@@ -62,13 +70,11 @@ pub(super) async fn report(
     let (parts, body) = request.into_parts();
     let limits = BodyLimits { bytes_max: HTTP_MANAGE_BYTES_MAX, setting: "", ..shared.body_limits() };
     let received = body::read(&parts.headers, body, limits, &shared.account_of(&parts)).await?;
-    let found = match serde_json::from_slice(without_bom(&received.bytes)) {
-        Ok(LeakReportBody::Several(found)) => found,
-        Ok(LeakReportBody::Single(SingleSecretReport { secret, url })) => {
-            vec![ReportedSecret { token: secret, url }]
-        }
-        Err(_) => Vec::new(),
-    };
+    let report = serde_json::from_slice(without_bom(&received.bytes)).ok();
+    let found = report.as_ref().and_then(ReportedSecret::all).ok_or_else(|| {
+        let words = format!("The body is no report of leaked keys. {REPORT_FORMS}");
+        Problem::new(Cause::Malformed, words).after_body_read()
+    })?;
     let revoking = async {
         let registry = shared.registry().clone();
         let actor = Actor { who: ActorIdentity::LeakReport, address: Some(address) };
@@ -86,17 +92,16 @@ pub(super) async fn report(
     };
     let (revoked, ()) = tokio::join!(revoking, tokio::time::sleep(LEAK_ANSWER_DELAY));
     revoked?;
-    let forms = "The accepted forms are [{\"token\": …, \"url\": …}, …] and {\"secret\": …, \"url\": …}.";
     let body = match shared.registry().trouble() {
         None => {
             let words = "Live API keys of this gateway are revoked, but for the last admin key.";
-            json!({ "detail": format!("{words} {forms}") })
+            json!({ "detail": format!("{words} {REPORT_FORMS}") })
         }
         // Said to everybody as long as the registry cannot be written, whatever was reported.
         Some(_) => {
             let words = "Live API keys of this gateway are revoked, but for the last admin key. The registry \
                          cannot be written at this moment, so that is not durable yet; it is tried again.";
-            json!({ "detail": format!("{words} {forms}"), "durable": false })
+            json!({ "detail": format!("{words} {REPORT_FORMS}"), "durable": false })
         }
     };
     Ok((StatusCode::ACCEPTED, Json(body)).into_response())

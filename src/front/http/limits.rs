@@ -11,7 +11,7 @@ use serde::Deserialize;
 use serde_json::Value;
 
 use super::credentials::Caller;
-use super::{HttpFrontState, PathParameters, event_time, keys, manage, run_blocking};
+use super::{HttpFrontState, PathParameters, event_time, keys, manage, members, run_blocking};
 use crate::auth::Scope;
 use crate::auth::setting::JsonSetting;
 use crate::front::problem::Problem;
@@ -25,15 +25,10 @@ use crate::quota::{LimitOwner, LimitsError, QuotaLimits, QuotaStanding};
 #[serde(deny_unknown_fields)]
 struct DatasourcePatch {
     /// `Some(null)` takes all of them away; so for the setting below.
-    #[serde(default, deserialize_with = "stated")]
+    #[serde(default, deserialize_with = "members::stated")]
     limits: Option<Value>,
-    #[serde(default, deserialize_with = "stated")]
+    #[serde(default, deserialize_with = "members::stated")]
     event_time: Option<Value>,
-}
-
-/// A member that is there, `null` or not.
-fn stated<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<Option<Value>, D::Error> {
-    Value::deserialize(deserializer).map(Some)
 }
 
 /// The body of a change: a JSON merge patch of the key.
@@ -64,7 +59,7 @@ pub(super) async fn patch_datasource(
         let _one_at_a_time = shared.limiting.lock();
         let datasource = shared.datasource(id.as_str())?;
         // Both are checked before one of them is set.
-        let limits = limits.map(|patch| current_limits(&datasource.limits).patched(&patch)).transpose()?;
+        let limits = limits.map(|patch| patched(current_limits(&datasource.limits), &patch)).transpose()?;
         let event_time = event_time.map(|patch| event_time::patched(&datasource.event_time, &patch));
         if let Some(event_time) = event_time.transpose()? {
             shared.registry().set_datasource_event_time(&actor, &id, event_time.as_deref())?;
@@ -96,7 +91,7 @@ pub(super) async fn patch_key_limits(
         let no_key = || Problem::new(Cause::NoKeyId, format!("There is no key {key_id} here."));
         let _one_at_a_time = shared.limiting.lock();
         let key = shared.registry().key(&datasource, key_id).ok_or_else(no_key)?;
-        let limits = of_key(current_limits(&key.limits).patched(&patch)?)?;
+        let limits = of_key(patched(current_limits(&key.limits), &patch)?)?;
         let old = meters(&key.limits, || LimitOwner::Key(key_id));
         if !shared.registry().set_key_limits(&actor, &datasource, key_id, limits.text())? {
             return Err(no_key());
@@ -105,6 +100,18 @@ pub(super) async fn patch_key_limits(
         Ok(Json(keys::KeyView::new(&key)).into_response())
     });
     changed.await.map_err(Problem::after_body_read)
+}
+
+/// The limits after a JSON merge patch of them.
+fn patched(limits: QuotaLimits, patch: &Value) -> Result<QuotaLimits, Problem> {
+    limits.patched(patch).map_err(|error| {
+        let setting = error.pointer.strip_suffix("/max").and_then(|at| patch.pointer(at));
+        // What is left out has its place where the limit is set already.
+        match setting.is_some_and(|setting| setting.is_object() && setting.get("max").is_none()) {
+            true => Problem::from(error).not_possible(),
+            false => error.into(),
+        }
+    })
 }
 
 /// Refuses limits that only datasources have.

@@ -16,6 +16,7 @@ use super::connect::ConnectLines;
 use super::credentials::Caller;
 use super::deletion::EndedIncarnationView;
 use super::keys::NewKeyView;
+use super::members::stated;
 use super::{HttpFrontState, PathParameters, event_time, limits, run_blocking, run_in_turn, schema};
 use crate::auth::{Datasource, NewDatasource, Scope, Scopes};
 use crate::consume::render::Rfc3339;
@@ -29,6 +30,7 @@ use crate::quota::QuotaLimits;
 pub(super) struct CreateDatasourceRequest {
     id: Option<String>,
     name: String,
+    #[serde(default, deserialize_with = "stated")]
     scopes: Option<Scopes>,
     /// The schema for messages to all its topics.
     schema: Option<Value>,

@@ -29,6 +29,7 @@ mod limits;
 mod live;
 mod long_answer;
 mod manage;
+mod members;
 mod messages;
 mod metrics;
 mod middleware;

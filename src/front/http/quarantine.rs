@@ -22,6 +22,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::json;
 
 use super::credentials::Caller;
+use super::members::{PARAMETER_MAX, stated, whole_parameter};
 use super::page_stream::{self, JsonItems, PageFrame, PageSource};
 use super::query::{self, page_limit, time_parameter};
 use super::{HttpFrontState, PathParameters, keys, run_blocking, run_in_turn, run_reading};
@@ -34,16 +35,20 @@ use crate::consume::render::Rfc3339;
 use crate::front::problem::Problem;
 use crate::intake::{RedriveOutcome, Refusal};
 use crate::limits::{
-    PAYLOAD_BYTES_MAX, QUERY_PIECE_BYTES, QUERY_RECORDS_MAX, REDRIVE_PAGE_RECORDS, REDRIVE_RECORDS_MAX,
-    VALIDATION_ERRORS_MAX,
+    HTTP_MANAGE_BYTES_MAX, PAYLOAD_BYTES_MAX, QUERY_PIECE_BYTES, QUERY_RECORDS_MAX, REDRIVE_PAGE_RECORDS,
+    REDRIVE_RECORDS_MAX, VALIDATION_ERRORS_MAX,
 };
 use crate::log::{QuarantineReason, SectionOutcome};
 use crate::message::{Incarnation, KeyId, Offset, Transport, now_micros};
 use crate::observe::cause::Cause;
+use crate::time::parse_time;
+use crate::whole_number::WholeNumber;
 
 /// What a redrive holds in memory: a piece of a page, in which the last record may be of the largest size, and the draft
 /// that is made of it.
 const REDRIVE_BYTES: usize = 4 * (QUERY_PIECE_BYTES + PAYLOAD_BYTES_MAX);
+/// The body of a redrive that names as many messages as one may.
+const REDRIVE_BODY_BYTES_MAX: usize = HTTP_MANAGE_BYTES_MAX + 24 * QUERY_RECORDS_MAX;
 /// How long a request waits until storage has caught up.
 const STORAGE_WAIT_MAX: Duration = Duration::from_secs(30);
 
@@ -53,6 +58,7 @@ const STORAGE_WAIT_MAX: Duration = Duration::from_secs(30);
 struct QuarantineParameters {
     topic: Option<String>,
     from: Option<String>,
+    #[serde(default, deserialize_with = "whole_parameter")]
     after_offset: Option<Offset>,
     limit: Option<usize>,
     incarnation: Option<Incarnation>,
@@ -99,7 +105,8 @@ impl PageSource for QuarantineQuery {
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct RedriveRequest {
-    ids: Option<BTreeSet<Offset>>,
+    #[serde(default, deserialize_with = "stated")]
+    ids: Option<BTreeSet<WholeNumber>>,
     filter: Option<String>,
 }
 
@@ -151,7 +158,13 @@ pub(super) async fn redrive(
 ) -> Result<Response, Problem> {
     caller.require_scope(Scope::Admin, &id)?;
     let datasource = shared.datasource(&id)?;
-    let RedriveRequest { ids, filter } = shared.read_json(request).await?;
+    let RedriveRequest { ids, filter } = shared.read_json_up_to(request, REDRIVE_BODY_BYTES_MAX).await?;
+    if ids.as_ref().and_then(BTreeSet::last).is_some_and(|WholeNumber(last)| *last > PARAMETER_MAX) {
+        let words = format!("An offset is {PARAMETER_MAX} at most.");
+        return Err(Problem::new(Cause::Malformed, words).with("pointer", "/ids").after_body_read());
+    }
+    let ids: Option<BTreeSet<Offset>> =
+        ids.map(|ids| ids.into_iter().map(|WholeNumber(offset)| offset).collect());
     if ids.as_ref().is_some_and(|ids| ids.len() > QUERY_RECORDS_MAX) {
         let words = format!("One request names at most {QUERY_RECORDS_MAX} messages.");
         return Err(Problem::new(Cause::TooLarge, words).with("limit", QUERY_RECORDS_MAX).after_body_read());
@@ -281,6 +294,7 @@ async fn redrive_page(
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct KeyQuarantineRequest {
+    #[serde(default, deserialize_with = "stated")]
     since: Option<String>,
     #[serde(default)]
     undo: bool,
@@ -308,10 +322,16 @@ pub(super) async fn quarantine_key_records(
     let datasource = keys::key_owner(&shared, &datasource)?;
     let key_id = KeyId::parse(&key_id)?;
     let KeyQuarantineRequest { since, undo } = shared.read_json(request).await?;
-    let since = time_parameter("since", since).map_err(Problem::after_body_read)?;
-    if since.is_some() == undo || since.is_some_and(|since| since > now_micros()) {
+    let refused = |cause| {
         let words = "Give a past time as since: {\"since\": \"2026-11-23T09:00:00Z\"}; or {\"undo\": true}.";
-        return Err(Problem::new(Cause::Malformed, words).with("pointer", "/since").after_body_read());
+        Problem::new(cause, words).with("pointer", "/since").after_body_read()
+    };
+    let since = since.map(|text| parse_time(&text).ok_or_else(|| refused(Cause::Malformed))).transpose()?;
+    if since.is_some() == undo {
+        return Err(refused(Cause::Malformed));
+    }
+    if since.is_some_and(|since| since > now_micros()) {
+        return Err(refused(Cause::NotPossible));
     }
     let (for_change, of, actor) = (shared.clone(), datasource.clone(), caller.actor());
     let version = run_blocking(move || {

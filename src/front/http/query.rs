@@ -35,7 +35,7 @@ pub(super) fn time_parameter(name: &str, text: Option<String>) -> Result<Option<
     let Some(text) = text else { return Ok(None) };
     let time = parse_time(&text).ok_or_else(|| {
         let words = format!("{name} has to be an RFC 3339 time such as 2026-11-23T09:00:00Z.");
-        Problem::new(Cause::Malformed, words)
+        Problem::new(Cause::Malformed, words).with("parameter", name)
     });
     time.map(Some)
 }

@@ -14,6 +14,7 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 
 use super::credentials::DataCaller;
+use super::members::whole_parameter;
 use super::page_stream::{self, JsonItems, PageFrame, PageSource};
 use super::query::{readable_scope, stored_records_query, time_parameter, topic_of_read};
 use super::{HttpFrontState, PathParameters, run_in_turn};
@@ -90,13 +91,18 @@ struct RecordsParameters {
     to: Option<String>,
     event_from: Option<String>,
     event_to: Option<String>,
+    #[serde(default, deserialize_with = "whole_parameter")]
     from_offset: Option<Offset>,
+    #[serde(default, deserialize_with = "whole_parameter")]
     to_offset: Option<Offset>,
+    #[serde(default, deserialize_with = "whole_parameter")]
     after_offset: Option<Offset>,
+    #[serde(default, deserialize_with = "whole_parameter")]
     cursor: Option<Offset>,
     order: Option<OrderParameter>,
     key_id: Option<String>,
-    limit: Option<usize>,
+    #[serde(default, deserialize_with = "whole_parameter")]
+    limit: Option<u64>,
     incarnation: Option<Incarnation>,
     format: Option<RecordsForm>,
 }
@@ -120,14 +126,14 @@ impl RecordsParameters {
         if order == RecordsOrder::Newest && self.after_offset.is_some() {
             let words = "With order=newest an answer goes on with cursor, and from_offset is the oldest to be read: \
                          after_offset would give the same records again.";
-            return Err(Problem::new(Cause::Malformed, words).with("parameter", "after_offset"));
+            return Err(Problem::new(Cause::NotPossible, words).with("parameter", "after_offset"));
         }
         let limit = match (self.limit, form) {
             (Some(0), _) => {
                 let words = "limit is 0: it has to be at least 1.";
                 return Err(Problem::new(Cause::Malformed, words).with("parameter", "limit"));
             }
-            (Some(limit), _) => limit,
+            (Some(limit), _) => usize::try_from(limit).unwrap_or(usize::MAX),
             (None, RecordsForm::Json) => QUERY_RECORDS_DEFAULT,
             (None, _) => usize::MAX,
         };

@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::credentials::{Caller, DataCaller};
+use super::members::stated;
 use super::{HttpFrontState, PathParameters, query, run_blocking};
 use crate::auth::{Datasource, Scope};
 use crate::consume::schema_inference::Inference;
@@ -17,14 +18,16 @@ use crate::filter::TopicFilter;
 use crate::front::problem::Problem;
 use crate::limits::HTTP_SCHEMAS_BYTES_MAX;
 use crate::observe::cause::{Cause, ProblemKind};
-use crate::validate::{Rules, RulesError, Validation, WrittenRule};
+use crate::validate::{Rules, RulesError, SchemaError, Validation, WrittenRule};
 
 /// The body of a request that sets schemas: `schema` for one schema for every topic, or `schemas` for a
 /// list, in which the first entry whose filter matches a message's topic counts.
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct SetSchemasRequest {
+    #[serde(default, deserialize_with = "stated")]
     schema: Option<Value>,
+    #[serde(default, deserialize_with = "stated")]
     schemas: Option<Vec<WrittenRule>>,
 }
 
@@ -131,6 +134,14 @@ pub(super) async fn show(
 
 impl From<RulesError> for Problem {
     fn from(error: RulesError) -> Self {
-        Self::new(Cause::Schema, format!("{error}.")).with_kind(ProblemKind::Malformed).after_body_read()
+        let kind = match error {
+            RulesError::TooMany
+            | RulesError::Filter(_)
+            | RulesError::Unreadable(_)
+            | RulesError::Schema { error: SchemaError::NoSchema, .. } => ProblemKind::Malformed,
+            // What has the form of JSON Schemas, and is none that counts.
+            RulesError::Twice(_) | RulesError::Schema { .. } => ProblemKind::NotPossible,
+        };
+        Self::new(Cause::Schema, format!("{error}.")).with_kind(kind).after_body_read()
     }
 }

@@ -61,12 +61,14 @@ impl SeriesParameters {
 /// Parses a step: `30s`, `1m`, `1h30m`, or a number of seconds. `auto` is none.
 fn step_parameter(text: Option<String>) -> Result<Option<i64>, Problem> {
     let Some(text) = text.filter(|text| text != "auto") else { return Ok(None) };
-    let step_ms = parse_duration_ms(&text).filter(|ms| (1..=SERIES_STEP_MS_MAX).contains(ms));
-    let step_us = step_ms.and_then(|ms| i64::try_from(ms * 1_000).ok()).ok_or_else(|| {
+    let refused = |cause| {
         let words = "step has to be a time between 1ms and 366d such as 30s, 1m or 1h, or auto.";
-        Problem::new(Cause::Malformed, words)
-    });
-    step_us.map(Some)
+        Problem::new(cause, words).with("parameter", "step")
+    };
+    let step_ms = parse_duration_ms(&text).ok_or_else(|| refused(Cause::Malformed))?;
+    let step_ms = Some(step_ms).filter(|ms| (1..=SERIES_STEP_MS_MAX).contains(ms));
+    let step_us = step_ms.and_then(|ms| i64::try_from(ms * 1_000).ok());
+    step_us.map(Some).ok_or_else(|| refused(Cause::NotPossible))
 }
 
 /// The answer's beginning.
@@ -158,10 +160,10 @@ impl From<SeriesError> for Problem {
             SeriesError::TooManySteps { points_max, least_step_us, .. } => {
                 let words =
                     format!("{error}: ask for a longer step, for a shorter range, or for more points.");
-                let problem = Self::new(Cause::Malformed, words).with("limit", points_max);
+                let problem = Self::new(Cause::NotPossible, words).with("limit", points_max);
                 problem.with("least_step_s", least_step_us.unsigned_abs().div_ceil(1_000_000))
             }
-            SeriesError::TooMuch => Self::new(Cause::Malformed, format!("{error}.")),
+            SeriesError::TooMuch => Self::new(Cause::NotPossible, format!("{error}.")),
         }
     }
 }

@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 
 use super::credentials::Caller;
 use super::keys::{key_owner, no_key_problem};
+use super::members::stated;
 use super::{HttpFrontState, PathParameters, run_blocking};
 use crate::auth::{Key, Scope, Scopes};
 use crate::filter::TopicFilter;
@@ -20,23 +21,27 @@ use crate::limits::{TOKEN_TOPICS_BYTES_MAX, TOKEN_TOPICS_MAX, TOKEN_TTL_DEFAULT_
 use crate::message::{DatasourceId, KeyId};
 use crate::observe::cause::Cause;
 use crate::time::{Rfc3339, cluster_micros};
+use crate::whole_number::WholeNumber;
 
 /// The body of a request that makes a token.
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct CreateTokenRequest {
     /// For how long it is good, in seconds.
-    ttl_s: Option<u64>,
+    #[serde(default, deserialize_with = "stated")]
+    ttl_s: Option<WholeNumber>,
     /// The topics that it is for; all without.
+    #[serde(default, deserialize_with = "stated")]
     topics: Option<Vec<String>>,
     /// What it may be used for; what its key may be, but for managing, without.
+    #[serde(default, deserialize_with = "stated")]
     scopes: Option<Scopes>,
 }
 
 impl CreateTokenRequest {
     /// For how long the token is to be good, in microseconds.
     fn ttl_us(&self) -> Result<i64, Problem> {
-        let ttl_s = self.ttl_s.unwrap_or(TOKEN_TTL_DEFAULT_S);
+        let WholeNumber(ttl_s) = self.ttl_s.unwrap_or(WholeNumber(TOKEN_TTL_DEFAULT_S));
         if (1..=TOKEN_TTL_S_MAX).contains(&ttl_s) {
             return Ok(i64::try_from(ttl_s).unwrap_or(i64::MAX).saturating_mul(1_000_000));
         }
@@ -47,16 +52,19 @@ impl CreateTokenRequest {
     /// The topics that the token is to be for; none are all.
     fn topic_filters(&self) -> Result<Vec<TopicFilter>, Problem> {
         let Some(topics) = &self.topics else { return Ok(Vec::new()) };
-        let refuse = |words: String, pointer: String| {
-            Err(Problem::new(Cause::Malformed, words).with("pointer", pointer))
-        };
+        let problem =
+            |words: String, pointer: String| Problem::new(Cause::Malformed, words).with("pointer", pointer);
+        let refuse = |words, pointer| Err(problem(words, pointer));
         let bytes: usize = topics.iter().map(String::len).sum();
         if topics.is_empty() || topics.len() > TOKEN_TOPICS_MAX || bytes > TOKEN_TOPICS_BYTES_MAX {
             let words = format!(
                 "topics has to be a list of 1 to {TOKEN_TOPICS_MAX} topic filters with at most {TOKEN_TOPICS_BYTES_MAX} \
                  bytes in all. Without it the token is for all topics."
             );
-            return refuse(words, "/topics".to_owned());
+            let refused = problem(words, "/topics".to_owned());
+            // A schema counts the topics, and not their bytes.
+            let is_in_order = (1..=TOKEN_TOPICS_MAX).contains(&topics.len());
+            return Err(if is_in_order { refused.not_possible() } else { refused });
         }
         let mut filters = Vec::with_capacity(topics.len());
         for (place, topic) in topics.iter().enumerate() {
@@ -156,7 +164,7 @@ fn usable_scopes(key: &Key, asked: Scopes) -> Result<Scopes, Problem> {
         None => Ok(asked),
         Some(scope) => {
             let words = format!("Key {} lacks the scope {scope}, and so does what is made of it.", key.id);
-            Err(Problem::new(Cause::Malformed, words).with("pointer", "/scopes"))
+            Err(Problem::new(Cause::NotPossible, words).with("pointer", "/scopes"))
         }
     }
 }

@@ -18,6 +18,7 @@ use crate::limits::HTTP_IMPORT_BYTES_MAX;
 use crate::message::DatasourceId;
 use crate::observe::cause::Cause;
 use crate::validate::Rules;
+use crate::whole_number::WholeNumber;
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -86,9 +87,9 @@ pub(super) async fn import(
 /// A datasource as another gateway has exported it.
 fn parse_export(body: Value) -> Result<ExportedDatasource, Problem> {
     let malformed = |words: String| Problem::new(Cause::Malformed, words);
-    match body["headgate_export"].as_u64() {
-        Some(format) if format == u64::from(EXPORT_FORMAT) => {}
-        Some(format) => {
+    match body["headgate_export"].as_number().and_then(WholeNumber::of) {
+        Some(WholeNumber(format)) if format == u64::from(EXPORT_FORMAT) => {}
+        Some(WholeNumber(format)) => {
             let words =
                 format!("It has format {format}, and this Headgate knows {EXPORT_FORMAT}: use a newer one.");
             return Err(malformed(words).with("pointer", "/headgate_export"));
@@ -103,5 +104,10 @@ fn checked_schemas(schemas: &Value) -> Result<Option<String>, Problem> {
     if schemas.is_null() {
         return Ok(None);
     }
-    Ok(Some(Rules::from_stored_json(&schemas.to_string())?.to_stored_json()))
+    let rules = Rules::from_stored_json(&schemas.to_string())?;
+    if !rules.is_numbered() {
+        let words = "A schema has a version from 1 to last_version.";
+        return Err(Problem::new(Cause::NotPossible, words).with("pointer", "/schemas"));
+    }
+    Ok(Some(rules.to_stored_json()))
 }

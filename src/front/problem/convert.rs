@@ -130,6 +130,7 @@ impl From<RegistryError> for Problem {
             RegistryError::LastAdmin => Cause::LastAdminKey,
             RegistryError::NoDatasource(_) => Cause::NotFound,
             RegistryError::InvalidName(_) => Cause::Malformed,
+            RegistryError::NoSlug(_) => Cause::NotPossible,
             RegistryError::TooLarge(_) => Cause::TooLarge,
             RegistryError::Away(_) => Cause::ClusterAway,
             RegistryError::Overtaken | RegistryError::UnreadRules(_) | RegistryError::NotReplaced { .. } => {

@@ -97,6 +97,14 @@ impl Problem {
         self
     }
 
+    /// Says that the request is in order, and that what it asks for cannot be: its values contradict each other, or what is
+    /// there.
+    pub(super) fn not_possible(mut self) -> Self {
+        self.0.kind = ProblemKind::NotPossible;
+        self.0.note.cause = Cause::NotPossible;
+        self
+    }
+
     /// Marks that the body was read to its end.
     pub(super) fn after_body_read(mut self) -> Self {
         self.0.note.body_read = true;

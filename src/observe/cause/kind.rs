@@ -48,6 +48,7 @@ problem_kinds! {
     Validation       422 "validation"         "A message does not meet its schema";
     UpgradeRequired  426 "upgrade_required"   "Another protocol is spoken here";
     IdConflict       422 "id_conflict"        "The id belongs to another message";
+    NotPossible      422 "not_possible"       "In order, and not possible as things are";
     OverLimit        422 "over_limit"         "A limit is reached; waiting does not help";
     TooManyRequests  429 "too_many_requests"  "A limit is reached for now";
     Internal         500 "internal"           "Internal error";
@@ -62,5 +63,31 @@ mod tests {
     fn every_kind_has_a_slug_of_its_own() {
         let slugs: std::collections::BTreeSet<_> = ProblemKind::ALL.iter().map(|kind| kind.slug()).collect();
         assert_eq!(slugs.len(), ProblemKind::ALL.len(), "{slugs:?}");
+    }
+
+    #[test]
+    fn openapi_has_an_example_of_every_kind_as_it_is() {
+        let openapi = include_str!("../../front/http/openapi.json");
+        let openapi: serde_json::Value = serde_json::from_str(openapi).expect("openapi.json is JSON");
+        let responses = openapi["components"]["responses"].as_object().expect("responses");
+        let mut shown = std::collections::BTreeSet::new();
+        for (name, response) in responses {
+            let Some(examples) = response["content"]["application/problem+json"].get("examples") else {
+                continue;
+            };
+            for (slug, example) in examples.as_object().expect("examples") {
+                let kind = ProblemKind::ALL.iter().find(|kind| kind.slug() == slug);
+                let kind = kind.unwrap_or_else(|| panic!("{name}: {slug}"));
+                let problem = &example["value"];
+                assert_eq!(problem["type"], format!("/problems/{slug}"), "{name}");
+                assert_eq!(problem["status"], kind.status(), "{name}");
+                assert_eq!(problem["title"], kind.title(), "{name}");
+                shown.insert(kind.slug());
+            }
+        }
+        // What is answered where there is no operation.
+        shown.insert(ProblemKind::MethodNotAllowed.slug());
+        let all: std::collections::BTreeSet<_> = ProblemKind::ALL.iter().map(|kind| kind.slug()).collect();
+        assert_eq!(shown, all);
     }
 }

@@ -205,6 +205,8 @@ causes! {
         "it floods its HTTP/2 connection with frames that carry nothing: update its client, or keep it out";
     Malformed "malformed" Malformed:
         "the gateway cannot read the request: correct what the words name; /openapi.json says what each call takes";
+    NotPossible "not_possible" NotPossible:
+        "the request is in order, and what it asks for cannot be: its values contradict each other or what is there; ask for what the words name";
     NotFound "not_found" NotFound:
         "nothing is at this address: correct the path or the name in it; /openapi.json lists the paths";
     NoKeyId "no_key_id" NotFound:

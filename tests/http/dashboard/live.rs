@@ -172,7 +172,7 @@ fn a_watcher_is_told_to_go_when_its_key_or_its_datasource_ends() {
     let refused = |key: &str, query: &str| gateway.get(&format!("/v1/live{query}"), key).status;
     assert_eq!(refused(&a.key, ""), 401);
     assert_eq!(refused(&admin, "?datasource=b"), 404);
-    assert_eq!(refused(&admin, "?topic=t"), 400);
+    assert_eq!(refused(&admin, "?topic=t"), 422);
     assert_eq!(refused(&admin, "?datasource=a&topic=%23/a"), 400);
     assert_eq!(refused(&gateway.create("c").key, ""), 403);
 }

@@ -99,7 +99,7 @@ fn view_of(
     let Some(id) = &parameters.datasource else {
         if parameters.topic.is_some() {
             let words = "topic says which records of a datasource are shown: give datasource as well.";
-            return Err(Problem::new(Cause::Malformed, words).with("parameter", "topic"));
+            return Err(Problem::new(Cause::NotPossible, words).with("parameter", "topic"));
         }
         grant.allows_scope(Scope::Subscribe)?;
         let own = grant.datasource();

@@ -27,7 +27,8 @@ use serde::de::IgnoredAny;
 use self::event::StreamForm;
 use self::source::{SourceParts, StreamSource};
 use super::credentials::{Caller, DataCaller};
-use super::query::{readable_scope, topic_of_read};
+use super::members::whole_parameter;
+use super::query::{readable_scope, time_parameter, topic_of_read};
 use super::{HttpFrontState, PathParameters};
 use crate::consume::query::QueryError;
 use crate::consume::subscriber::{ReplayError, ReplayStart, SubscriberFeed};
@@ -53,9 +54,11 @@ const ID_BEFORE_ALL: &str = "start";
 #[serde(deny_unknown_fields)]
 struct StreamParameters {
     topic: Option<String>,
-    from_offset: Option<String>,
+    #[serde(default, deserialize_with = "whole_parameter")]
+    from_offset: Option<Offset>,
     from_time: Option<String>,
-    tail: Option<String>,
+    #[serde(default, deserialize_with = "whole_parameter")]
+    tail: Option<u64>,
     /// The caller's; it has been read.
     #[serde(rename = "access_token")]
     _access_token: Option<IgnoredAny>,
@@ -65,12 +68,14 @@ impl StreamParameters {
     /// Where the stream begins; `None` for what comes from now on. A client that comes back asks with the same
     /// parameters as before, so `Last-Event-ID` counts before them.
     fn start(&self, headers: &HeaderMap) -> Result<Option<ReplayStart>, Problem> {
-        let pairs =
-            [("from-offset", &self.from_offset), ("from-time", &self.from_time), ("tail", &self.tail)];
-        let given = pairs.iter().filter_map(|(name, value)| Some((*name, value.as_deref()?)));
-        let start = ReplayStart::parse(given).map_err(|words| {
-            Problem::new(Cause::Malformed, format!("{}.", words.replace("from-", "from_")))
-        })?;
+        let from_time = time_parameter("from_time", self.from_time.clone())?;
+        let (offset, time) = (self.from_offset.map(ReplayStart::Offset), from_time.map(ReplayStart::Time));
+        let mut given = [offset, time, self.tail.map(ReplayStart::Tail)].into_iter().flatten();
+        let start = given.next();
+        if given.next().is_some() {
+            let words = "Give only one of from_offset, from_time and tail.";
+            return Err(Problem::new(Cause::NotPossible, words).with("parameter", "from_offset"));
+        }
         Ok(last_event_id(headers)?.map(ReplayStart::Offset).or(start))
     }
 }
