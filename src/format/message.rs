@@ -6,6 +6,7 @@
 
 use std::borrow::Borrow;
 use std::fmt;
+use std::hash::{Hash, Hasher};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -71,8 +72,22 @@ pub enum NameError {
 /// The id of a datasource: a slug, `[a-z0-9-]{1,63}`.
 ///
 /// No client can create [`DatasourceId::all`], `*`; only keys carry it.
-#[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Clone, Eq, PartialOrd, Ord)]
 pub struct DatasourceId(Arc<str>);
+
+impl PartialEq for DatasourceId {
+    /// Each message is compared with those before it, whose id is mostly the same one.
+    #[inline]
+    fn eq(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.0, &other.0) || self.0 == other.0
+    }
+}
+
+impl Hash for DatasourceId {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        self.0.hash(state);
+    }
+}
 
 impl DatasourceId {
     /// Checks and takes a slug.
@@ -251,16 +266,19 @@ pub fn check_topic(topic: &str) -> Result<(), NameError> {
         _ => {}
     }
     let mut levels = 1;
-    let (mut ascii, mut underscore) = (true, false);
+    let (mut ascii, mut underscore, mut forbidden) = (true, false, false);
+    // Without a branch for each byte: it is done for every message.
     for &b in bytes {
-        match b {
-            b'+' | b'#' => return Err(NameError::TopicWildcard),
-            0..0x20 | 0x7f => return Err(NameError::TopicControl),
-            b'/' => levels += 1,
-            b'_' => underscore = true,
-            0x80.. => ascii = false,
-            _ => {}
-        }
+        levels += usize::from(b == b'/');
+        underscore |= b == b'_';
+        ascii &= b < 0x80;
+        forbidden |= (b == b'+') | (b == b'#') | (b < 0x20) | (b == 0x7f);
+    }
+    if forbidden {
+        let is_wildcard = |b: &u8| matches!(b, b'+' | b'#');
+        let first = bytes.iter().find(|b| is_wildcard(b) || matches!(b, 0..0x20 | 0x7f));
+        let is_first_wildcard = first.is_some_and(is_wildcard);
+        return Err(if is_first_wildcard { NameError::TopicWildcard } else { NameError::TopicControl });
     }
     if underscore && holds_key(topic) {
         return Err(NameError::TopicKey);
@@ -333,23 +351,28 @@ impl Transport {
 /// the key opened and every message on its way into the log. Once it has ended, none of them gets any
 /// further.
 #[derive(Debug, Clone)]
-pub struct Lease(Arc<AtomicBool>);
+pub struct Lease(Arc<LeaseCell>);
+
+/// On a cache line of its own: everybody reads it for each message, and writes the count of its holders beside it.
+#[derive(Debug)]
+#[repr(align(64))]
+struct LeaseCell(AtomicBool);
 
 impl Lease {
     /// A lease that holds until [`Lease::end`].
     pub fn new() -> Self {
-        Self(Arc::new(AtomicBool::new(true)))
+        Self(Arc::new(LeaseCell(AtomicBool::new(true))))
     }
 
     /// Whether the key is still valid. One atomic load.
     #[inline]
     pub fn holds(&self) -> bool {
-        self.0.load(Ordering::Acquire)
+        self.0.0.load(Ordering::Acquire)
     }
 
     /// Ends the key for every holder, from now on.
     pub fn end(&self) {
-        self.0.store(false, Ordering::Release);
+        self.0.0.store(false, Ordering::Release);
     }
 }
 

@@ -176,13 +176,13 @@ impl Draft {
         grant: &Grant,
         datasource: Option<&DatasourceId>,
         message: IncomingMessage<'_>,
-    ) -> Result<usize, Refusal> {
+    ) -> Result<usize, Box<Refusal>> {
         let room = self.payers.last_mut().map_or(Ok(()), |payer| payer.make_room(&message));
         let pushed = match room {
             Ok(()) => self.check_and_add(grant, datasource, message),
             Err(exceeded) => Err(exceeded.into()),
         };
-        match &pushed {
+        match pushed.as_ref().map_err(Box::as_ref) {
             Err(Refusal::Limited(limited)) if limited.is_held_back() => {}
             // Counted when the log does not know it.
             Err(Refusal::Asked(_)) => {}
@@ -197,7 +197,7 @@ impl Draft {
         grant: &Grant,
         datasource: Option<&DatasourceId>,
         message: IncomingMessage<'_>,
-    ) -> Result<usize, Refusal> {
+    ) -> Result<usize, Box<Refusal>> {
         let paid = self.paid > 0;
         self.paid = self.paid.saturating_sub(1);
         if !grant.holds() {
@@ -209,18 +209,20 @@ impl Draft {
             named = self.find_named(grant, datasource, &mut topic)?;
             &named.id
         } else {
-            let own = grant.datasource();
-            grant.allows(Scope::Ingest, datasource.unwrap_or(own).as_str())?;
-            own
+            match datasource {
+                Some(named) => grant.allows(Scope::Ingest, named.as_str())?,
+                None => grant.allows_scope(Scope::Ingest)?,
+            }
+            grant.datasource()
         };
         grant.allows_topic(datasource.as_str(), topic)?;
         let message = IncomingMessage { topic, ..message };
         match self.check_form(topic, &message) {
             Ok(()) | Err(Refusal::TooLarge { .. }) if self.only_asks => {
-                return self.question_for(grant, datasource, &message);
+                return Ok(self.question_for(grant, datasource, &message)?);
             }
             Err(refusal @ Refusal::TooLarge { .. }) => {
-                return Err(self.ask(grant, datasource, message, refusal)?);
+                return Err(self.ask(grant, datasource, message, refusal)?.into());
             }
             checked => checked?,
         }
@@ -232,14 +234,14 @@ impl Draft {
         };
         match metered {
             Err(Refusal::Limited(limited)) if limited.is_for_quarantine() => {
-                return Err(self.quarantine(grant, datasource, message, quarantine_reason(&limited))?);
+                return Err(self.quarantine(grant, datasource, message, quarantine_reason(&limited))?.into());
             }
             // Over a rate, the others than MQTT's clients are told to come again.
             Err(Refusal::Limited(limited))
                 if !limited.is_held_back()
                     && (self.transport == Transport::Mqtt || !limited.limit.is_rate()) =>
             {
-                return Err(self.ask(grant, datasource, message, Refusal::Limited(limited))?);
+                return Err(self.ask(grant, datasource, message, Refusal::Limited(limited))?.into());
             }
             metered => metered?,
         }
@@ -256,7 +258,7 @@ impl Draft {
                     message.message_id.map_or(Ok(()), check_message_id)?;
                     let checked = self.intake.check_retained(datasource, topic, message.payload.len());
                     if let Err(refusal) = checked {
-                        return Err(self.ask(grant, datasource, message, refusal)?);
+                        return Err(self.ask(grant, datasource, message, refusal)?.into());
                     }
                 }
                 let at = self.section_for(grant, datasource, &message, false)?;
@@ -277,7 +279,7 @@ impl Draft {
                 self.note_memory(at, bytes_before);
                 Ok(at)
             }
-            Err(reason) => Err(self.quarantine(grant, datasource, message, *reason)?),
+            Err(reason) => Err(self.quarantine(grant, datasource, message, *reason)?.into()),
         }
     }
 

@@ -81,7 +81,11 @@ impl Draft {
     ///
     /// # Errors
     /// As [`Draft::push`].
-    pub fn push_repeated(&mut self, grant: &Grant, message: IncomingMessage<'_>) -> Result<usize, Refusal> {
+    pub fn push_repeated(
+        &mut self,
+        grant: &Grant,
+        message: IncomingMessage<'_>,
+    ) -> Result<usize, Box<Refusal>> {
         let before = std::mem::replace(&mut self.only_asks, true);
         let message = IncomingMessage { message_id: None, ..message };
         let pushed = self.check_and_add(grant, None, message);
@@ -117,7 +121,7 @@ mod tests {
         message: IncomingMessage<'_>,
     ) -> SectionOutcome {
         let mut draft = intake.draft(Transport::Mqtt, 7);
-        let origin = match draft.push(grant, None, message) {
+        let origin = match draft.push(grant, None, message).map_err(|refusal| *refusal) {
             Err(Refusal::Quarantined(quarantined)) => quarantined.origin,
             Err(Refusal::Asked(asked)) => asked.origin,
             other => panic!("{other:?}"),
@@ -169,9 +173,12 @@ mod tests {
         assert_eq!(news, SectionOutcome::Unknown);
         let mut draft = intake.draft(Transport::Mqtt, 7);
         let without_id = draft.push(&grant, None, retained("t", None));
-        assert!(matches!(without_id, Err(Refusal::Limited(_))), "{without_id:?}");
+        assert!(
+            matches!(without_id.as_ref().map_err(Box::as_ref), Err(Refusal::Limited(_))),
+            "{without_id:?}"
+        );
         let bad_id = draft.push(&grant, None, retained("t", Some("\n")));
-        assert!(matches!(bad_id, Err(Refusal::MessageId)), "{bad_id:?}");
+        assert!(matches!(bad_id.as_ref().map_err(Box::as_ref), Err(Refusal::MessageId)), "{bad_id:?}");
     }
 
     #[test]
@@ -189,7 +196,7 @@ mod tests {
                 let id = id_of_all.is_none().then_some(&**id);
                 let pushed =
                     draft.push(&grant, None, IncomingMessage { payload: &payload, ..message(id, None) });
-                match pushed {
+                match pushed.map_err(|refusal| *refusal) {
                     Ok(_) => false,
                     Err(Refusal::Memory(_)) => true,
                     Err(other) => panic!("{other}"),

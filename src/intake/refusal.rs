@@ -239,6 +239,19 @@ impl From<MemoryExceeded> for Refusal {
     }
 }
 
+/// So that whether a message was let in fits into registers.
+impl From<GrantDenial> for Box<Refusal> {
+    fn from(denial: GrantDenial) -> Self {
+        Box::new(denial.into())
+    }
+}
+
+impl From<MemoryExceeded> for Box<Refusal> {
+    fn from(exceeded: MemoryExceeded) -> Self {
+        Box::new(exceeded.into())
+    }
+}
+
 impl From<LimitExceeded> for Refusal {
     fn from(limited: LimitExceeded) -> Self {
         Refusal::Limited(Box::new(limited))

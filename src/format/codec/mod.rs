@@ -214,6 +214,21 @@ impl<'a> MqttFrame<'a> {
         Ok(connect)
     }
 
+    /// Whether it is a PUBLISH.
+    #[inline]
+    pub fn is_publish(&self) -> bool {
+        self.first >> 4 == 3
+    }
+
+    /// Decodes a PUBLISH.
+    ///
+    /// # Errors
+    /// The first rule that the packet breaks.
+    #[inline]
+    pub fn decode_publish(&self, version: MqttVersion) -> Result<PublishPacket<'a>, Violation> {
+        PublishPacket::decode(self.first, self.body, version == MqttVersion::V5)
+    }
+
     /// Decodes a packet of a client that has connected.
     ///
     /// # Errors
@@ -224,7 +239,7 @@ impl<'a> MqttFrame<'a> {
         let reader = PacketReader::new(self.body);
         match self.first >> 4 {
             1 => Ok(MqttPacket::Connect),
-            3 => PublishPacket::decode(self.first, self.body, v5).map(MqttPacket::Publish),
+            3 => self.decode_publish(version).map(MqttPacket::Publish),
             4 => decode_ack(reader, v5, MESSAGE_ACK_REASONS).map(MqttPacket::Puback),
             5 => decode_ack(reader, v5, MESSAGE_ACK_REASONS).map(MqttPacket::Pubrec),
             6 => decode_ack(reader, v5, RELEASE_REASONS).map(MqttPacket::Pubrel),

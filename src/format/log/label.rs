@@ -72,9 +72,16 @@ impl LabelTable {
         self.oldest = (self.oldest + 1) % LABELS_SEARCH_MAX;
     }
 
+    #[inline]
     fn is_at(&self, place: &LabelPlace, topic: &str, content_type: &str) -> bool {
-        &self.bytes[place.topic.clone()] == topic.as_bytes()
-            && &self.bytes[place.content_type.clone()] == content_type.as_bytes()
+        let is_type = if content_type.is_empty() {
+            // Most have none. Comparing nothing with nothing by memcmp takes tens of ns where its masked load
+            // of a dangling pointer is a fault that the processor has to suppress (AMD, glibc's AVX-512 version).
+            place.content_type.is_empty()
+        } else {
+            &self.bytes[place.content_type.clone()] == content_type.as_bytes()
+        };
+        is_type && &self.bytes[place.topic.clone()] == topic.as_bytes()
     }
 
     fn add(&mut self, topic: &str, content_type: &str, hash: u32) -> LabelPlace {

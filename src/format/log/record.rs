@@ -136,7 +136,8 @@ pub struct RecordBody<'a> {
 }
 
 /// A record as it is stored, without its event time and its note, which follow if the flags say so.
-#[derive(Serialize, Deserialize)]
+#[derive(Deserialize)]
+#[cfg_attr(test, derive(Serialize))]
 pub(super) struct StoredRecord<'a> {
     pub flags: RecordFlags,
     /// Where its topic and media type are in the labels of its section.
@@ -145,6 +146,32 @@ pub(super) struct StoredRecord<'a> {
     pub properties: &'a [u8],
     #[serde(borrow, with = "serde_bytes")]
     pub payload: &'a [u8],
+}
+
+impl StoredRecord<'_> {
+    /// Appends it as postcard does, which takes three times as long.
+    #[inline]
+    pub(super) fn put(&self, to: &mut Vec<u8>) {
+        to.reserve(1 + 3 * VARINT_BYTES_MAX + self.properties.len() + self.payload.len());
+        to.push(self.flags.0);
+        put_varint(self.label as usize, to);
+        for bytes in [self.properties, self.payload] {
+            put_varint(bytes.len(), to);
+            to.extend_from_slice(bytes);
+        }
+    }
+}
+
+/// What a varint of postcard takes at most.
+const VARINT_BYTES_MAX: usize = 10;
+
+#[inline]
+fn put_varint(mut value: usize, to: &mut Vec<u8>) {
+    while value >= 0x80 {
+        to.push(value as u8 | 0x80);
+        value >>= 7;
+    }
+    to.push(value as u8);
 }
 
 /// A record in versions 1 and 2 of the format.
@@ -231,5 +258,26 @@ pub(super) fn record_of<'a>(head: &SectionHead<'a>, record: RecordBody<'a>, offs
         event_at: record.event_at,
         flags: record.flags,
         note: record.note,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_record_is_written_as_postcard_writes_it() {
+        let bytes = vec![0xa5; 20_000];
+        for label in [0, 127, 128, 16_383, 16_384, u32::MAX] {
+            for (properties, payload) in [(0, 0), (1, 127), (127, 128), (128, 16_383), (16_384, 20_000)] {
+                let (properties, payload) = (&bytes[..properties], &bytes[..payload]);
+                let record = StoredRecord { flags: RecordFlags(0xff), label, properties, payload };
+                let mut written = vec![1];
+                record.put(&mut written);
+                let mut expected = vec![1];
+                put_postcard(&record, &mut expected);
+                assert!(written == expected, "{label} {} {}", properties.len(), payload.len());
+            }
+        }
     }
 }

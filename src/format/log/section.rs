@@ -205,7 +205,7 @@ impl Section {
         let label = self.labels.place(topic, content_type);
         self.digest = None;
         let kept = event_at.map_or(flags, |_| flags.with(RecordFlags::EVENT_TIMED));
-        put_postcard(&StoredRecord { flags: kept, label, properties, payload }, &mut self.bytes);
+        StoredRecord { flags: kept, label, properties, payload }.put(&mut self.bytes);
         if let Some(event_at) = event_at {
             put_postcard(&event_at, &mut self.bytes);
             self.timed = true;

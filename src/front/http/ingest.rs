@@ -413,7 +413,7 @@ impl Upload {
         let mut topic = TopicBuffer::new(&self.topic);
         for index in 0..messages.payloads.len() {
             let message = self.message(&messages, index, &mut topic);
-            draft.push(&self.grant, Some(&self.datasource), message)?;
+            draft.push(&self.grant, Some(&self.datasource), message).map_err(|refusal| *refusal)?;
         }
         Ok(draft)
     }
@@ -462,7 +462,7 @@ impl Upload {
             }
             let message =
                 IncomingMessage { message_id: of_one, ..self.message(&messages, index, &mut topic) };
-            match draft.push(&self.grant, Some(&self.datasource), message) {
+            match draft.push(&self.grant, Some(&self.datasource), message).map_err(|refusal| *refusal) {
                 Ok(_) => {}
                 Err(Refusal::Quarantined(quarantined)) => failures.add(&messages, index, quarantined.reason),
                 Err(refusal) => {

@@ -79,35 +79,53 @@ impl AckWaits {
     }
 }
 
-/// One answer: to a QoS 1 or QoS 2 message, or to a PUBREL.
+/// One answer: to a QoS 1 or QoS 2 message, or to a PUBREL. Eight bytes, because there is one for each message.
 struct MessageAck {
     packet_id: u16,
     answer: AckKind,
-    verdict: AckVerdict,
+    form: AckForm,
+    /// The origin of the message in the draft, a count, or a place in [`ReadAcks::details`], as `form` says.
+    number: u32,
 }
 
-enum AckVerdict {
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum AckForm {
+    Admitted,
+    Repeated,
+    Done,
+    Pongs,
+    Detailed,
+}
+
+/// What is said of a message, or depends on the log.
+enum AckVerdict<'a> {
     /// The message goes into the log, as part of this origin of the draft.
     Admitted { origin: u32 },
-    /// The message goes into quarantine, as part of this origin of the draft, for the reason in `words`.
-    Quarantined { origin: u32, words: Box<str> },
-    /// The message is refused with this reason, unless the log knows it: it asks, as this origin of the draft.
-    Asked { origin: u32, refusal: Box<Refusal> },
     /// The message belongs to an open exchange, whose message the log has: the same one, if this origin of the
     /// draft is no conflict.
     Repeated { origin: u32 },
-    /// The message is refused for good.
-    Refused(Box<(ReasonCode, String)>),
     /// Success, for a message that was sent before or for a PUBREL.
     Done,
     /// The answers to so many PINGREQs in a row. They say that every earlier message, also QoS 0, has been handled.
     Pongs(u32),
+    /// A no, in most cases.
+    Detailed(&'a AckDetail),
+}
+
+enum AckDetail {
+    /// The message goes into quarantine, as part of this origin of the draft, for the reason in `words`.
+    Quarantined { origin: u32, words: Box<str> },
+    /// The message is refused with this reason, unless the log knows it: it asks, as this origin of the draft.
+    Asked { origin: u32, refusal: Box<Refusal> },
+    /// The message is refused for good.
+    Refused(ReasonCode, String),
 }
 
 /// The answers to the messages of one read, in the order of the messages.
 #[derive(Default)]
 pub(super) struct ReadAcks {
     acks: Vec<MessageAck>,
+    details: Vec<AckDetail>,
     unacknowledged: usize,
     /// The reasons in words.
     words_bytes: usize,
@@ -116,37 +134,36 @@ pub(super) struct ReadAcks {
 impl ReadAcks {
     /// What they take in memory.
     pub(super) fn memory_bytes(&self) -> usize {
-        self.acks.capacity() * size_of::<MessageAck>() + self.words_bytes
+        self.acks.capacity() * size_of::<MessageAck>()
+            + self.details.capacity() * size_of::<AckDetail>()
+            + self.words_bytes
     }
 
     /// Adds the answer to a message that is in the draft, as part of its `origin`.
+    #[inline]
     pub(super) fn push_admitted(&mut self, answer: AckKind, packet_id: u16, origin: usize) {
-        let origin = u32::try_from(origin).unwrap_or(u32::MAX);
         self.unacknowledged += usize::from(answer == AckKind::Puback);
-        self.acks.push(MessageAck { packet_id, answer, verdict: AckVerdict::Admitted { origin } });
+        let number = number_of(origin);
+        self.acks.push(MessageAck { packet_id, answer, form: AckForm::Admitted, number });
     }
 
     /// Adds the answer to a message that is in the draft for quarantine, as part of its `origin`.
     pub(super) fn push_quarantined(&mut self, answer: AckKind, packet_id: u16, origin: usize, words: String) {
-        let origin = u32::try_from(origin).unwrap_or(u32::MAX);
-        self.unacknowledged += usize::from(answer == AckKind::Puback);
         self.words_bytes += words.len();
-        let verdict = AckVerdict::Quarantined { origin, words: words.into() };
-        self.acks.push(MessageAck { packet_id, answer, verdict });
+        let detail = AckDetail::Quarantined { origin: number_of(origin), words: words.into() };
+        self.push_detailed(answer, packet_id, detail);
     }
 
     /// Adds the answer to a message that is refused unless the log knows it, which it asks as part of its `origin`.
     pub(super) fn push_asked(&mut self, answer: AckKind, packet_id: u16, origin: usize, refusal: Refusal) {
-        let origin = u32::try_from(origin).unwrap_or(u32::MAX);
-        self.unacknowledged += usize::from(answer == AckKind::Puback);
-        let verdict = AckVerdict::Asked { origin, refusal: Box::new(refusal) };
-        self.acks.push(MessageAck { packet_id, answer, verdict });
+        let detail = AckDetail::Asked { origin: number_of(origin), refusal: Box::new(refusal) };
+        self.push_detailed(answer, packet_id, detail);
     }
 
     /// Adds the answer to a message of an open exchange, which asks as part of its `origin` whether it is the same.
     pub(super) fn push_repeated(&mut self, packet_id: u16, origin: usize) {
-        let verdict = AckVerdict::Repeated { origin: u32::try_from(origin).unwrap_or(u32::MAX) };
-        self.acks.push(MessageAck { packet_id, answer: AckKind::Pubrec, verdict });
+        let (answer, number) = (AckKind::Pubrec, number_of(origin));
+        self.acks.push(MessageAck { packet_id, answer, form: AckForm::Repeated, number });
     }
 
     /// Adds the answer to a message that was refused for good.
@@ -157,26 +174,39 @@ impl ReadAcks {
         reason: ReasonCode,
         words: String,
     ) {
+        self.words_bytes += words.capacity();
+        self.push_detailed(answer, packet_id, AckDetail::Refused(reason, words));
+    }
+
+    fn push_detailed(&mut self, answer: AckKind, packet_id: u16, detail: AckDetail) {
         self.unacknowledged += usize::from(answer == AckKind::Puback);
-        self.words_bytes += words.capacity() + size_of::<(ReasonCode, String)>();
-        self.acks.push(MessageAck {
-            packet_id,
-            answer,
-            verdict: AckVerdict::Refused(Box::new((reason, words))),
-        });
+        let number = number_of(self.details.len());
+        self.details.push(detail);
+        self.acks.push(MessageAck { packet_id, answer, form: AckForm::Detailed, number });
     }
 
     /// Adds a success, which is sent after every earlier answer.
     pub(super) fn push_done(&mut self, answer: AckKind, packet_id: u16) {
-        self.acks.push(MessageAck { packet_id, answer, verdict: AckVerdict::Done });
+        self.acks.push(MessageAck { packet_id, answer, form: AckForm::Done, number: 0 });
     }
 
     /// Adds the answer to a PINGREQ.
     pub(super) fn push_pong(&mut self) {
-        if let Some(MessageAck { verdict: AckVerdict::Pongs(n), .. }) = self.acks.last_mut() {
-            return *n += 1;
+        if let Some(ack) = self.acks.last_mut().filter(|ack| ack.form == AckForm::Pongs) {
+            return ack.number += 1;
         }
-        self.acks.push(MessageAck { packet_id: 0, answer: AckKind::Puback, verdict: AckVerdict::Pongs(1) });
+        let (packet_id, answer) = (0, AckKind::Puback);
+        self.acks.push(MessageAck { packet_id, answer, form: AckForm::Pongs, number: 1 });
+    }
+
+    fn verdict(&self, ack: &MessageAck) -> AckVerdict<'_> {
+        match ack.form {
+            AckForm::Admitted => AckVerdict::Admitted { origin: ack.number },
+            AckForm::Repeated => AckVerdict::Repeated { origin: ack.number },
+            AckForm::Done => AckVerdict::Done,
+            AckForm::Pongs => AckVerdict::Pongs(ack.number),
+            AckForm::Detailed => AckVerdict::Detailed(&self.details[ack.number as usize]),
+        }
     }
 
     /// How many of the answers are to QoS 1 messages.
@@ -195,11 +225,10 @@ impl ReadAcks {
             return Vec::new();
         }
         let refused = self.acks.iter().filter(|ack| ack.answer == AckKind::Pubrec).filter(|ack| {
-            let outcome = ack.verdict.outcome(outcomes);
+            let verdict = self.verdict(ack);
+            let outcome = verdict.outcome(outcomes);
             let is_conflict = matches!(outcome, Some(SectionOutcome::Conflict { in_exchange: true, .. }));
-            outcome.is_some()
-                && (is_conflict || !closer.is_ephemeral)
-                && ack.verdict.refused(outcomes).is_some()
+            outcome.is_some() && (is_conflict || !closer.is_ephemeral) && verdict.refused(outcomes).is_some()
         });
         refused.map(|ack| Exchange { session: closer.session, packet_id: ack.packet_id }).collect()
     }
@@ -217,21 +246,22 @@ impl ReadAcks {
     ) -> Result<(), Refusal> {
         to.reserve(4 * self.acks.len());
         for ack in &self.acks {
-            if let AckVerdict::Pongs(pings) = ack.verdict {
-                (0..pings).for_each(|_| write::pingresp(to));
-                continue;
-            }
             // Most answers are these.
-            if let (AckKind::Puback, AckVerdict::Admitted { origin }) = (ack.answer, &ack.verdict)
-                && let Some(SectionOutcome::Kept(_)) = outcomes.get(*origin as usize)
+            if (ack.answer, ack.form) == (AckKind::Puback, AckForm::Admitted)
+                && let Some(SectionOutcome::Kept(_)) = outcomes.get(ack.number as usize)
             {
                 write::message_ack(to, form, ack.answer, ack.packet_id, ReasonCode::Success, None);
                 continue;
             }
-            let refused = ack.verdict.refused(outcomes);
+            let verdict = self.verdict(ack);
+            if let AckVerdict::Pongs(pings) = verdict {
+                (0..pings).for_each(|_| write::pingresp(to));
+                continue;
+            }
+            let refused = verdict.refused(outcomes);
             match ack.answer {
                 AckKind::Pubcomp => exchanges.settle_release(ack.packet_id),
-                AckKind::Pubrec if ack.verdict.outcome(outcomes).is_some() => {
+                AckKind::Pubrec if verdict.outcome(outcomes).is_some() => {
                     exchanges.settle_open(ack.packet_id, refused.is_none());
                 }
                 _ => {}
@@ -264,33 +294,37 @@ enum RefusedAck<'a> {
     Words(ReasonCode, &'a str),
 }
 
-impl AckVerdict {
+impl<'a> AckVerdict<'a> {
     /// The log's outcome, if the answer depends on it.
-    fn outcome<'a>(&self, outcomes: &'a [SectionOutcome]) -> Option<&'a SectionOutcome> {
+    fn outcome<'o>(&self, outcomes: &'o [SectionOutcome]) -> Option<&'o SectionOutcome> {
         match self {
             AckVerdict::Admitted { origin }
-            | AckVerdict::Quarantined { origin, .. }
-            | AckVerdict::Asked { origin, .. }
-            | AckVerdict::Repeated { origin } => outcomes.get(*origin as usize),
-            AckVerdict::Refused(_) | AckVerdict::Done | AckVerdict::Pongs(_) => None,
+            | AckVerdict::Repeated { origin }
+            | AckVerdict::Detailed(AckDetail::Quarantined { origin, .. } | AckDetail::Asked { origin, .. }) => {
+                outcomes.get(*origin as usize)
+            }
+            AckVerdict::Detailed(AckDetail::Refused(..)) | AckVerdict::Done | AckVerdict::Pongs(_) => None,
         }
     }
 
     /// Why it is a no; `None` if it is a yes.
-    fn refused(&self, outcomes: &[SectionOutcome]) -> Option<RefusedAck<'_>> {
+    fn refused(&self, outcomes: &[SectionOutcome]) -> Option<RefusedAck<'a>> {
         let outcome = self.outcome(outcomes);
         let by_outcome = || outcome.and_then(Refusal::from_outcome).map(RefusedAck::Refusal);
-        let refused = match self {
+        let detail = match self {
             AckVerdict::Done | AckVerdict::Pongs(_) => return None,
             AckVerdict::Admitted { .. } => return by_outcome(),
             AckVerdict::Repeated { .. } => {
                 return by_outcome().filter(|_| matches!(outcome, Some(SectionOutcome::Conflict { .. })));
             }
-            AckVerdict::Refused(refused) => RefusedAck::Words(refused.0, &refused.1),
-            AckVerdict::Quarantined { words, .. } => {
+            AckVerdict::Detailed(detail) => *detail,
+        };
+        let refused = match detail {
+            AckDetail::Refused(reason, words) => RefusedAck::Words(*reason, words),
+            AckDetail::Quarantined { words, .. } => {
                 RefusedAck::Words(ReasonCode::PayloadFormatInvalid, words)
             }
-            AckVerdict::Asked { refusal, .. } => RefusedAck::Refusal((**refusal).clone()),
+            AckDetail::Asked { refusal, .. } => RefusedAck::Refusal((**refusal).clone()),
         };
         match outcome {
             Some(SectionOutcome::Known(_)) => None,
@@ -298,6 +332,12 @@ impl AckVerdict {
             _ => Some(refused),
         }
     }
+}
+
+/// A number of origins, messages or details of one read, of which there are far fewer.
+#[inline]
+fn number_of(count: usize) -> u32 {
+    u32::try_from(count).unwrap_or(u32::MAX)
 }
 
 /// Ends the exchanges of a session whose messages the log has refused.

@@ -250,7 +250,7 @@ impl MqttWill {
             message_id: message_id.as_deref(),
             exchange: None,
         };
-        match draft.push(&self.grant, None, message) {
+        match draft.push(&self.grant, None, message).map_err(|refusal| *refusal) {
             // A quarantined will is in the draft too, and is kept in quarantine.
             Ok(_) | Err(Refusal::Quarantined(_)) => Ok(draft),
             Err(refusal) => Err(refusal),

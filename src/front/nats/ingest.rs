@@ -214,7 +214,7 @@ impl NatsIngest {
         if draft.payer() != Some(grant.key_id()) {
             draft.charge_to(&self.intake.memory_account(&grant), grant.key_id());
         }
-        draft.push(&grant, Some(&datasource), message).map_err(refusing)
+        draft.push(&grant, Some(&datasource), message).map_err(|refusal| refusing(*refusal))
     }
 }
 

@@ -243,7 +243,7 @@ impl ModelRun {
                     exchange: message.exchange.map(|(exchange, _)| exchange),
                 },
             );
-            let (origin, pushed_as) = match (pushed, self.rules[tenant]) {
+            let (origin, pushed_as) = match (pushed.map_err(|refusal| *refusal), self.rules[tenant]) {
                 (Ok(origin), TenantRules::Nothing) => (origin, PushedAs::LetIn),
                 (Ok(origin), TenantRules::Schema) if message.good => (origin, PushedAs::LetIn),
                 (Err(Refusal::Quarantined(quarantined)), TenantRules::Schema) if !message.good => {

@@ -26,6 +26,9 @@ pub(super) fn may_be_telemetry(payload: &[u8]) -> bool {
     let payload = payload.strip_prefix(b"[").unwrap_or(payload).trim_ascii_start();
     let Some(members) = payload.strip_prefix(b"{") else { return false };
     let members = members.trim_ascii_start();
+    if !matches!(members, [b'"', b't' | b'v', ..]) {
+        return false;
+    }
     let Some(time) = members.strip_prefix(b"\"ts\"") else { return members.starts_with(b"\"values\"") };
     let Some(time) = time.trim_ascii_start().strip_prefix(b":") else { return false };
     let time = time.trim_ascii_start();

@@ -315,21 +315,19 @@ impl Inbound {
         let mut consumed = 0;
         while read.may_go_on() {
             let rest = &bytes[consumed..];
-            let frame = match MqttFrame::split(rest, self.packet_bytes_max, Some(self.form.version)) {
+            // What is decoded is looked at where it is: moving it takes as long as decoding it.
+            let split = MqttFrame::split(rest, self.packet_bytes_max, Some(self.form.version));
+            let frame = match &split {
                 Ok(Some(frame)) => frame,
                 Ok(None) => break,
                 Err(violation) => {
-                    read.batch.end = Some(InboundEnd::Violation(violation));
+                    read.batch.end = Some(InboundEnd::Violation(violation.clone()));
                     break;
                 }
             };
             consumed += frame.bytes;
             read.batch.packets += 1;
-            if let Err(end) = frame
-                .decode(self.form.version)
-                .map_err(InboundEnd::Violation)
-                .and_then(|packet| self.handle_packet(packet, rest.len(), read))
-            {
+            if let Err(end) = self.handle_frame(frame, rest.len(), read) {
                 read.batch.end = Some(end);
             }
             if read.batch.is_held() {
@@ -339,6 +337,25 @@ impl Inbound {
             }
         }
         consumed
+    }
+
+    #[inline]
+    fn handle_frame(
+        &mut self,
+        frame: &MqttFrame<'_>,
+        bytes_left: usize,
+        read: &mut InboundRead<'_>,
+    ) -> Result<(), InboundEnd> {
+        let version = self.form.version;
+        // Nearly all traffic.
+        if frame.is_publish() {
+            return match &frame.decode_publish(version) {
+                Ok(publish) => self.handle_publish(publish, bytes_left, read),
+                Err(violation) => Err(InboundEnd::Violation(violation.clone())),
+            };
+        }
+        let packet = frame.decode(version).map_err(InboundEnd::Violation)?;
+        self.handle_packet(packet, bytes_left, read)
     }
 
     fn handle_packet(

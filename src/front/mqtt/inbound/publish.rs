@@ -85,15 +85,27 @@ impl Inbound {
                 self.answer_admitted(publish, origin, read);
                 Ok(())
             }
-            Err(RefusedMessage { refusal: Refusal::Quarantined(quarantined), .. }) => {
+            Err(refused) => self.answer_not_admitted(publish, *refused, read),
+        }
+    }
+
+    #[cold]
+    fn answer_not_admitted(
+        &mut self,
+        publish: &PublishPacket<'_>,
+        refused: RefusedMessage,
+        read: &mut InboundRead<'_>,
+    ) -> Result<(), InboundEnd> {
+        match refused {
+            RefusedMessage { refusal: Refusal::Quarantined(quarantined), .. } => {
                 self.answer_quarantined(publish, *quarantined, read);
                 Ok(())
             }
-            Err(RefusedMessage { refusal: Refusal::Limited(limited), .. }) if limited.is_held_back() => {
+            RefusedMessage { refusal: Refusal::Limited(limited), .. } if limited.is_held_back() => {
                 read.batch.held = Some(*limited);
                 Ok(())
             }
-            Err(refused) => self.answer_refused(publish, refused, read),
+            refused => self.answer_refused(publish, refused, read),
         }
     }
 
@@ -270,15 +282,16 @@ struct RefusedMessage {
     own_key: Option<(Option<KeyId>, Option<KeyShape>)>,
 }
 
-impl From<Refusal> for RefusedMessage {
-    fn from(refusal: Refusal) -> Self {
-        Self { refusal, own_key: None }
+impl From<Box<Refusal>> for Box<RefusedMessage> {
+    fn from(refusal: Box<Refusal>) -> Self {
+        Box::new(RefusedMessage { refusal: *refusal, own_key: None })
     }
 }
 
-impl From<RejectedKey> for RefusedMessage {
+impl From<RejectedKey> for Box<RefusedMessage> {
     fn from(rejected: RejectedKey) -> Self {
-        Self { refusal: rejected.denied.into(), own_key: Some((rejected.key_id, rejected.shape)) }
+        let own_key = Some((rejected.key_id, rejected.shape));
+        Box::new(RefusedMessage { refusal: rejected.denied.into(), own_key })
     }
 }
 
@@ -292,7 +305,7 @@ fn push_message(
     topic: &str,
     publish: &PublishPacket<'_>,
     exchange: Option<MessageExchange>,
-) -> Result<usize, RefusedMessage> {
+) -> Result<usize, Box<RefusedMessage>> {
     let is_open = exchange.is_some_and(|exchange| exchange.is_open);
     let exchange = exchange.map(|exchange| exchange.exchange);
     let push = |draft: &mut Draft, grant: &Grant, message| match is_open {
@@ -332,5 +345,8 @@ fn push_message(
         exchange,
     };
     let pushed = push(draft, own.as_ref().unwrap_or(grant), message);
-    pushed.map_err(|refusal| RefusedMessage { refusal, own_key: own.map(|own| (Some(own.key_id()), None)) })
+    pushed.map_err(|refusal| {
+        let own_key = own.map(|own| (Some(own.key_id()), None));
+        Box::new(RefusedMessage { refusal: *refusal, own_key })
+    })
 }
