@@ -5,8 +5,9 @@ use crate::consume::query::RecordsReader;
 use crate::consume::sink::retention::StoredLimits;
 use crate::consume::sink::sqlite::{RECORDS_FILE_NAME, SqliteSink};
 use crate::consume::testing::record;
+use crate::limits::{LATEST_BOARD_BYTES_MAX, LATEST_KEYS_PER_TOPIC_MAX, LATEST_TOPICS_MAX};
 use crate::log::{WithheldChange, WithheldRule, WithheldRules};
-use crate::message::RecordRef;
+use crate::message::{Offset, RecordRef};
 use crate::seeded_random::SeededRandom;
 
 const PAYLOADS: [&[u8]; 9] = [
