@@ -6,7 +6,9 @@ use std::collections::HashMap;
 use std::hash::{BuildHasher, RandomState};
 use std::time::{Duration, Instant};
 
-use parking_lot::Mutex;
+use parking_lot::{Mutex, MutexGuard};
+
+use crate::scheduler::polite_lock;
 
 /// How long a message may be on its way from intake to the consumer before its topic counts no more: it was
 /// refused further on.
@@ -14,11 +16,22 @@ const UNCONFIRMED_MAX: Duration = Duration::from_secs(60);
 /// How often a full table is looked through for such topics.
 const CLEAR_UP_INTERVAL: Duration = Duration::from_secs(10);
 
+/// Locks for the datasources: nobody waits for the one that another one's flood holds, or seldom.
+const TOPIC_SHARDS: usize = 64;
+
+type TopicTables = HashMap<Box<str>, TopicTable>;
+
 /// The retained topics of all datasources, each as a keyed hash of 64 bits.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct RetainedTopics {
-    by_datasource: Mutex<HashMap<Box<str>, TopicTable>>,
+    shards: [Mutex<TopicTables>; TOPIC_SHARDS],
     hash: RandomState,
+}
+
+impl Default for RetainedTopics {
+    fn default() -> Self {
+        Self::with_hash(RandomState::new())
+    }
 }
 
 #[derive(Debug, Default)]
@@ -45,6 +58,40 @@ pub enum RetainedFull {
 }
 
 impl RetainedTopics {
+    fn with_hash(hash: RandomState) -> Self {
+        Self { shards: std::array::from_fn(|_| Mutex::default()), hash }
+    }
+
+    /// Counts everything anew: `count` confirms what there is to an empty count, which then takes the place of the present
+    /// one. What intake lets in meanwhile stays entered.
+    ///
+    /// # Errors
+    /// Those of `count`; then nothing has changed.
+    pub fn recount<E>(&self, count: impl FnOnce(&Self) -> Result<(), E>) -> Result<(), E> {
+        let counted = Self::with_hash(self.hash.clone());
+        count(&counted)?;
+        for (shard, counted) in self.shards.iter().zip(counted.shards) {
+            let mut tables = polite_lock(shard);
+            let before = std::mem::replace(&mut *tables, counted.into_inner());
+            for (datasource, table) in before {
+                let unconfirmed = table.topics.into_iter().filter(|(_, topic)| topic.unconfirmed.is_some());
+                for (hash, topic) in unconfirmed {
+                    let table = tables.entry(datasource.clone()).or_default();
+                    table.topics.entry(hash).or_insert_with(|| {
+                        table.bytes += topic.bytes;
+                        topic
+                    });
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn tables_of(&self, datasource: &str) -> MutexGuard<'_, TopicTables> {
+        let shard = self.hash.hash_one(datasource) % TOPIC_SHARDS as u64;
+        polite_lock(&self.shards[usize::try_from(shard).unwrap_or_default()])
+    }
+
     /// Enters a topic with a message of `bytes`, if the datasource may have it. One that is there already may
     /// have a message that is no larger, whatever the limits are.
     ///
@@ -59,7 +106,7 @@ impl RetainedTopics {
         bytes_max: u64,
     ) -> Result<(), RetainedFull> {
         let hash = self.hash.hash_one(topic);
-        let mut tables = self.by_datasource.lock();
+        let mut tables = self.tables_of(datasource);
         if !tables.contains_key(datasource) {
             tables.insert(datasource.into(), TopicTable::default());
         }
@@ -86,7 +133,7 @@ impl RetainedTopics {
     /// The consumer has a topic's message of `bytes` now; with 0 it has none any more.
     pub fn confirm(&self, datasource: &str, topic: &str, bytes: u64) {
         let hash = self.hash.hash_one(topic);
-        let mut tables = self.by_datasource.lock();
+        let mut tables = self.tables_of(datasource);
         if bytes == 0 {
             let Some(table) = tables.get_mut(datasource) else { return };
             table.bytes -= table.topics.remove(&hash).map_or(0, |topic| topic.bytes);
@@ -101,11 +148,6 @@ impl RetainedTopics {
         };
         let before = table.topics.insert(hash, RetainedTopic { bytes, unconfirmed: None });
         table.bytes = table.bytes + bytes - before.map_or(0, |topic| topic.bytes);
-    }
-
-    /// Forgets all topics: the consumer begins anew.
-    pub fn clear(&self) {
-        self.by_datasource.lock().clear();
     }
 }
 
@@ -147,6 +189,26 @@ mod tests {
         topics.confirm("a", "y", 0);
         topics.confirm("a", "z", 0);
         topics.confirm("b", "z", 0);
-        assert!(topics.by_datasource.lock().is_empty());
+        assert!(topics.shards.iter().all(|shard| shard.lock().is_empty()));
+    }
+
+    #[test]
+    fn what_is_let_in_while_all_is_counted_anew_counts() {
+        let topics = RetainedTopics::default();
+        topics.confirm("a", "gone", 50);
+        let enter = |topic: &str, bytes| topics.try_enter("a", topic, bytes, 3, 100);
+        let counted = topics.recount(|counted| {
+            counted.confirm("a", "x", 40);
+            counted.confirm("a", "y", 10);
+            enter("y", 20).expect("fits");
+            enter("z", 30).map_err(|_| ())
+        });
+        assert_eq!(counted, Ok(()));
+        assert_eq!(enter("new", 1), Err(RetainedFull::Topics));
+        topics.confirm("a", "x", 0);
+        assert_eq!(enter("new", 61), Err(RetainedFull::Bytes));
+        assert_eq!(enter("new", 60), Ok(()));
+        assert_eq!(topics.recount(|_| Err(())), Err(()));
+        assert_eq!(enter("newer", 1), Err(RetainedFull::Topics), "a count that fails changes nothing");
     }
 }

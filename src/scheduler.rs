@@ -2,7 +2,9 @@
 
 use std::cell::Cell;
 use std::ptr;
-use std::time::Duration;
+use std::sync::LazyLock;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
 
 use parking_lot::{Mutex, MutexGuard, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use tracing::warn;
@@ -15,6 +17,26 @@ thread_local! {
 /// Whether the calling thread has a lower priority than usual: it should hold nothing that others wait for.
 pub fn is_lowered() -> bool {
     IS_LOWERED.get()
+}
+
+/// Until when threads that everybody waits for are to be let in at once, in microseconds since the first call.
+static CROWDED_UNTIL_US: AtomicU64 = AtomicU64::new(0);
+static CLOCK_BEGAN: LazyLock<Instant> = LazyLock::new(Instant::now);
+
+fn clock_us() -> u64 {
+    u64::try_from(CLOCK_BEGAN.elapsed().as_micros()).unwrap_or(u64::MAX)
+}
+
+/// Notes that somebody takes more of the processors than others, for so long from now on.
+pub fn note_crowd(time: Duration) {
+    let time = u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
+    CROWDED_UNTIL_US.fetch_max(clock_us().saturating_add(time), Ordering::Relaxed);
+}
+
+/// Whether somebody takes more of the processors than others.
+pub fn is_crowded() -> bool {
+    let until = CROWDED_UNTIL_US.load(Ordering::Relaxed);
+    until > 0 && clock_us() < until
 }
 
 /// How long a thread of low priority waits until it looks again whether a lock is free.
@@ -78,12 +100,13 @@ pub fn thread_time() -> Duration {
     Duration::new(time.tv_sec.unsigned_abs(), u32::try_from(time.tv_nsec).unwrap_or(0))
 }
 
-/// The time slice of a thread of low priority, in nanoseconds: the longest that there is. Whoever has the usual slice is
-/// let in at once.
-const LOWERED_SLICE_NS: u64 = 100_000_000;
+/// The time slice of a thread of low priority, in nanoseconds. Longer than the usual one, so that whoever has that is let in
+/// at once; and not by much, because a thread may make up for two slices that it was kept waiting, and nobody is let in
+/// meanwhile.
+const LOWERED_SLICE_NS: u64 = 3_000_000;
 
 /// Makes the calling thread's priority lower by `nice` than that of the process's first thread, and has it give way at once
-/// to threads of the usual priority.
+/// to threads of the usual priority: it does not take a processor from them when it is woken (`SCHED_BATCH`).
 pub fn lower_priority(nice: u8) {
     if nice == 0 {
         return;
@@ -103,8 +126,8 @@ pub fn lower_priority(nice: u8) {
             warn!(%error, nice, thread = thread.name(), "a thread keeps its priority");
         }
     }
-    // An older kernel has none.
-    let _ = SchedulerAttributes::set_slice(LOWERED_SLICE_NS);
+    // An older kernel has no slices, and takes the policy all the same.
+    let _ = SchedulerAttributes::set_batch(LOWERED_SLICE_NS);
 }
 
 /// `struct sched_attr` of Linux, first version.
@@ -140,6 +163,13 @@ impl SchedulerAttributes {
     /// The time slice, in nanoseconds.
     pub fn slice_ns(&self) -> u64 {
         self.runtime
+    }
+
+    /// Has the calling thread take no processor from others when it is woken, and asks for another time slice for it. Returns
+    /// whether the kernel took it.
+    pub fn set_batch(slice_ns: u64) -> bool {
+        let policy = libc::SCHED_BATCH.cast_unsigned();
+        Self::get().is_some_and(|now| Self { policy, runtime: slice_ns, ..now }.set())
     }
 
     /// Asks for another time slice for the calling thread (EEVDF, Linux 6.12): a thread with a shorter one is let in
@@ -185,5 +215,15 @@ mod tests {
             is_lowered()
         });
         assert!(lowered.join().expect("no panic") && !is_lowered());
+    }
+
+    #[test]
+    fn a_thread_of_low_priority_takes_no_processor_from_others_when_it_is_woken() {
+        let lowered = std::thread::spawn(|| {
+            lower_priority(1);
+            SchedulerAttributes::get().map(|attributes| attributes.policy)
+        });
+        let policy = lowered.join().expect("no panic");
+        assert!(policy.is_none_or(|policy| policy == libc::SCHED_BATCH.cast_unsigned()), "{policy:?}");
     }
 }

@@ -237,7 +237,11 @@ impl Grant {
         GrantDenial::TokenTopics { key_id: self.key.id }
     }
 
-    fn check(&self) -> Result<(), GrantDenial> {
+    /// Checks that it is still valid.
+    ///
+    /// # Errors
+    /// [`GrantDenial::Revoked`], [`GrantDenial::Expired`] or [`GrantDenial::ExpiredToken`].
+    pub fn check(&self) -> Result<(), GrantDenial> {
         let key = &*self.key;
         if !key.holds() {
             return Err(GrantDenial::Revoked);

@@ -120,6 +120,11 @@ const SPOKEN_ARGUMENTS: &[(&str, &str)] = &[
 ];
 
 impl ProblemAnswer {
+    /// That of whoever answers in a gateway's place.
+    pub(super) fn of_stranger(status: u16) -> Self {
+        Self { status, ..Self::default() }
+    }
+
     /// Whether a gateway has written it, and not whatever else answers at its address.
     pub(super) fn is_gateways(&self) -> bool {
         self.r#type.starts_with("/problems/")
@@ -270,10 +275,7 @@ impl ApiClient {
     }
 
     fn success(&self, answered: Result<Response<Body>, ureq::Error>) -> anyhow::Result<Response<Body>> {
-        let response = answered.map_err(|error| match trust::explain(&error) {
-            Some(words) => anyhow::anyhow!("{} is not trusted: {words}", self.url),
-            None => GatewayAway { place: self.url.clone(), source: Box::new(error) }.into(),
-        })?;
+        let response = answered.map_err(|error| unanswered(&self.url, error))?;
         if response.status().is_success() {
             return Ok(response);
         }
@@ -297,6 +299,14 @@ pub(super) fn agent(url: &str) -> anyhow::Result<Agent> {
     let config = if is_loopback(url) { config.proxy(None) } else { config };
     let config = if is_https(url) { config.tls_config(trust::agent_tls()?) } else { config };
     Ok(config.build().new_agent())
+}
+
+/// That nobody has answered at `url`, or that who did is not trusted.
+pub(super) fn unanswered(url: &str, error: ureq::Error) -> anyhow::Error {
+    match trust::explain(&error) {
+        Some(words) => anyhow::anyhow!("{url} is not trusted: {words}"),
+        None => GatewayAway { place: url.to_owned(), source: Box::new(error) }.into(),
+    }
 }
 
 /// Whether a URL is of HTTP over TLS.

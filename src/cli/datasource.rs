@@ -28,7 +28,7 @@ pub(super) enum DatasourceCommand {
         #[arg(long)]
         id: Option<String>,
         /// What the key may be used for: ingest, subscribe; may be given twice
-        #[arg(long = "scope", value_name = "SCOPE", default_value = "ingest")]
+        #[arg(long = "scope", value_name = "SCOPE", default_value = "ingest", value_parser = ["ingest", "subscribe", "admin"])]
         scopes: Vec<String>,
         /// Print the gateway's answer as JSON
         #[arg(long)]

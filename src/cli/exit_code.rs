@@ -44,6 +44,11 @@ pub(super) struct RefusedHere(pub(super) String);
 #[error("{0} of this is bad")]
 pub(super) struct FindingsAreBad(pub(super) usize);
 
+/// A gateway answers, and takes no messages.
+#[derive(Debug, thiserror::Error)]
+#[error("the gateway takes no messages: {0}")]
+pub(super) struct NotReady(pub(super) String);
+
 /// What the command itself has not found.
 #[derive(Debug, thiserror::Error)]
 #[error("not found: {0}")]
@@ -63,7 +68,7 @@ pub(super) fn exit_code(error: &Error) -> u8 {
     if error.downcast_ref::<RefusedHere>().is_some() {
         return REFUSED;
     }
-    if error.downcast_ref::<GatewayAway>().is_some() {
+    if error.downcast_ref::<GatewayAway>().is_some() || error.downcast_ref::<NotReady>().is_some() {
         return AWAY;
     }
     match error.downcast_ref::<ClusterCommandError>() {
@@ -76,6 +81,11 @@ pub(super) fn exit_code(error: &Error) -> u8 {
         Some(MqttClientError::Broken(_)) => AWAY,
         None => FAILED,
     }
+}
+
+/// Whether it says that the gateway has refused.
+pub(super) fn is_refusal(error: &Error) -> bool {
+    exit_code(error) == REFUSED
 }
 
 fn of_problem(problem: &ProblemAnswer) -> u8 {
@@ -114,6 +124,7 @@ mod tests {
             (Error::new(MqttClientError::Broken("gone".to_owned())), 5),
             (Error::new(ClusterCommandError::Away("NATS is away".to_owned())), 5),
             (Error::new(ClusterCommandError::Refused("no key".to_owned())), 3),
+            (Error::new(NotReady("the disk is full".to_owned())), 5),
             (Error::new(NameError::KeyId), 2),
             (Error::new(UsageError("no".to_owned())), 2),
             (anyhow::anyhow!("anything"), 1),

@@ -186,7 +186,8 @@ fn print_refusal(refusal: &Value, out: &mut CommandOutput) -> io::Result<()> {
     let (count, last, over) =
         (&refusal["count"], ago(text(&refusal["last_at"])), text(&refusal["transport"]));
     let (cause, detail) = (text(&refusal["cause"]), text(&refusal["detail"]));
-    writeln!(out, "refused  {count} times, last {last}, over {over}: {cause}: {detail}")?;
+    let times = if *count == 1 { "once".to_owned() } else { format!("{count} times, last") };
+    writeln!(out, "refused  {times} {last}, over {over}: {cause}: {detail}")?;
     writeln!(out, "         what to do: {}", text(&refusal["advice"]))
 }
 

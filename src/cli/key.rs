@@ -31,7 +31,7 @@ pub(super) enum KeyCommand {
         #[arg(long, default_value = "")]
         label: String,
         /// What it may be used for: ingest, subscribe or admin; may be given more than once
-        #[arg(long = "scope", value_name = "SCOPE", default_value = "ingest")]
+        #[arg(long = "scope", value_name = "SCOPE", default_value = "ingest", value_parser = ["ingest", "subscribe", "admin"])]
         scopes: Vec<String>,
         /// When it stops working: 2027-01-31T12:00:00Z, or 90d for in 90 days
         #[arg(long, value_name = "TIME|SPAN", value_parser = TimeArgument::parse_future)]
@@ -81,7 +81,7 @@ pub(super) enum KeyCommand {
         #[arg(long = "topic", value_name = "FILTER")]
         topics: Vec<String>,
         /// What it may be used for: ingest or subscribe; may be given more than once; all that its key may without
-        #[arg(long = "scope", value_name = "SCOPE")]
+        #[arg(long = "scope", value_name = "SCOPE", value_parser = ["ingest", "subscribe"])]
         scopes: Vec<String>,
         /// Print the gateway's answer as JSON
         #[arg(long)]

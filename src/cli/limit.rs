@@ -8,13 +8,14 @@ use serde_json::{Map, Value, json};
 use super::client::ApiClient;
 use super::exit_code::UsageError;
 use super::out::{CommandOutput, print_json, table};
+use crate::config::parse_quantity;
 use crate::quota::Limit;
 
 /// What to change; nothing only shows.
 #[derive(Debug, clap::Args)]
 pub(super) struct LimitArgs {
-    /// Set a limit: messages_per_s=100, or with how it counts: messages_per_s=100,burst=200,policy=reject; may be given
-    /// more than once
+    /// Set a limit: messages_per_s=100, stored_age_s=7d, payload_bytes=4KiB, or with how it counts:
+    /// messages_per_s=100,burst=200,policy=reject; may be given more than once
     #[arg(long, value_name = "NAME=MAX", value_parser = parse_setting)]
     set: Vec<(Limit, Value)>,
     /// Take a limit away, so that the default counts; may be given more than once
@@ -39,7 +40,8 @@ fn parse_setting(text: &str) -> Result<(Limit, Value), String> {
     let number =
         |text: &str| text.parse::<u64>().map_err(|_| format!("{text:?} is not a whole number, 0 or more"));
     let limit = parse_name(name)?;
-    let mut setting = Map::from_iter([("max".to_owned(), json!(number(max)?))]);
+    let most = parse_quantity(limit.name(), max).map_err(|rule| format!("{max:?}: {rule}"))?;
+    let mut setting = Map::from_iter([("max".to_owned(), json!(most))]);
     for member in members {
         let value = match member.split_once('=') {
             Some(("burst", burst)) => ("burst", json!(number(burst)?)),
@@ -113,8 +115,24 @@ mod tests {
             parse_setting("messages_per_s=100,burst=200,policy=reject"),
             Ok((Limit::MessagesPerS, json!({ "max": 100, "burst": 200, "policy": "reject" })))
         );
-        assert_eq!(parse_setting("topics=0"), Ok((Limit::Topics, json!({ "max": 0 }))));
-        for bad in ["", "topics", "nope=1", "topics=", "topics=-1", "topics=1,2", "topics=1,burst=x"] {
+        for (text, limit, max) in [
+            ("topics=0", Limit::Topics, 0),
+            ("stored_age_s=7d", Limit::StoredAgeS, 604_800),
+            ("payload_bytes=4KiB", Limit::PayloadBytes, 4_096),
+        ] {
+            assert_eq!(parse_setting(text), Ok((limit, json!({ "max": max }))), "{text}");
+        }
+        for bad in [
+            "",
+            "topics",
+            "nope=1",
+            "topics=",
+            "topics=-1",
+            "topics=7d",
+            "stored_age_s=1x",
+            "topics=1,2",
+            "topics=1,burst=x",
+        ] {
             assert!(parse_setting(bad).is_err(), "{bad}");
         }
         let twice = LimitArgs {

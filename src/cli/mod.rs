@@ -28,6 +28,7 @@ mod limit;
 mod mqtt_place;
 mod nats;
 mod out;
+mod ping;
 mod publish;
 mod quarantine;
 mod records;
@@ -126,6 +127,8 @@ enum CliCommand {
     Publish(publish::PublishArgs),
     /// Load a gateway over MQTT and report acknowledged messages per second and latency
     Bench(bench::BenchArgs),
+    /// Ask whether a gateway serves, or with `--ready` whether it takes messages; for health checks and scripts
+    Ping(ping::PingArgs),
     /// Back up a gateway's data directory while it runs, or one that no gateway uses
     Backup(backup::BackupArgs),
     /// Make a data directory of a backup
@@ -177,6 +180,7 @@ pub fn run(cli: Cli) -> ExitCode {
         CliCommand::Sinks(args) => sinks::run(args, &mut out),
         CliCommand::Publish(args) => publish::run(args, &mut out),
         CliCommand::Bench(args) => bench::run(args, &mut out),
+        CliCommand::Ping(args) => ping::run(args, &mut out),
         CliCommand::Backup(args) => backup::run(args, &mut out),
         CliCommand::Restore(args) => backup::run_restore(args, &mut out),
         CliCommand::Export(args) => transfer::run_export(args, &mut out),

@@ -95,6 +95,9 @@ pub(super) fn run(args: PublishArgs, out: &mut CommandOutput) -> anyhow::Result<
         let latency_us = json!({ "p50": quantile_ns(0.5) / 1_000, "p99": quantile_ns(0.99) / 1_000 });
         return print_json(&json!({ "acked": tally.acked, "topic": topic, "latency_us": latency_us }), out);
     }
+    if tally.acked == 0 {
+        return Ok(writeln!(out, "nothing to publish: there was no line to read")?);
+    }
     writeln!(
         out,
         "{} published and acknowledged, latency p50 {} p99 {}",

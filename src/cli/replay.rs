@@ -151,7 +151,10 @@ pub(super) async fn replay(
         },
     };
     let tally = std::mem::take(&mut flow().tally);
-    done.with_context(|| format!("after {} acknowledged messages", tally.acked))?;
+    match tally.acked {
+        0 => done?,
+        acked => done.with_context(|| format!("after {acked} acknowledged messages"))?,
+    }
     Ok(tally)
 }
 

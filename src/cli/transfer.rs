@@ -4,12 +4,13 @@
 use std::io::{BufRead, BufReader, Read, Write};
 use std::path::PathBuf;
 
-use anyhow::{Context, bail};
+use anyhow::Context;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
 use super::client::ApiClient;
 use super::datasource;
+use super::exit_code::{RefusedHere, is_refusal};
 use super::out::CommandOutput;
 
 #[derive(Debug, clap::Args)]
@@ -69,11 +70,18 @@ pub(super) fn run_import(args: ImportArgs, out: &mut CommandOutput) -> anyhow::R
     let mut conflicts = Vec::new();
     for (number, exported) in &lines {
         let checked = client.post::<ImportAnswer>(&format!("/v1/import?check=true&{rename}"), exported);
-        conflicts
-            .extend(checked.err().map(|error| format!("line {number} ({}): {error:#}", name_of(exported))));
+        let line = format!("line {number} ({})", name_of(exported));
+        match checked {
+            Ok(_) => {}
+            Err(error) if is_refusal(&error) => {
+                let why = format!("{error:#}");
+                conflicts.push(format!("{line}: {}", why.strip_prefix("refused: ").unwrap_or(&why)));
+            }
+            Err(error) => return Err(error.context(format!("nothing is imported; {line}"))),
+        }
     }
     if !conflicts.is_empty() {
-        bail!("nothing is imported. {}", conflicts.join("; "));
+        return Err(RefusedHere(format!("nothing is imported. {}", conflicts.join("; "))).into());
     }
     for (number, exported) in &lines {
         let was = name_of(exported);

@@ -51,7 +51,7 @@ pub use nats::{ConfigSecret, NatsConfig};
 pub use otlp::OtlpConfig;
 pub use postgres::PostgresConfig;
 pub use public::{PublicMqtt, PublicUrl};
-pub use quantity::parse_duration_ms;
+pub use quantity::{parse_duration_ms, parse_quantity};
 pub use tls::{ClientCertificates, HTTP_TLS_SETTINGS, MQTT_TLS_SETTINGS, TlsConfig, TlsSettingNames};
 
 /// The whole configuration.

@@ -55,6 +55,14 @@ pub fn parse_duration_ms(text: &str) -> Option<u64> {
     }
 }
 
+/// A quantity in the unit that its name says: `stored_age_s` of `7d`, `payload_bytes` of `4KiB`.
+///
+/// # Errors
+/// What it has to be.
+pub fn parse_quantity(name: &str, text: &str) -> Result<u64, &'static str> {
+    SettingUnit::of_setting(name).read(text)
+}
+
 /// Digits after a decimal point: more would not be exact in 128 bits.
 const FRACTION_DIGITS_MAX: usize = 9;
 

@@ -38,7 +38,13 @@ impl ListenSockets {
                     attempts += 1;
                 }
                 Err((addr, error)) => {
-                    return Err(anyhow::Error::new(error).context(format!("cannot listen on {addr}")));
+                    let advice = match error.kind() {
+                        io::ErrorKind::AddrInUse => {
+                            " (`ss -ltnp` names who has it; `headgate doctor` looks at all ports)"
+                        }
+                        _ => "",
+                    };
+                    return Err(anyhow::Error::new(error).context(format!("cannot listen on {addr}{advice}")));
                 }
             }
         }

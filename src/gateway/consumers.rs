@@ -69,7 +69,10 @@ impl Consumers {
             SinkKind::Delta => None,
         });
         let hold = log.hold();
-        let retained = RetainedStore::start(dir, log.clone(), move |offset| hold.set(offset))?;
+        let (at, followed) = (dir.clone(), log.clone());
+        let retained =
+            spawn_blocking(move || RetainedStore::start(&at, followed, move |offset| hold.set(offset)))
+                .await??;
         let (store, groups, clients) = match &mut opened.cluster {
             Some((member, places)) => {
                 let (store, claims, groups) = member.open_sessions(config, places.clone(), log).await?;

@@ -3,7 +3,7 @@
 use std::fs::{File, OpenOptions, Permissions};
 use std::io::{self, Write};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt, fchown};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::bail;
 use tracing::{error, info, warn};
@@ -164,14 +164,19 @@ fn make_admin_key(registry: &Registry, path: &Path) -> anyhow::Result<()> {
         registry.keys(&all).into_iter().filter(|key| *key.label == *ADMIN_KEY_LABEL).collect();
     let admin = Scopes::from_slice(&[Scope::Admin]);
     let (key, secret) = registry.create_key(&Actor::SYSTEM, &all, ADMIN_KEY_LABEL, admin, None)?;
-    if let Err(error) = write_secret(path, secret.expose()) {
+    if let Err(error) = write_secret_beside(path, secret.expose()) {
         // Nobody has its secret. The last one stays, and the next start ends it.
         drop(registry.revoke_key(&Actor::SYSTEM, &all, key.id));
         return Err(explain_io_error("cannot write", path, &error));
     }
-    for key in earlier {
+    for key in &earlier {
         registry.revoke_key(&Actor::SYSTEM, &all, key.id)?;
     }
+    if let Some(why) = earlier.iter().find_map(|key| registry.describe_unwritten(&all, Some(key.id))) {
+        bail!("the end of the earlier admin key is not written yet: {why}");
+    }
+    // Last: as long as it is not there, the next start does all of this again.
+    take_place(path).map_err(|error| explain_io_error("cannot write", path, &error))?;
     info!(key_id = %key.id, path = %path.display(), "made an admin key");
     Ok(())
 }
@@ -193,17 +198,32 @@ fn keep_owner(file: &File, path: &Path) -> io::Result<()> {
 
 /// Writes a secret, readable by its owner only, whole or not at all. It replaces a file that is there.
 pub(crate) fn write_secret(path: &Path, secret: &str) -> io::Result<()> {
+    write_secret_beside(path, secret)?;
+    take_place(path)
+}
+
+/// Where a secret is before it takes its place.
+fn place_beside(path: &Path) -> PathBuf {
     let mut beside = path.as_os_str().to_owned();
     beside.push(".new");
-    let beside = Path::new(&beside);
-    match std::fs::remove_file(beside) {
+    beside.into()
+}
+
+/// Writes a secret beside its place.
+fn write_secret_beside(path: &Path, secret: &str) -> io::Result<()> {
+    let beside = place_beside(path);
+    match std::fs::remove_file(&beside) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
         _ => {}
     }
-    let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(beside)?;
+    let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&beside)?;
     keep_owner(&file, path)?;
     writeln!(file, "{secret}")?;
-    file.sync_all()?;
-    std::fs::rename(beside, path)?;
+    file.sync_all()
+}
+
+/// Puts the secret beside it in its place.
+fn take_place(path: &Path) -> io::Result<()> {
+    std::fs::rename(place_beside(path), path)?;
     File::open(path.parent().unwrap_or(path))?.sync_all()
 }

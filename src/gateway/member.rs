@@ -156,8 +156,15 @@ impl JoiningMember {
         };
         known.save(&dir).with_context(|| format!("what is followed, in {}", dir.display()))?;
         let (gate, registry) = (log.gate().clone(), member.registry.clone());
-        let watch =
-            HistoryWatch::new(self.nats.clone(), streams, gate, dir, known, registry, member.left.clone());
+        let watch = HistoryWatch::new(
+            self.nats.clone(),
+            streams,
+            gate,
+            dir,
+            known,
+            (registry, log.followed()),
+            member.left.clone(),
+        );
         member.history = Some(tokio::spawn(watch.run(vec![log.nats().clone(), following])));
         Ok(())
     }
@@ -278,6 +285,9 @@ impl ClusterMember {
             };
             self.following = Some(tokio::spawn(follow.run(settle)));
         }
+        // Only now can it answer: before, everybody else would wait for it at each change. What was published until now it
+        // has when it has caught up.
+        self.presence.announce().await;
         loop {
             match self.registry.caught_up().await {
                 Err(error @ RegistryError::Away(_)) => self.wait.pause(error).await,

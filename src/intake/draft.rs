@@ -538,6 +538,11 @@ impl Draft {
         }
     }
 
+    /// In how many parts the log keeps it.
+    pub fn section_count(&self) -> usize {
+        self.sections.len()
+    }
+
     /// Whether it holds no message.
     pub fn is_empty(&self) -> bool {
         self.sections.is_empty()

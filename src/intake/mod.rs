@@ -28,7 +28,7 @@ use tracing::{info, warn};
 use crate::auth::setting::JsonSetting;
 use crate::auth::{Authorizer, Grant, GrantDenial, Key};
 use crate::config;
-use crate::limits::{RETRY_AFTER, REVOCATION_WAIT_MAX, SLOW_IN_FLIGHT_BYTES_MAX};
+use crate::limits::{RETRY_AFTER, REVOCATION_WAIT_MAX, SLOW_IN_FLIGHT_BYTES_MAX, SLOW_SECTION_BYTES};
 use crate::log::{AppendError, FencedMessage, Log, SectionOutcome};
 use crate::memory::{MemoryAccount, MemoryBudget};
 use crate::message::{DatasourceId, Transport, now_micros};
@@ -304,7 +304,7 @@ impl Intake {
     fn try_room(&self, draft: &Draft) -> Option<DraftRoom> {
         let permits = self.permits(draft);
         let _of_tenant = match self.log_turns(draft) {
-            Some(turns) => Some(turns.try_acquire_many_owned(slow_permits(permits)).ok()?),
+            Some(turns) => Some(turns.try_acquire_many_owned(slow_permits(draft, permits)).ok()?),
             None => None,
         };
         let _of_all = self.0.room.clone().try_acquire_many_owned(permits).ok()?;
@@ -315,7 +315,7 @@ impl Intake {
     async fn wait_room(&self, draft: &Draft) -> Result<DraftRoom, AcquireError> {
         let permits = self.permits(draft);
         let _of_tenant = match self.log_turns(draft) {
-            Some(turns) => Some(turns.acquire_many_owned(slow_permits(permits)).await?),
+            Some(turns) => Some(turns.acquire_many_owned(slow_permits(draft, permits)).await?),
             None => None,
         };
         let _of_all = self.0.room.clone().acquire_many_owned(permits).await?;
@@ -324,7 +324,7 @@ impl Intake {
 
     /// The turn of a tenant in the slow lane for a draft that needs so many permits of all.
     fn disk_turn(&self, of_tenant: Option<OwnedSemaphorePermit>, permits: u32) -> Option<DiskTurn> {
-        let is_large = permits > slow_permits(permits);
+        let is_large = permits as usize > SLOW_IN_FLIGHT_BYTES_MAX;
         let pauses = if is_large { pauses_after_large(permits as usize) } else { 0 };
         Some(self.0.processor.disk_turn(of_tenant?, pauses))
     }
@@ -490,8 +490,10 @@ impl Intake {
 }
 
 /// The permits of a tenant in the slow lane for a draft that needs so many of all.
-fn slow_permits(permits: u32) -> u32 {
-    permits.min(u32::try_from(SLOW_IN_FLIGHT_BYTES_MAX).unwrap_or(u32::MAX))
+fn slow_permits(draft: &Draft, permits: u32) -> u32 {
+    let sections = draft.section_count().saturating_mul(SLOW_SECTION_BYTES);
+    let bytes = (permits as usize).saturating_add(sections).min(SLOW_IN_FLIGHT_BYTES_MAX);
+    u32::try_from(bytes).unwrap_or(u32::MAX)
 }
 
 /// The limit that an operator may set for a count.

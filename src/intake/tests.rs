@@ -79,6 +79,31 @@ async fn what_a_tenant_in_the_slow_lane_has_on_its_way_into_the_log_is_bounded()
     intake.submit(draft(&grant)).await.expect("kept, now that there is room");
 }
 
+/// A thousand messages with ids were one turn of the log, in which it computed for five milliseconds.
+#[tokio::test]
+async fn in_the_slow_lane_what_has_an_id_of_its_own_counts_for_what_the_log_computes_for_it() {
+    let (_dir, intake, grant) = intake();
+    let draft = |sections: usize, with_ids: bool| {
+        let mut draft = intake.draft(Transport::Mqtt, 7);
+        for n in 0..sections {
+            let id = format!("{n}");
+            let pushed = draft.push(&grant, None, message(with_ids.then_some(&*id), None));
+            pushed.expect("let in");
+        }
+        draft
+    };
+    let tenant = intake.processor().of_grant(&grant);
+    intake.processor().slow_down(&tenant);
+    let half = crate::limits::SLOW_SECTIONS_MAX / 2;
+    let held = [draft(half - 4, true), draft(half - 4, true)].map(|draft| intake.try_room(&draft));
+    assert!(held.iter().all(Option::is_some));
+    assert!(intake.try_room(&draft(half, true)).is_none());
+    assert!(intake.try_room(&draft(half, false)).is_some(), "all of them are one");
+    drop(held);
+    // What is more than that goes alone.
+    intake.submit(draft(4 * half, true)).await.expect("kept");
+}
+
 #[tokio::test]
 async fn a_message_with_an_id_is_an_origin_of_its_own_and_is_judged_alone() {
     let (_dir, intake, grant) = intake();

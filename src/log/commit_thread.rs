@@ -41,6 +41,7 @@ impl CommitThread {
             match self.shared.queue.wait_for_duty(self.number, (self.number == 0).then_some(upkeep_after)) {
                 WriterDuty::Commit { waited } => {
                     priority.note_wait(waited);
+                    priority.raise_in_crowd();
                     self.take_turn(&mut priority);
                     upkeep_after = WRITE_AHEAD_IDLE;
                 }

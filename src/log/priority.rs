@@ -4,7 +4,8 @@
 //! Where the limits allow, they get the lowest real-time priority while they sync and answer, for a second after one of
 //! them had to wait long for a processor: on a machine with time to spare it gains nothing, and setting it costs as much
 //! as a third of a small commit. They put commits together without it: that takes longer, and a thread that is let in
-//! at the first message makes many small commits. It cannot starve the machine: a thread that computes for long without a pause gets normal priority again
+//! at the first message makes many small commits. While a tenant is in the slow lane they have it all the time: what that
+//! tenant brings is cut to small pieces, and nobody else is to wait until one of them is let in. It cannot starve the machine: a thread that computes for long without a pause gets normal priority again
 //! (`RLIMIT_RTTIME`, `SIGXCPU`), and no child inherits it. Besides they ask for a short time slice, with which the
 //! scheduler lets a thread in sooner (EEVDF, Linux 6.12).
 
@@ -13,7 +14,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 use std::{io, mem, ptr};
 
-use crate::scheduler::SchedulerAttributes;
+use crate::scheduler::{SchedulerAttributes, is_crowded};
 
 /// The lowest real-time priority: below whoever else has one.
 const COMMIT_PRIORITY: libc::c_int = 1;
@@ -39,6 +40,8 @@ pub(super) struct CommitPriority {
     /// Until when the machine counts as busy.
     busy_until: Option<Instant>,
     is_raised: bool,
+    /// It has real-time priority between its turns too.
+    is_kept: bool,
 }
 
 impl CommitPriority {
@@ -54,6 +57,7 @@ impl CommitPriority {
             normal: SchedulerAttributes::set_slice(COMMIT_SLICE_NS),
             busy_until: None,
             is_raised: false,
+            is_kept: false,
         }
     }
 
@@ -64,17 +68,30 @@ impl CommitPriority {
         }
     }
 
+    /// Gives the calling thread real-time priority for good, as long as somebody takes more of the processors than others.
+    pub(super) fn raise_in_crowd(&mut self) {
+        if !self.may_be_real_time || self.is_kept == is_crowded() {
+            return;
+        }
+        self.is_kept = !self.is_kept;
+        if self.is_kept {
+            self.is_raised = set_policy(libc::SCHED_RR, COMMIT_PRIORITY).is_ok();
+        } else {
+            self.lower();
+        }
+    }
+
     /// Gives the calling thread real-time priority, if the machine is busy and it may have that.
     pub(super) fn raise(&mut self) {
-        if self.may_be_real_time && self.busy_until.is_some() {
+        if self.may_be_real_time && !self.is_kept && self.busy_until.is_some() {
             self.busy_until = self.busy_until.filter(|until| Instant::now() < *until);
             self.is_raised = self.busy_until.is_some() && set_policy(libc::SCHED_RR, COMMIT_PRIORITY).is_ok();
         }
     }
 
-    /// Gives the calling thread normal priority again.
+    /// Gives the calling thread normal priority again, unless it is kept.
     pub(super) fn lower(&mut self) {
-        if std::mem::take(&mut self.is_raised) {
+        if !self.is_kept && std::mem::take(&mut self.is_raised) {
             let _ = set_policy(libc::SCHED_OTHER, 0);
             if let Some(normal) = &self.normal {
                 normal.set();
@@ -136,6 +153,7 @@ mod tests {
     use std::time::{Duration, Instant};
 
     use super::*;
+    use crate::scheduler::note_crowd;
 
     fn policy() -> libc::c_int {
         // SAFETY: no memory is touched. 0 is the calling thread.
@@ -163,6 +181,29 @@ mod tests {
             assert_eq!(policies, (libc::SCHED_RR, libc::SCHED_OTHER));
             assert!(take_lowered());
         }
+    }
+
+    #[test]
+    fn while_somebody_takes_more_than_others_the_priority_stays_between_commits() {
+        let seen = std::thread::spawn(|| {
+            let mut priority = CommitPriority::find();
+            let slice = || SchedulerAttributes::get().map(|attributes| attributes.slice_ns());
+            let before = slice();
+            note_crowd(Duration::from_secs(1));
+            priority.raise_in_crowd();
+            priority.raise();
+            priority.lower();
+            let kept = policy();
+            let deadline = Instant::now() + Duration::from_secs(60);
+            while is_crowded() && Instant::now() < deadline {
+                std::thread::sleep(Duration::from_millis(10));
+            }
+            priority.raise_in_crowd();
+            (priority.may_be_real_time, kept, policy(), before == slice())
+        });
+        let (may, kept, after, is_same_slice) = seen.join().expect("no panic");
+        assert_eq!(kept, if may { libc::SCHED_RR } else { libc::SCHED_OTHER });
+        assert!(after == libc::SCHED_OTHER && is_same_slice);
     }
 
     #[test]

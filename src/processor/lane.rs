@@ -15,6 +15,7 @@ use tokio::runtime::{Builder, Handle, Runtime};
 use tokio_util::task::AbortOnDropHandle;
 use tracing::warn;
 
+use super::task::paid;
 use crate::limits::SLOW_LANE_NICE;
 use crate::scheduler::lower_priority;
 use crate::shares::processors;
@@ -61,14 +62,14 @@ impl TaskLane {
     }
 }
 
-/// Runs work that computes for long, on a thread of low priority.
+/// Runs work that computes for long, on a thread of low priority. Whoever pays for the calling task pays for it.
 ///
 /// # Errors
 /// The work has panicked.
 pub async fn run_slowly<T: Send + 'static>(
     work: impl FnOnce() -> T + Send + 'static,
 ) -> Result<T, tokio::task::JoinError> {
-    AbortOnDropHandle::new(TaskLane::Slow.runtime().spawn_blocking(work)).await
+    AbortOnDropHandle::new(TaskLane::Slow.runtime().spawn_blocking(paid(work))).await
 }
 
 /// Runs work that blocks, on a thread of the usual priority, from whichever lane: what holds a lock that others need

@@ -33,12 +33,12 @@ use crate::limits::{
     TENANT_ACTIVE,
 };
 use crate::message::{DatasourceId, KeyId};
-use crate::scheduler::polite_lock;
+use crate::scheduler::{note_crowd, polite_lock};
 use crate::shares::processors;
 
 pub use disk_turn::{DiskTurn, pauses_after_large};
 pub use lane::{run_slowly, run_usually};
-pub use task::{FairTask, TaskPayer, spawn_fairly};
+pub use task::{FairTask, TaskPayer, paid, spawn_fairly, spawn_reading};
 
 /// The part of the processors, in percent, below which nobody's use is in the way of anybody.
 const BUSY_PERCENT: u64 = 20;
@@ -330,6 +330,7 @@ impl ProcessorTime {
             let stay = (stay + windows_in(SLOW_LANE_STEP)).min(windows_in(SLOW_LANE_STAY));
             tenant.slow_until.store(window + stay, Ordering::Relaxed);
             self.0.slow_until.fetch_max(window + stay, Ordering::Relaxed);
+            note_crowd(PROCESSOR_WINDOW.saturating_mul(u32::try_from(stay).unwrap_or(u32::MAX)));
         }
     }
 }

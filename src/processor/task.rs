@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
 use tokio::runtime::Handle;
+use tokio::task::JoinHandle;
 use tokio::task::futures::TaskLocalFuture;
 use tokio_util::task::AbortOnDropHandle;
 
@@ -16,7 +17,7 @@ use super::lane::{TaskLane, USUAL_RUNTIME};
 use super::poll_clock::PollClock;
 use super::{ProcessorTime, TenantTime};
 use crate::limits::NEWCOMER_NS;
-use crate::scheduler::is_lowered;
+use crate::scheduler::{is_lowered, thread_time};
 
 /// Who pays for a client's tasks: first the strangers, then the tenant of the key that it presents.
 pub struct TaskPayer {
@@ -121,6 +122,30 @@ impl Drop for TaskPayer {
     }
 }
 
+tokio::task_local! {
+    /// Who pays for the task that asks.
+    static PRESENT_PAYER: Arc<TaskPayer>;
+}
+
+/// Runs work that reads or computes for long on a blocking thread, at the priority of the calling task's lane. Whoever pays
+/// for the task pays for it.
+pub fn spawn_reading<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> JoinHandle<T> {
+    tokio::task::spawn_blocking(paid(work))
+}
+
+/// `work` for which whoever pays for the calling task pays, on whichever thread it is done.
+pub fn paid<T>(work: impl FnOnce() -> T) -> impl FnOnce() -> T {
+    let payer = PRESENT_PAYER.try_with(Arc::clone).ok();
+    move || {
+        let before = thread_time();
+        let done = work();
+        if let Some(payer) = payer {
+            payer.pay(thread_time().saturating_sub(before));
+        }
+        done
+    }
+}
+
 type BoxedWork<T> = Pin<Box<dyn Future<Output = T> + Send>>;
 
 /// Work that goes to another lane while its payer is there, and comes back.
@@ -144,6 +169,7 @@ enum LaneVisitEnd<T> {
 impl<T: Send + 'static> FairTask<T> {
     /// `work` of a client for whom `payer` pays.
     pub fn new(payer: Arc<TaskPayer>, work: impl Future<Output = T> + Send + 'static) -> Self {
+        let work = PRESENT_PAYER.scope(payer.clone(), work);
         Self { payer, place: TaskPlace::Here(Box::pin(work)) }
     }
 }
@@ -224,6 +250,7 @@ pub fn spawn_fairly(payer: &Arc<TaskPayer>, work: impl Future<Output = ()> + Sen
         return;
     }
     // It begins where it is to run, so that a crowd of such tasks does not pass through the usual runtime.
+    let work = PRESENT_PAYER.scope(payer.clone(), work);
     let visit = LaneVisit::new(payer.clone(), lane, Box::pin(work));
     lane.runtime().spawn(async move {
         if let LaneVisitEnd::Back(work) = visit.await {
@@ -440,6 +467,49 @@ mod tests {
         payer.end_welcome();
         assert_eq!(payer.lane(), TaskLane::Slow);
     }
+
+    /// A tenant whose requests read for long on blocking threads used none of the processors, it seemed.
+    #[tokio::test]
+    async fn who_pays_for_a_task_pays_for_what_it_has_blocking_threads_do() {
+        let time = ProcessorTime::new();
+        // No other window begins.
+        time.0.window.store(u64::MAX, Ordering::Relaxed);
+        let spin = || {
+            let began = thread_time();
+            while thread_time() - began < Duration::from_millis(20) {}
+        };
+        let lanes: [fn(Arc<TaskPayer>, Reading) -> Reading; 2] = [
+            |payer, work| Box::pin(FairTask::new(payer, work)),
+            |payer, work| {
+                let (telling, told) = tokio::sync::oneshot::channel();
+                spawn_fairly(&payer, async move {
+                    work.await;
+                    let _ = telling.send(());
+                });
+                Box::pin(async { told.await.expect("done") })
+            },
+        ];
+        for lane in lanes {
+            for runs_slowly in [false, true] {
+                let (payer, tenant) = (TaskPayer::stranger(&time), Arc::new(TenantTime::new(false)));
+                payer.set(tenant.clone());
+                let reading = lane(
+                    payer,
+                    Box::pin(async move {
+                        match runs_slowly {
+                            true => crate::processor::run_slowly(spin).await.expect("no panic"),
+                            false => spawn_reading(spin).await.expect("no panic"),
+                        }
+                    }),
+                );
+                tokio::time::timeout(Duration::from_secs(20), reading).await.expect("it ends");
+                let used = tenant.used_ns.load(Ordering::Relaxed);
+                assert!(used >= 20_000_000, "{used} ns of 20 ms");
+            }
+        }
+    }
+
+    type Reading = Pin<Box<dyn Future<Output = ()> + Send>>;
 
     #[tokio::test]
     async fn a_wait_for_the_disk_is_no_processor_time() {

@@ -21,6 +21,7 @@ use crate::limits::{
     STALLED_BYTES_MAX, STALLED_BYTES_PER_TENANT_MAX, SUBSCRIPTION_BYTES, SUBSCRIPTION_LEVEL_BYTES,
 };
 use crate::message::DatasourceId;
+use crate::processor::paid;
 use crate::scheduler::polite_lock;
 
 use self::output::OutputPool;
@@ -200,6 +201,8 @@ impl TenantShare {
     ) -> impl Future<Output = Result<T, JoinError>> + Send + 'static {
         let share = self.clone();
         async move {
+            // The task that waits is not the caller's.
+            let read = paid(read);
             let task = tokio::spawn(async move {
                 let turn = share.read_turn().await;
                 let reading = tokio::task::spawn_blocking(move || {

@@ -274,6 +274,20 @@ mod tests {
         ..SqliteProfile::SHARED
     };
 
+    /// Storage and retained messages woke each other at each page, and were served before those whom it concerned.
+    #[test]
+    fn no_database_counts_its_memory_under_a_lock_that_all_share() {
+        let connection = Connection::open_in_memory().expect("opens");
+        let is_built_with = |option: &str| {
+            let used = "SELECT sqlite_compileoption_used(?1)";
+            connection.query_row(used, [option], |row| row.get::<_, bool>(0)).expect("answers")
+        };
+        for option in ["DEFAULT_MEMSTATUS=0", "DISABLE_PAGECACHE_OVERFLOW_STATS"] {
+            assert!(is_built_with(option), "{option}: see .cargo/config.toml");
+        }
+        assert!(!is_built_with("ENABLE_MEMORY_MANAGEMENT"), "all databases would have one cache of pages");
+    }
+
     fn by_hand(path: &Path, sql: &str) {
         Connection::open(path).and_then(|connection| connection.execute_batch(sql)).expect("runs");
     }

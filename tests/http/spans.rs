@@ -4,6 +4,7 @@
 use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
 use opentelemetry_proto::tonic::collector::trace::v1::ExportTraceServiceRequest;
@@ -165,6 +166,51 @@ fn a_message_over_each_transport_has_the_parent_that_it_names_and_its_commit_and
     let others = spans.iter().filter(|span| hex(&span.parent_span_id).is_empty()).count();
     assert_eq!(others, 0, "with a ratio of 0 nothing else is sampled");
     assert!(spans.iter().all(|span| hex(&span.trace_id) != silent_trace), "its sender does not sample it");
+}
+
+/// It took all that a second had, and all of a read that had messages of several.
+#[test]
+fn a_datasource_that_has_every_message_traced_leaves_the_others_their_spans() {
+    let dir = scratch();
+    let collector = Collector::start();
+    let gateway = Setup::embedded_on(dir.path())
+        .set("trace.otlp.endpoint", format!("http://{}", collector.addr))
+        .set("trace.otlp.sampled_per_million", 0)
+        .start();
+    let (loud, quiet) = (gateway.create("loud"), gateway.create("quiet"));
+    let is_over = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        // Also when what is expected does not come.
+        let _end = SetAtEnd(&is_over);
+        scope.spawn(|| {
+            let mut wire = Wire::login(gateway.mqtt, Version::V5, &loud.key);
+            let property = wire::user_property("traceparent", &parent(0xee, true).0);
+            let packets: Vec<u8> = (1..=50_u16)
+                .flat_map(|id| wire::publish_with(Version::V5, id, "t", &property, b"1"))
+                .collect();
+            while !is_over.load(Ordering::Relaxed) {
+                wire.send(&packets);
+                (0..50).for_each(|_| assert_eq!(wire.packet(wire::PUBACK).reason(), 0));
+            }
+        });
+        collector.trace(&parent(0xee, true).1, 1);
+        for number in 1..=10 {
+            let (trace_parent, trace) = parent(number, true);
+            let headers = [("content-type", "application/json"), ("traceparent", &*trace_parent)];
+            let answer = gateway.request("POST", "/v1/ingest/quiet/t", &quiet.key, &headers, b"1");
+            assert_eq!(answer.status, 200);
+            collector.trace(&trace, 2);
+        }
+    });
+}
+
+/// Sets it when it is dropped.
+struct SetAtEnd<'a>(&'a AtomicBool);
+
+impl Drop for SetAtEnd<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
 }
 
 #[test]

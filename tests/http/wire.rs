@@ -5,6 +5,8 @@ use std::io::{ErrorKind, Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::time::{Duration, Instant};
 
+use serde_json::{Value, json};
+
 use crate::common::{Gateway, PATIENCE, Setup, scratch, wait_for};
 
 /// A connection that speaks HTTP by hand.
@@ -118,6 +120,39 @@ fn a_body_is_asked_for_only_when_the_key_is_good() {
     assert!(device.answer().starts_with("HTTP/1.1 100 "));
     device.send("{}");
     assert!(device.answer().starts_with("HTTP/1.1 200 "));
+}
+
+/// It guards against a stolen admin key that outlived its end: the body of a request that was under way brought another one.
+#[test]
+fn a_key_that_ends_while_its_body_is_under_way_changes_nothing() {
+    let dir = scratch();
+    let gateway = Gateway::start(dir.path());
+    gateway.create("press-4");
+    let keys_of_all = || gateway.get("/v1/datasources/*/keys", &gateway.admin_key()).json();
+    let of_press = "/v1/datasources/press-4/keys";
+    for path in ["/v1/datasources/*/keys", of_press, "/v1/datasources"] {
+        let before = keys_of_all();
+        let stolen = json!({ "scopes": ["admin"] });
+        let stolen = gateway.post("/v1/datasources/*/keys", &gateway.admin_key(), &stolen).json();
+        let text = |pointer: &str| stolen.pointer(pointer).and_then(Value::as_str).expect("it is there");
+        let body = r#"{"id":"spare","name":"spare","scopes":["admin"]}"#;
+        let length = format!("Content-Length: {}", body.len());
+        let headers = ["Expect: 100-continue", "Content-Type: application/json", &length];
+        let mut wire = Wire::open(gateway.http);
+        let key = with_key(text("/key/secret"));
+        wire.head("POST", path, &[&headers[..], &[key.as_str()]].concat());
+        assert!(wire.answer().starts_with("HTTP/1.1 100 "));
+        wire.send(&body[..10]);
+        let ended = format!("/v1/datasources/*/keys/{}", text("/key/id"));
+        let ended = gateway.request("DELETE", &ended, &gateway.admin_key(), &[], b"");
+        assert_eq!(ended.status, 204, "{}", ended.text());
+        wire.send(&body[10..]);
+        let answer = wire.answer();
+        assert!(answer.starts_with("HTTP/1.1 401 "), "{path}: {answer}");
+        let count = |keys: &Value| keys["keys"].as_array().map(Vec::len);
+        assert_eq!(count(&keys_of_all()), count(&before), "{path}");
+    }
+    assert_eq!(gateway.get("/v1/datasources/spare", &gateway.admin_key()).status, 404);
 }
 
 #[test]
@@ -302,6 +337,53 @@ fn a_request_that_opens_a_websocket_and_has_a_body_is_malformed() {
     );
     wire.send("{}");
     assert!(wire.answer().starts_with("HTTP/1.1 200 "));
+}
+
+/// Whoever answered a body that nobody reads, without a word that the connection ends, closed it under a client that was still
+/// sending; the answer to a request for another protocol was followed by a reset.
+#[test]
+fn a_body_that_nobody_reads_and_that_is_late_costs_no_client_its_answer() {
+    let dir = scratch();
+    let gateway = Gateway::start(dir.path());
+    let (key, websocket) = (with_key(&gateway.admin_key()), ["Connection: Upgrade", "Upgrade: websocket"]);
+    let requests: [(_, _, &[&str], _); 7] = [
+        ("GET", "/mqtt", &websocket, "426"),
+        ("GET", "/mqtt", &[websocket[0], websocket[1], "Sec-WebSocket-Version: 13"], "400"),
+        ("GET", "/mqtt", &[], "426"),
+        ("GET", "/livez", &[], "200"),
+        ("GET", "/v1/datasources", &[&key], "200"),
+        ("POST", "/livez", &[], "405"),
+        ("GET", "/nothing", &websocket, "404"),
+    ];
+    for (method, path, headers, status) in requests {
+        for framing in ["Content-Length: 10", "Transfer-Encoding: chunked"] {
+            let mut wire = Wire::open(gateway.http);
+            wire.head(method, path, &[headers, &[framing]].concat());
+            let answer = wire.answer();
+            assert!(answer.starts_with(&format!("HTTP/1.1 {status} ")), "{path}: {answer}");
+            assert!(answer.contains("connection: close\r\n"), "{path}, {framing}: {answer}");
+            wire.end();
+            // Our half is open yet: a socket that is closed for good is an error of the second write.
+            for piece in ["5\r\nhe", "llo\r\n"] {
+                wire.0.write_all(piece.as_bytes()).unwrap_or_else(|e| panic!("{path}, {framing}: {e}"));
+            }
+        }
+    }
+    // One that was read is no reason to close.
+    let mut wire = Wire::open(gateway.http);
+    let source = gateway.create("press-4");
+    for body in ["{}", "[]"] {
+        wire.request("POST", "/v1/ingest/press-4", &[&with_key(&source.key), "Content-Length: 2"], body);
+        assert!(!wire.answer().contains("connection: close"));
+        wire.head(
+            "PATCH",
+            "/v1/datasources/press-4",
+            &[&key, "Content-Type: application/json", "Content-Length: 2"],
+        );
+        wire.send("{}");
+        let answer = wire.answer();
+        assert!(!answer.contains("connection: close"), "{answer}");
+    }
 }
 
 /// They were served.

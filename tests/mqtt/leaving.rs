@@ -648,3 +648,22 @@ fn a_will_of_a_dead_key_or_of_a_datasource_that_was_made_again_is_never_publishe
     assert_eq!(KilledGateway::wills(&gateway, 1), ["living"]);
     assert_eq!(gateway.records("other"), Vec::<Value>::new());
 }
+
+#[test]
+fn a_will_that_waits_goes_on_waiting_when_its_client_is_not_let_in_again() {
+    let dir = scratch();
+    let gateway = Gateway::start(dir.path());
+    let key = create(&gateway, json!({ "connections": 1 }));
+    let knock = |id: &str, delay: u32| {
+        let mut wire = Wire::open(gateway.mqtt);
+        wire.send(&willing(&key, id, delay, 3600).packet());
+        let connack = wire.packet(CONNACK);
+        (wire, connack.body[1])
+    };
+    drop(Wire::connect(gateway.mqtt, &willing(&key, "late", 2, 3600)));
+    let (_other, code) =
+        wait_for("its connection to end", || Some(knock("other", 3600)).filter(|(_, code)| *code == 0));
+    assert_eq!(code, 0);
+    assert_eq!(knock("late", 2).1, 0x97, "one connection too many");
+    assert_eq!(KilledGateway::wills(&gateway, 1), ["late"]);
+}

@@ -228,3 +228,26 @@ fn a_repetition_is_known_although_a_limit_or_a_schema_would_refuse_it_now() {
         assert_eq!(stored.len(), 6, "{tightened}: {stored:?}");
     }
 }
+
+/// It guards against a reading that was acknowledged and dropped: the release was answered without the log, whose exchange
+/// stayed open, so that the next message with the same content passed for its repetition.
+#[test]
+fn a_release_in_a_session_that_now_ends_with_its_connection_frees_the_packet_id() {
+    let dir = scratch();
+    let gateway = Gateway::start(dir.path());
+    let source = gateway.create("press-4");
+    let message = Message::new("t", "21.5").at(2, 1);
+    let (mut wire, _) = Wire::connect(gateway.mqtt, &staying(V5, &source, "sensor"));
+    assert_eq!(pubrec(&mut wire, &message, V5), 0);
+    drop(wire);
+    // The same session, which ends with this connection.
+    let (mut wire, connack) =
+        Wire::connect(gateway.mqtt, &Connect { properties: Vec::new(), ..staying(V5, &source, "sensor") });
+    assert_eq!(connack.body[0], 1, "the session is there");
+    for _ in 0..2 {
+        wire.send(&ack(PUBREL, 1));
+        assert_eq!(wire.packet(PUBCOMP).reason(), 0);
+        assert_eq!(pubrec(&mut wire, &message, V5), 0, "a new message");
+    }
+    gateway.stored("press-4", 3);
+}

@@ -123,9 +123,11 @@ fn every_name_in_them_leads_to_something() {
         assert_eq!(pod["securityContext"]["runAsNonRoot"], true, "{file}");
         assert_eq!(container["securityContext"]["readOnlyRootFilesystem"], true, "{file}");
         let containerfile = text("config/container/Containerfile");
+        let of = &pod["securityContext"];
+        let user = format!("USER {}:{}", of["runAsUser"], of["runAsGroup"]);
         assert!(
-            containerfile.contains(&format!("--uid {}", pod["securityContext"]["runAsUser"])),
-            "the image's user"
+            containerfile.lines().any(|line| line == user),
+            "{file}: the image's user is another than {user}"
         );
     }
 }

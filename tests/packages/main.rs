@@ -1,9 +1,10 @@
-//! What is around the program: the package and its service, the proxies, Kubernetes, the description of the API as others
+//! What is around the program: the package and its service, the container, the proxies, Kubernetes, the description of the API as others
 //! read it, and the documentation.
 
 #[path = "../common/mod.rs"]
 mod common;
 
+mod container;
 mod deb;
 mod documentation;
 mod kubernetes;

@@ -10,6 +10,7 @@
 use parking_lot::{Mutex, MutexGuard};
 use std::collections::HashMap;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -52,6 +53,8 @@ pub struct Presence {
     /// The prefix of the subjects on which nodes announce themselves.
     prefix: String,
     others: Arc<OtherNodes>,
+    /// Whether the others are told of it.
+    is_announced: Arc<AtomicBool>,
     task: AbortHandle,
     served: Mutex<Vec<AbortHandle>>,
 }
@@ -90,7 +93,7 @@ impl OtherNodes {
 }
 
 impl Presence {
-    /// Announces this node on `{prefix}.{id}`. The id has to be unique for each node and each start, and one
+    /// Hears the others, and tells them of this node once it is announced ([`Presence::announce`]), on `{prefix}.{id}`. The id has to be unique for each node and each start, and one
     /// token of a subject. Must be called in a tokio runtime.
     ///
     /// # Errors
@@ -102,6 +105,8 @@ impl Presence {
         let own = format!("{prefix}.{id}");
         let (client, others_too, prefix_too) = (nats.client().clone(), others.clone(), prefix.to_owned());
         let mut connections = nats.connections();
+        let is_announced = Arc::<AtomicBool>::default();
+        let announced = is_announced.clone();
         let task = tokio::spawn(async move {
             let mut beat = interval(PRESENCE_BEAT_INTERVAL);
             beat.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -118,7 +123,8 @@ impl Presence {
                         None => return,
                     },
                 };
-                if is_new && client.connection_state() == async_nats::connection::State::Connected {
+                let is_told = is_new && announced.load(Ordering::Acquire);
+                if is_told && client.connection_state() == async_nats::connection::State::Connected {
                     // A failed announcement is repeated by the next beat.
                     let _ = client.publish(own.clone(), Bytes::from_static(HERE_PAYLOAD)).await;
                 }
@@ -129,9 +135,20 @@ impl Presence {
             id: id.to_owned(),
             prefix: prefix.to_owned(),
             others,
+            is_announced,
             task: task.abort_handle(),
             served: Mutex::default(),
         })
+    }
+
+    /// Has the others know this node from now on: they wait for its answers. Call it when it can give them.
+    pub async fn announce(&self) {
+        self.is_announced.store(true, Ordering::Release);
+        let (client, own) = (self.nats.client(), format!("{}.{}", self.prefix, self.id));
+        // A failed announcement is repeated by the next beat.
+        if client.publish(own, Bytes::from_static(HERE_PAYLOAD)).await.is_ok() {
+            let _ = tokio::time::timeout(PRESENCE_BEAT_INTERVAL, client.flush()).await;
+        }
     }
 
     /// This node's id.

@@ -326,11 +326,10 @@ impl Registry {
             0 => String::new(),
             more => format!(" and {more} more"),
         };
-        let deleted: Vec<_> =
-            queue.ends.iter().filter_map(|end| Some(end.deleted.as_ref()?.id.as_str())).collect();
-        let deleted = match deleted.len() {
+        // A number alone: `/readyz` is for everybody.
+        let deleted = match queue.ends.iter().filter(|end| end.deleted.is_some()).count() {
             0 => String::new(),
-            _ => format!("; deleted datasources: {}", deleted.join(", ")),
+            deleted => format!("; deleted datasources: {deleted}"),
         };
         Some(format!("ended keys: {named}{more}{deleted}: {}", self.words_for_unwritten(&queue)))
     }

@@ -26,6 +26,9 @@ pub(super) trait RegistryReplica: fmt::Debug + Send + Sync {
         after: RegistryRevision,
     ) -> Result<RegistryRevision, RegistryError>;
 
+    /// The newest revision of which this node has all up to it, applied or about to be.
+    fn seen(&self) -> RegistryRevision;
+
     /// Waits until this node has applied everything that any node had published before the call. Returns the
     /// newest revision.
     ///
@@ -76,6 +79,10 @@ pub(super) mod tests {
             }
             self.batches.lock().push(rows.iter().map(RegistryRow::name).collect());
             Ok(after + rows.len() as u64)
+        }
+
+        fn seen(&self) -> RegistryRevision {
+            0
         }
 
         fn catch_up(&self) -> Result<RegistryRevision, RegistryError> {

@@ -33,7 +33,7 @@ pub(super) fn look_at_data(config: &Config) -> Vec<DoctorFinding> {
         let found = format!("{} cannot be looked at", dir.display());
         return vec![DoctorFinding::bad(WHAT, found, "name another one: data_dir, or --data-dir")];
     };
-    let mut findings = vec![match place == dir {
+    let mut findings = vec![match dir.exists() {
         true if !dir.is_dir() => {
             let found = format!("{} is no directory", dir.display());
             DoctorFinding::bad(WHAT, found, "move it away, or name another one")

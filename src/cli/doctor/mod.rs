@@ -98,6 +98,7 @@ fn look(config: Option<PathBuf>, data_dir: Option<PathBuf>) -> Vec<DoctorFinding
         Ok(loaded) => loaded,
         Err(error) => {
             let error = super::error_text(&anyhow::Error::new(error));
+            let error = error.strip_prefix("configuration: ").unwrap_or(&error);
             return vec![DoctorFinding::bad(WHAT, error, "correct it: nothing else can be looked at before")];
         }
     };

@@ -72,12 +72,13 @@ fn insert_rows<'a>(
         }
         sizes.add(row.datasource, sql_offset(record.offset), record.payload.len());
         let is_leaked = left_out.covers(record.datasource, record.key_id, record.received_at, record.offset);
+        // Also where it is withheld itself: given back, it would be there beside another redrive.
+        if record.flags.contains(RecordFlags::REDRIVEN) {
+            quarantined::note_redriven(transaction, &record)?;
+        }
         if record.flags.contains(RecordFlags::QUARANTINED) || is_leaked {
             quarantined::insert_quarantined(transaction, &record, row, ToSqlOutput::Borrowed(payload))?;
             continue;
-        }
-        if record.flags.contains(RecordFlags::REDRIVEN) {
-            quarantined::note_redriven(transaction, &record)?;
         }
         entry.execute(params![
             sql_offset(record.offset),

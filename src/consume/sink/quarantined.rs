@@ -139,6 +139,8 @@ pub(super) fn forget_from(connection: &Connection, end: Offset) -> rusqlite::Res
     connection.execute("DELETE FROM quarantined WHERE offset >= ?1", [end])?;
     connection.execute("UPDATE retention SET removed_below = min(removed_below, ?1)", [end])?;
     forget_sizes(connection)?;
+    // The registry may have gone back with the log, and given a version to another rule.
+    connection.execute("UPDATE withheld SET version = 0", [])?;
     connection.execute("UPDATE quarantined SET redriven_offset = NULL WHERE redriven_offset >= ?1", [end])?;
     for_each_moved_topic(connection, |topic_id| forget_moved(connection, topic_id))
 }

@@ -179,6 +179,9 @@ impl StorageFollower {
     fn begin_anew(&mut self) -> Result<(), SinkFault> {
         // The log keeps all that it has until the new one has it.
         self.shared.hold.set(0);
+        // Whoever waits until something is stored waits for the new one, also if it cannot be made at once.
+        self.shared.cursor.send_replace(0);
+        self.shared.withheld.send_replace(0);
         let OpenedSink { sink, said } = self.place.begin_anew(&*self.log)?;
         *self.shared.set_aside.lock() = said;
         self.take_over(sink);

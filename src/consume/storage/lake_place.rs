@@ -10,7 +10,7 @@ use super::record_sink::{OpenedSink, RecordSink, SinkFault, SinkPlace};
 use super::{StorageError, StoredLimitsSource};
 use crate::config::{DeltaConfig, SinkKind};
 use crate::consume::sink::lake::{LakeFault, LakeSettings, LakeSink, NewestRow};
-use crate::log::{Log, WithheldRules};
+use crate::log::{Log, LogReadError, WithheldRules};
 use crate::message::{Offset, RecordRef};
 
 /// How long the store may take to answer [`probe_lake`].
@@ -57,13 +57,17 @@ impl DeltaPlace {
         let mut sink = LakeSink::open(self.settings()?)?;
         let said = self.log.history().map(|history| sink.follow_epochs(history)).transpose()?.flatten();
         let (stored, place) = (sink.committed(), || sink.place().to_string());
-        // Where gateways share it another one may be ahead of what this one knows.
-        if stored > log_end && !self.is_shared {
+        // Where gateways share it another one may be ahead of what this one knows, and none is ahead of the servers.
+        let log_end = match self.is_shared && stored > log_end {
+            true => sink.wait_for(self.log.end()).map_err(|error| LakeFault::Log(error.to_string()))?,
+            false => log_end,
+        };
+        if stored > log_end {
             return Err(LakeFault::AheadOfLog { place: place(), stored, log_end });
         }
         if self.checked != Some(stored)
             && let Some(newest) = sink.newest_row()?
-            && self.is_another(&newest)
+            && self.is_another(&newest)?
         {
             return Err(LakeFault::OtherLog { place: place(), offset: newest.offset });
         }
@@ -72,17 +76,22 @@ impl DeltaPlace {
     }
 
     /// Whether the log has another record in the place of this one. One that the log no longer has tells nothing.
-    fn is_another(&self, newest: &NewestRow) -> bool {
+    ///
+    /// # Errors
+    /// [`LakeFault::Log`].
+    fn is_another(&self, newest: &NewestRow) -> Result<bool, LakeFault> {
         let is_there = (self.log.first_offset()..self.log.next_offset()).contains(&newest.offset);
-        let Some(batches) = is_there.then(|| self.log.read(newest.offset, 1).ok()).flatten() else {
-            return false;
+        let batches = match is_there.then(|| self.log.read(newest.offset, 1)) {
+            None | Some(Err(LogReadError::Removed { .. })) => return Ok(false),
+            Some(Err(error)) => return Err(LakeFault::Log(error.to_string())),
+            Some(Ok(batches)) => batches,
         };
         let record = batches
             .iter()
             .flat_map(|batch| batch.records())
             .find(|record| record.offset == newest.offset)
             .map(|record| (record.key_id, record.received_at));
-        record.is_some_and(|record| record != (newest.key_id, newest.received_at))
+        Ok(record.is_some_and(|record| record != (newest.key_id, newest.received_at)))
     }
 }
 

@@ -161,6 +161,7 @@ pub fn set_back_records(dir: &Path, end: Offset) -> Result<Option<String>, Stora
         opened => opened?,
     };
     if sink.cursor() <= end {
+        sink.forget_rules()?;
         return Ok(None);
     }
     let records = sink.count_from(end)?;
@@ -202,14 +203,15 @@ fn open_right(
 /// operator; `why` completes "records.db".
 pub(super) fn begin_anew(path: &Path, log: &dyn Log, why: &str) -> Result<(SqliteSink, String), SinkError> {
     let aside = set_aside(path)?;
-    let mut sink = SqliteSink::open(path)?;
     let first = log.first_offset();
-    sink.store(std::iter::empty(), first, true)?;
     let said = format!(
         "{RECORDS_FILE_NAME} {why} and is set aside as {}; storage is made again from the log, from offset \
          {first} on: what is older is in that file alone",
         aside.display()
     );
+    // Said before the new one is opened, which may fail.
     error!("storage: {said}");
+    let mut sink = SqliteSink::open(path)?;
+    sink.store(std::iter::empty(), first, true)?;
     Ok((sink, said))
 }

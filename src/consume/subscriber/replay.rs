@@ -8,6 +8,7 @@ use crate::filter::TopicFilter;
 use crate::limits::{REPLAYS_PER_TENANT_MAX, TAIL_READ_BYTES, TAIL_RECORDS_MAX};
 use crate::log::{AppendError, Log, LogReadError};
 use crate::message::{DatasourceId, Offset, RecordRef, TimeMicros};
+use crate::processor::spawn_reading;
 use crate::shares::ShareCount;
 use crate::time::parse_time;
 
@@ -107,7 +108,7 @@ impl Subscribers {
         let mut search = ReplaySearch::new(start, &*self.log, tenant.clone(), filter.clone());
         loop {
             let (turn, log) = (share.clone().read_turn().await, self.log.clone());
-            let step = tokio::task::spawn_blocking(move || {
+            let step = spawn_reading(move || {
                 let _turn = turn;
                 let found = search.step(&*log);
                 (search, found)

@@ -8,9 +8,9 @@ pub const REFUSALS_SHARDS: usize = 16;
 pub const REFUSALS_PER_SHARD_MAX: usize = 256;
 /// Bytes shown of a client's identifier.
 pub const REFUSALS_CLIENT_BYTES_MAX: usize = 64;
-/// Messages that have a span in one second; those beyond have none.
+/// Messages that have a span in one second, shared among their datasources; those beyond have none.
 pub const SPANS_PER_S_MAX: u64 = 1_000;
-/// Messages of one read or request that have a span of their own.
+/// Messages of one datasource in one read or request that have a span of their own.
 pub const SPANS_PER_DRAFT_MAX: usize = 16;
 /// Spans that wait to be sent; those beyond are lost.
 pub const SPANS_WAITING_MAX: usize = 4_096;

@@ -13,6 +13,11 @@ pub const SLOW_LANE_STEP: Duration = Duration::from_millis(200);
 pub const SLOW_LANE_STAY: Duration = Duration::from_secs(2);
 /// What such a tenant may have on its way into the log, in bytes; a larger request goes alone.
 pub const SLOW_IN_FLIGHT_BYTES_MAX: usize = 128 << 10;
+/// What a section of such a tenant counts there beyond its bytes: messages with ids of their own are a section each, and the
+/// log computes for each of those as long as for so many bytes.
+pub const SLOW_SECTION_BYTES: usize = 4 << 10;
+/// Sections of one draft of such a tenant; what else was read goes into the next one.
+pub const SLOW_SECTIONS_MAX: usize = SLOW_IN_FLIGHT_BYTES_MAX / SLOW_SECTION_BYTES;
 /// How long such a tenant pauses after work of its own that others wait for the disk behind, as a multiple of what the
 /// work took.
 pub const SLOW_DISK_PAUSES: u32 = 3;

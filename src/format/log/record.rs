@@ -168,10 +168,10 @@ const VARINT_BYTES_MAX: usize = 10;
 #[inline]
 fn put_varint(mut value: usize, to: &mut Vec<u8>) {
     while value >= 0x80 {
-        to.push(value as u8 | 0x80);
+        to.push(value.to_le_bytes()[0] | 0x80);
         value >>= 7;
     }
-    to.push(value as u8);
+    to.push(value.to_le_bytes()[0]);
 }
 
 /// A record in versions 1 and 2 of the format.

@@ -84,9 +84,12 @@ impl FromRequestParts<Arc<HttpFrontState>> for DataCaller {
             && let Some((grant, session)) = dashboard::page_grant(parts, shared)
         {
             parts.extensions.insert(session.digest);
+            parts.extensions.insert(grant.clone());
             return Caller::admit(parts, shared, grant).await.map(Self);
         }
-        Self::identify(parts, shared, key).await
+        let caller = Self::identify(parts, shared, key).await?;
+        parts.extensions.insert(caller.0.0.clone());
+        Ok(caller)
     }
 }
 

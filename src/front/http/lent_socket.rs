@@ -36,6 +36,14 @@ impl LentSocket {
         self.0.lock().is_flushed
     }
 
+    /// Closes it, if it is still here and somebody has not read a request's body to its end.
+    pub(super) fn poll_close_unread(&self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        match &mut self.0.lock().socket {
+            Some(socket) if socket.has_unread_body() => Pin::new(socket).poll_shutdown(cx),
+            _ => Poll::Ready(Ok(())),
+        }
+    }
+
     fn poll_lent<T>(
         &self,
         is_write: bool,

@@ -51,8 +51,14 @@ impl LongAnswerOffer {
 
 /// A connection that is served: by hyper, or with a long answer.
 pub(super) enum ServedConnection<C> {
-    Hyper { connection: Pin<Box<C>>, socket: LentSocket, offer: LongAnswerOffer },
+    Hyper {
+        connection: Pin<Box<C>>,
+        socket: LentSocket,
+        offer: LongAnswerOffer,
+    },
     Long(Box<LongAnswer>),
+    /// hyper has left a socket that is not closed as it has to be.
+    Closing(LentSocket),
 }
 
 impl<C, E> ServedConnection<C>
@@ -67,7 +73,12 @@ where
     ) -> Poll<Result<(), Box<dyn Error + Send + Sync>>> {
         if let Self::Hyper { connection, socket, offer } = self {
             if let Poll::Ready(ended) = connection.as_mut().poll(cx) {
-                return Poll::Ready(ended.map_err(Into::into));
+                if let Err(error) = ended {
+                    return Poll::Ready(Err(error.into()));
+                }
+                // A request for another protocol, whatever it is answered, ends without a shutdown.
+                *self = Self::Closing(socket.clone());
+                return self.poll_served(cx);
             }
             // An answer before this one may wait for its client to read.
             if !socket.is_flushed() {
@@ -79,6 +90,7 @@ where
         }
         match self {
             Self::Long(answer) => answer.poll_written(cx).map_err(Into::into),
+            Self::Closing(socket) => socket.poll_close_unread(cx).map_err(Into::into),
             Self::Hyper { .. } => Poll::Pending,
         }
     }
@@ -87,7 +99,7 @@ where
     pub(super) fn of_hyper(&mut self) -> Option<Pin<&mut C>> {
         match self {
             Self::Hyper { connection, .. } => Some(connection.as_mut()),
-            Self::Long(_) => None,
+            Self::Long(_) | Self::Closing(_) => None,
         }
     }
 }

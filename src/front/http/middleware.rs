@@ -70,8 +70,8 @@ pub(super) async fn wrap_request<F: Future<Output = Response>>(
     let has_url_token = credentials::token_in_url(request.uri()).is_some();
     note_authority(&mut request);
     let host = check_host(request.version(), request.uri(), request.headers());
-    // HTTP/2 carries other requests beside an unread body; HTTP/1.1 closes the connection below.
-    let (request, lender) = if has_body && !http1 {
+    // A body that nobody reads is looked for below. What comes in is read to its end, or the refusal says that it was not.
+    let (request, lender) = if has_body && !(http1 && route.starts_with("/v1/ingest")) {
         let (head, body) = request.into_parts();
         let (body, lender) = BodyLender::lend(body);
         (Request::from_parts(head, body), Some(lender))
@@ -100,15 +100,17 @@ pub(super) async fn wrap_request<F: Future<Output = Response>>(
         let (status, cause) = (response.status().as_u16(), refused.cause.name());
         debug!(peer, %method, route, status, cause, key_id, "an HTTP request was refused");
     }
-    let unread = refused.is_some_and(|refused| !refused.body_read);
-    if let Some(lender) = lender
-        && unread
-    {
-        lender.discard().await;
+    let mut is_unread = refused.is_some_and(|refused| !refused.body_read);
+    if let Some(body) = lender.and_then(BodyLender::unread) {
+        is_unread = true;
+        // HTTP/2 carries other requests beside an unread body; HTTP/1.1 closes the connection below. A stream does not wait.
+        if !http1 && response.body().size_hint().exact().is_some() {
+            body.discard().await;
+        }
     }
     shared.requests.note(route, &method, response.status(), started.elapsed());
     let headers = response.headers_mut();
-    if http1 && has_body && unread {
+    if http1 && has_body && is_unread {
         // The unread rest of the body is where the next request would begin. Announce the close, so that
         // the client sends no further request on this connection.
         if let Some(peer) = &peer {

@@ -171,29 +171,39 @@ pub(super) async fn redrive(
         redrivable: true,
         limit: REDRIVE_PAGE_RECORDS,
     };
-    loop {
-        // Storage notes what was sent again. A redrive that it has not seen yet would be repeated here, and ids are not
-        // known for ever.
-        let turn = shared.redriving.lock().await;
-        let before = shared.parts.log.shared_id_window().map(|window| Instant::now() + window / 2);
-        await_stored_up_to_now(&shared).await.map_err(Problem::after_body_read)?;
-        let (asked, reader) = (query.clone(), stored.clone());
-        let page = run_in_turn(&shared, &caller, move || {
-            let mut budget = PageBudget::new(asked.limit);
-            budget.begin_piece();
-            Ok(reader.quarantine_within(&asked, &mut budget)?)
-        })
-        .await;
-        let page = page.map_err(Problem::after_body_read)?;
-        redrive_page(&shared, &caller, &datasource, (&page.records, before), &mut answer).await?;
-        drop(turn);
-        answer.more = page.next.is_some();
-        query.after_offset = page.next;
-        let looked_at = answer.redriven + answer.duplicates + answer.failing;
-        if page.next.is_none() || looked_at >= REDRIVE_RECORDS_MAX {
-            break;
+    let redriven: Result<(), Problem> = async {
+        loop {
+            // Storage notes what was sent again. A redrive that it has not seen yet would be repeated here, and ids are not
+            // known for ever.
+            let turn = shared.redriving.lock().await;
+            let before = shared.parts.log.shared_id_window().map(|window| Instant::now() + window / 2);
+            let end = shared.parts.log.next_offset();
+            await_stored_up_to_now(&shared).await.map_err(Problem::after_body_read)?;
+            let (asked, reader) = (query.clone(), stored.clone());
+            let page = run_in_turn(&shared, &caller, move || {
+                let mut budget = PageBudget::new(asked.limit);
+                budget.begin_piece();
+                Ok(reader.quarantine_within(&asked, &mut budget)?)
+            })
+            .await;
+            let page = page.map_err(Problem::after_body_read)?;
+            // What was read may be of a database that was made anew meanwhile, which does not have every mark yet.
+            if !is_stored(&shared, end).await {
+                let words = "Storage was made anew meanwhile; asking again is safe.";
+                return Err(Problem::new(Cause::StorageBehind, words).after_body_read());
+            }
+            redrive_page(&shared, &caller, &datasource, (&page.records, before), &mut answer).await?;
+            drop(turn);
+            answer.more = page.next.is_some();
+            query.after_offset = page.next;
+            let looked_at = answer.redriven + answer.duplicates + answer.failing;
+            if page.next.is_none() || looked_at >= REDRIVE_RECORDS_MAX {
+                return Ok(());
+            }
         }
     }
+    .await;
+    // What was let in is in the audit, whatever became of the rest.
     if answer.redriven > 0 {
         let (registry, actor) = (shared.registry().clone(), caller.actor());
         let what = json!({ "redriven": answer.redriven, "failing": answer.failing });
@@ -204,6 +214,7 @@ pub(super) async fn redrive(
         .await
         .map_err(Problem::after_body_read)?;
     }
+    redriven?;
     Ok(Json(answer).into_response())
 }
 
@@ -346,6 +357,14 @@ pub(super) async fn await_stored_up_to_now(shared: &HttpFrontState) -> Result<()
     match &shared.parts.storage {
         Some(storage) => wait_for_storage(storage.wait_stored(log.next_offset())).await,
         None => Ok(()),
+    }
+}
+
+/// Whether storage has everything below `end` now.
+async fn is_stored(shared: &HttpFrontState, end: Offset) -> bool {
+    match &shared.parts.storage {
+        Some(storage) => tokio::time::timeout(Duration::ZERO, storage.wait_stored(end)).await.is_ok(),
+        None => true,
     }
 }
 

@@ -102,6 +102,11 @@ impl HttpSocket {
         Poll::Ready(Ok(()))
     }
 
+    /// Whether its close goes on reading, so that the client can read the answer.
+    pub(super) fn has_unread_body(&self) -> bool {
+        self.unread.load(Ordering::Relaxed)
+    }
+
     /// The stream, for another protocol to take over.
     pub(super) fn into_stream(self) -> PeerStream {
         self.stream
@@ -194,7 +199,7 @@ impl AsyncWrite for HttpSocket {
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         if !matches!(self.writing, SocketWriteState::Lingering { .. }) {
             ready!(Pin::new(&mut self.stream).poll_shutdown(cx))?;
-            if !self.unread.load(Ordering::Relaxed) {
+            if !self.has_unread_body() {
                 return Poll::Ready(Ok(()));
             }
             self.writing = SocketWriteState::Lingering { bytes_left: HTTP_LINGER_BYTES_MAX };

@@ -22,7 +22,7 @@ use super::server::{HttpCrowd, HttpPeer};
 use super::stream::StreamReaders;
 use super::{live, messages};
 use crate::auth::failures::AuthFailures;
-use crate::auth::{Datasource, Key, Registry};
+use crate::auth::{Datasource, Grant, Key, Registry};
 use crate::front::problem::Problem;
 use crate::intake::Refusal;
 use crate::limits::{HTTP_BODY_PACE_WINDOW, HTTP_MANAGE_BYTES_MAX, REVOCATION_WAIT_MAX};
@@ -123,6 +123,10 @@ impl HttpFrontState {
         let (parts, body) = request.into_parts();
         let limits = BodyLimits { bytes_max, setting: "", ..self.body_limits() };
         let received = body::read(&parts.headers, body, limits, &self.account_of(&parts)).await?;
+        // A body may take a minute, in which the key may have died: what it asks for would outlive the key.
+        if let Some(grant) = parts.extensions.get::<Grant>() {
+            grant.check().map_err(|denied| Problem::from(denied).after_body_read())?;
+        }
         let json = messages::without_bom(&received.bytes);
         // An array would be taken for the members in the order of their declaration.
         if json.trim_ascii_start().starts_with(b"[") {

@@ -3,7 +3,7 @@
 use super::HttpFrontState;
 use super::credentials::Caller;
 use crate::front::problem::Problem;
-use crate::processor::run_usually;
+use crate::processor::{run_usually, spawn_reading};
 
 /// Runs work that waits for a disk on a blocking thread of the usual priority: it may lock the registry.
 pub async fn run_blocking<T: Send + 'static>(
@@ -16,7 +16,7 @@ pub async fn run_blocking<T: Send + 'static>(
 pub async fn run_reading<T: Send + 'static>(
     work: impl FnOnce() -> Result<T, Problem> + Send + 'static,
 ) -> Result<T, Problem> {
-    tokio::task::spawn_blocking(work).await.map_err(|error| Problem::internal(&error))?
+    spawn_reading(work).await.map_err(|error| Problem::internal(&error))?
 }
 
 /// As [`run_reading`], for what a caller reads: in a turn of its tenant, so that others and the registry always

@@ -228,7 +228,7 @@ impl ReadAcks {
             let verdict = self.verdict(ack);
             let outcome = verdict.outcome(outcomes);
             let is_conflict = matches!(outcome, Some(SectionOutcome::Conflict { in_exchange: true, .. }));
-            outcome.is_some() && (is_conflict || !closer.is_ephemeral) && verdict.refused(outcomes).is_some()
+            outcome.is_some() && (is_conflict || !closer.is_first) && verdict.refused(outcomes).is_some()
         });
         refused.map(|ack| Exchange { session: closer.session, packet_id: ack.packet_id }).collect()
     }
@@ -346,7 +346,7 @@ pub(super) struct ExchangeCloser<'a> {
     /// The session's number.
     pub(super) session: u64,
     /// No earlier connection can have opened one.
-    pub(super) is_ephemeral: bool,
+    pub(super) is_first: bool,
 }
 
 /// The reads whose answers wait, oldest first. Answers leave in the order of the messages

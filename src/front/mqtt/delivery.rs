@@ -167,10 +167,10 @@ impl PublishWriter {
         }
         let topic_bytes = topic.iter().map(|part| part.len()).sum();
         let fits = |properties: usize| {
-            let properties = v5.then_some(properties);
+            // Three bytes for a topic alias, which may lengthen the lengths too.
+            let properties = v5.then_some(properties + 3);
             let bytes = write::publish_bytes(topic_bytes, delivery.qos > 0, properties, record.payload.len());
-            // Three bytes for a topic alias.
-            bytes + 3 <= self.form.packet_bytes_max as usize
+            bytes <= self.form.packet_bytes_max as usize
         };
         // The gateway's own properties must not make a message too large for the client.
         let bytes = [self.properties.len(), marks.without_metadata, marks.without_own];

@@ -2,6 +2,7 @@
 //! reason.
 
 use std::net::SocketAddr;
+use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -62,6 +63,16 @@ pub(super) struct OpenedConnection {
     pub(super) early: Vec<u8>,
     /// The CONNACK.
     pub(super) answer: Vec<u8>,
+    /// What has to be on the disk before the CONNACK. Awaited where the connection can no longer be evicted as a
+    /// stranger's, which would lose the session.
+    pub(super) kept: Option<KeptWill>,
+}
+
+/// The copy of a will on its way to the disk.
+pub(super) struct KeptWill {
+    /// About how large it is.
+    pub(super) bytes: usize,
+    pub(super) written: Pin<Box<dyn Future<Output = ()> + Send>>,
 }
 
 /// Reads the CONNECT, which has to arrive by `connect_by`, and decides on it. `Err` holds the bytes to
@@ -204,16 +215,17 @@ impl Handshake<'_> {
         };
         // Before the session, which ends an earlier connection.
         self.write_connack(false, &limits)?;
-        let (entered, EnteredClient { present, session, resumed }) =
+        let (entered, EnteredClient { present, session, resumed, earlier_will }) =
             self.enter(&grant, &who, expiry_s).await?;
+        // The client is back before it was due.
+        drop(earlier_will);
         self.front.intake.authorizer().registry().note_use(grant.key(), Some(&who.user), now_micros(), None);
-        if let Some(will) = &mut will {
+        let kept = will.as_mut().map(|will| {
             // A client that was let in with a will has one, whatever becomes of the gateway.
             let session = session.is_durable().then_some(session.uid);
             let bytes = will.stored_bytes();
-            let kept = will.keep(&self.front.subscribers.store, session);
-            self.front.intake.processor().pace_disk(grant.key(), bytes, kept).await;
-        }
+            KeptWill { bytes, written: Box::pin(will.keep(&self.front.subscribers.store, session)) }
+        });
         let answer = self.write_connack(resumed, &limits)?;
         debug!(
             peer = %self.peer, key_id = %grant.key_id(), datasource = %grant.datasource(),
@@ -238,6 +250,7 @@ impl Handshake<'_> {
             silence_max: (keep_alive_s > 0).then(|| Duration::from_millis(1500 * u64::from(keep_alive_s))),
             early: Vec::new(),
             answer,
+            kept,
         }))
     }
 
@@ -402,7 +415,10 @@ impl Handshake<'_> {
         if let Err(refusal) = front.intake.check_connections(grant) {
             self.report_of_key(grant, refusal.note(Transport::Mqtt));
             drop(entered);
-            client.present.leave(client.session, None);
+            // It is not back: the will that waits goes on waiting.
+            if let Some(will) = client.present.leave(client.session, client.earlier_will) {
+                will.publish(&front.intake).await;
+            }
             return Err((self.told(&refusal), refusal.to_string()));
         }
         Ok((entered, client))

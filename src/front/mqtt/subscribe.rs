@@ -195,14 +195,7 @@ impl SubscribeServices {
         {
             // A subscription that is not on disk is not granted: a restart would lose it.
             words.get_or_insert(error);
-            for grant in &mut granted {
-                if let Ok((slot, new, _)) = *grant {
-                    if new {
-                        outbound.unsubscribe(slot);
-                    }
-                    *grant = Err(ReasonCode::ImplementationSpecificError);
-                }
-            }
+            self.take_back(outbound, &mut granted);
         }
         let old = self.form.version != MqttVersion::V5;
         let code = |grant: &Result<(usize, bool, u8), ReasonCode>| match grant {
@@ -405,6 +398,25 @@ impl SubscribeServices {
         // subscription back.
         let _ = self.store_session(outbound, changes).await;
         codes
+    }
+
+    /// Ends the new ones of the subscriptions that cannot be written. What is queued for the disk has them: what the
+    /// session is without them comes behind it.
+    fn take_back(&self, outbound: &mut Outbound, granted: &mut [Result<(usize, bool, u8), ReasonCode>]) {
+        let mut changes = Vec::new();
+        for grant in granted {
+            let Ok((slot, new, _)) = *grant else { continue };
+            *grant = Err(ReasonCode::ImplementationSpecificError);
+            let subscription = outbound.session.subscriptions[slot].as_ref().filter(|_| new);
+            let Some(filter) = subscription.map(|subscription| subscription.filter.clone()) else { continue };
+            outbound.unsubscribe(slot);
+            if let Some(group) = super::sessions::shared_group_key(&outbound.scope, &filter) {
+                changes.extend(self.sessions.leave_group(&group, &outbound.session));
+            }
+        }
+        let session = outbound.session.to_stored(&outbound.scope, &self.who.client);
+        changes.push(SessionStoreChange::PutSession(session));
+        drop(self.subscribers.store.write(changes));
     }
 
     /// Returns when the present state of a durable session is on disk.

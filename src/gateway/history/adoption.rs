@@ -303,6 +303,8 @@ fn next_epoch(
     let epoch = (newest + 1).max(u64::try_from(at / 1_000_000).unwrap_or(0));
     let sessions = found.extent_of(&format!("KV_{SESSIONS_BUCKET_NAME}")).map_or(0, |bucket| bucket.last);
     let mut set_backs = row.map_or_else(Vec::new, |row| row.set_backs.clone());
+    // What the bucket of sessions gets from here on is newer than all of them, also if it has lost its newest rows.
+    set_backs.iter_mut().for_each(|earlier| earlier.sessions = earlier.sessions.min(sessions));
     set_backs.push(SetBackRow { epoch, at, end, sessions });
     let streams = found.extents().map(|(name, extent)| (name.to_owned(), extent.created)).collect();
     Ok(ClusterHistory { id, epoch, streams, set_backs })

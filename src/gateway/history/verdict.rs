@@ -194,7 +194,7 @@ pub(in crate::gateway) async fn judge_anchor(
 ) -> Result<Option<HistoryVerdict>, StreamError> {
     let Some((stream, Some(report))) = found.streams.first() else { return Ok(None) };
     let (Some(known), is) = (known.streams.get(stream.name()), report.extent()) else { return Ok(None) };
-    if known.last == 0 || is.first > known.last {
+    if known.last == 0 || known.last_at == 0 || is.first > known.last {
         return Ok(None);
     }
     // It may have been removed, by retention or because its key had ended.

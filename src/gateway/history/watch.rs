@@ -12,9 +12,10 @@ use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
 use super::admission::{answer_doubts, answer_followed};
-use super::{FollowedHistory, HistoryFindings, HistoryVerdict, judge, judge_anchor};
+use super::{FollowedHistory, HistoryFindings, HistoryVerdict, judge, judge_anchor, registry_stream};
 use crate::auth::Registry;
 use crate::log::HistoryGate;
+use crate::message::Offset;
 
 /// How often to compare, and how soon again after no answer.
 const HISTORY_CHECK_INTERVAL: Duration = Duration::from_secs(1);
@@ -34,6 +35,8 @@ pub(in crate::gateway) struct HistoryWatch {
     saved: FollowedHistory,
     saved_at: Instant,
     registry: Arc<Registry>,
+    /// The first offset of the log that this gateway has not followed.
+    followed: watch::Receiver<Offset>,
     /// The revision of the registry's copy, and when the next one may be written.
     copied: (u64, Instant),
     /// Cancelled when the cluster goes on from another state, which takes a new start.
@@ -48,13 +51,14 @@ impl HistoryWatch {
         gate: HistoryGate,
         dir: PathBuf,
         known: FollowedHistory,
-        registry: Arc<Registry>,
+        (registry, followed): (Arc<Registry>, watch::Receiver<Offset>),
         left: CancellationToken,
     ) -> Self {
         gate.begin();
         let now = Instant::now();
         let saved = known.clone();
-        Self { nats, streams, gate, dir, known, saved, saved_at: now, registry, copied: (0, now), left }
+        let copied = (0, now);
+        Self { nats, streams, gate, dir, known, saved, saved_at: now, registry, followed, copied, left }
     }
 
     /// Checks until the cluster goes on from another state. `connections` are those over which the log is appended to and
@@ -109,7 +113,17 @@ impl HistoryWatch {
 
     /// Compares. What is the same is what the next check compares with.
     async fn check(&mut self) -> Result<HistoryVerdict, StreamError> {
-        let found = HistoryFindings::ask(&self.nats, &self.streams).await?;
+        // Before the servers are asked: they have to have at least that.
+        let (followed, seen) = (*self.followed.borrow(), self.registry.seen_revision());
+        let mut found = HistoryFindings::ask(&self.nats, &self.streams).await?;
+        if self.is_short(&found, followed, seen) {
+            // Perhaps a new leader that has not applied everything yet.
+            tokio::time::sleep(HISTORY_RETRY_PAUSE).await;
+            found = HistoryFindings::ask(&self.nats, &self.streams).await?;
+            if self.is_short(&found, followed, seen) {
+                self.raise_known(followed, seen);
+            }
+        }
         let verdict = judge(&found, Some(&self.known));
         if verdict != HistoryVerdict::Same {
             return Ok(verdict);
@@ -119,6 +133,25 @@ impl HistoryWatch {
         }
         self.known.go_on(&found);
         Ok(HistoryVerdict::Same)
+    }
+
+    /// Whether the servers have less than this gateway has had from them since the last check.
+    fn is_short(&self, found: &HistoryFindings, followed: Offset, seen: u64) -> bool {
+        found.log().is_some_and(|log| log.last + 1 < followed)
+            || found.registry().is_some_and(|registry| registry.last < seen)
+    }
+
+    /// Notes what this gateway has had from the servers since the last check.
+    fn raise_known(&mut self, followed: Offset, seen: u64) {
+        if let Some(known) = self.streams.first().and_then(|log| self.known.streams.get_mut(log.name()))
+            && known.last + 1 < followed
+        {
+            // When its last message was stored is not known.
+            (known.last, known.last_at) = (followed - 1, 0);
+        }
+        if let Some(known) = self.known.streams.get_mut(&registry_stream()) {
+            known.last = known.last.max(seen);
+        }
     }
 
     /// Writes what was followed, if that is not what was written last.

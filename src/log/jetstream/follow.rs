@@ -41,8 +41,11 @@ impl JetstreamLogFollower {
         loop {
             tokio::select! {
                 message = self.follower.next(), if !self.own.is_alone() => {
-                    self.confirm_feed().await;
-                    self.take_messages(message);
+                    match self.confirm_feed().await {
+                        true => self.take_messages(message),
+                        // It may be of the stream that was in the place of the right one.
+                        false => self.follower.seek(self.next_offset()),
+                    }
                 }
                 () = self.own.wake() => {}
             }
@@ -68,12 +71,16 @@ impl JetstreamLogFollower {
     }
 
     /// Before anything of another consumer is taken: waits until the stream is known to be the one that was followed.
-    async fn confirm_feed(&mut self) {
+    /// `false` if it was another one meanwhile.
+    async fn confirm_feed(&mut self) -> bool {
         let feed = self.follower.feeds();
         if self.confirmed_feed != feed {
-            self.shared.gate.confirm().await;
+            if !self.shared.gate.confirm().await {
+                return false;
+            }
             self.confirmed_feed = feed;
         }
+        true
     }
 
     /// Takes a message and all that have come with it, up to where the gateway's own records continue.

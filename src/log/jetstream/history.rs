@@ -5,7 +5,7 @@
 //! acknowledgement shows it at once: what was published after an offset was followed cannot come to lie before that.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use tokio::sync::watch;
 
@@ -21,6 +21,8 @@ struct HistoryGateState {
     doubt: TroubleCell,
     /// Whether it has not been checked since something made that necessary.
     is_unchecked: AtomicBool,
+    /// How often a check has found another one.
+    closings: AtomicU64,
     /// Whether anybody checks.
     is_watched: AtomicBool,
     /// The number of the newest request for a check, and of the newest that a check has confirmed.
@@ -72,6 +74,7 @@ impl Default for HistoryGate {
         );
         Self(Arc::new(HistoryGateState {
             doubt,
+            closings: AtomicU64::new(0),
             is_unchecked: AtomicBool::new(false),
             is_watched: AtomicBool::new(false),
             asked: watch::Sender::new(0),
@@ -115,13 +118,17 @@ impl HistoryGate {
 
     /// Closes the gate, and says why.
     pub fn close(&self, why: String) {
+        self.0.closings.fetch_add(1, Ordering::AcqRel);
         self.0.doubt.set(Some(why));
     }
 
     /// Opens it, after a check that was begun when `asked` was the newest request.
     pub fn open(&self, asked: u64) {
-        self.0.doubt.set(None);
-        self.0.is_unchecked.store(false, Ordering::Release);
+        // What somebody has met since then is looked at by the next check.
+        if *self.0.asked.borrow() == asked {
+            self.0.doubt.set(None);
+            self.0.is_unchecked.store(false, Ordering::Release);
+        }
         self.0.confirmed.send_replace(asked);
     }
 
@@ -149,13 +156,16 @@ impl HistoryGate {
     }
 
     /// Returns once a check that began after this call has found that the stream is the one that was followed; at once
-    /// if nobody checks.
-    pub(super) async fn confirm(&self) {
-        if self.0.is_watched.load(Ordering::Acquire) {
-            let number = self.ask();
-            // Never fails: the sender is in `self`.
-            let _ = self.0.confirmed.subscribe().wait_for(|confirmed| *confirmed >= number).await;
+    /// if nobody checks. `false` if a check has found another one meanwhile: what was received before may be of that.
+    pub(super) async fn confirm(&self) -> bool {
+        if !self.0.is_watched.load(Ordering::Acquire) {
+            return true;
         }
+        let closings = self.0.closings.load(Ordering::Acquire);
+        let number = self.ask();
+        // Never fails: the sender is in `self`.
+        let _ = self.0.confirmed.subscribe().wait_for(|confirmed| *confirmed >= number).await;
+        self.0.closings.load(Ordering::Acquire) == closings
     }
 }
 
@@ -179,7 +189,7 @@ mod tests {
     #[tokio::test]
     async fn who_asks_waits_for_a_check_that_began_later() {
         let gate = HistoryGate::default();
-        gate.confirm().await;
+        assert!(gate.confirm().await);
         gate.begin();
         let asking = tokio::spawn({
             let gate = gate.clone();
@@ -191,8 +201,27 @@ mod tests {
         tokio::task::yield_now().await;
         assert!(!asking.is_finished());
         gate.open(1);
-        asking.await.expect("confirmed");
+        assert!(asking.await.expect("confirmed"));
         gate.note_lower_ack(501, 1001);
         assert!(gate.is_in_doubt());
+        // A check that began before that does not open it.
+        gate.open(1);
+        assert!(gate.is_in_doubt());
+        gate.open(2);
+        assert!(!gate.is_in_doubt());
+    }
+
+    #[tokio::test]
+    async fn what_came_while_another_stream_was_found_is_not_confirmed() {
+        let gate = HistoryGate::default();
+        gate.begin();
+        let asking = tokio::spawn({
+            let gate = gate.clone();
+            async move { gate.confirm().await }
+        });
+        gate.requests().wait_for(|asked| *asked == 1).await.expect("it is asked");
+        gate.close("another one".to_owned());
+        gate.open(1);
+        assert!(!asking.await.expect("answered"));
     }
 }

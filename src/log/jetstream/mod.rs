@@ -277,6 +277,11 @@ impl JetstreamLog {
         let _ = self.shared.may_be_behind.set(Box::new(may_be_behind));
     }
 
+    /// Watches the first offset that this gateway has not followed.
+    pub fn followed(&self) -> tokio::sync::watch::Receiver<Offset> {
+        self.shared.tail.subscribe()
+    }
+
     /// The gate that is closed while the stream may be another one than this gateway has followed.
     pub fn gate(&self) -> &HistoryGate {
         &self.shared.gate

@@ -6,7 +6,7 @@
 //! request in so many has a span of its own.
 //!
 //! Nobody waits for a span: what the exporter cannot take is lost, and so is what comes faster than
-//! [`SPANS_PER_S_MAX`](crate::limits::SPANS_PER_S_MAX).
+//! [`SPANS_PER_S_MAX`](crate::limits::SPANS_PER_S_MAX), of which each datasource gets a share.
 
 #[cfg(not(feature = "otlp"))]
 mod absent;
@@ -14,6 +14,8 @@ mod absent;
 mod collector;
 #[cfg(feature = "otlp")]
 mod recorder;
+#[cfg(feature = "otlp")]
+mod span_shares;
 #[cfg(feature = "otlp")]
 mod trace_parent;
 

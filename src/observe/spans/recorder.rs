@@ -1,9 +1,8 @@
 //! The spans of messages, from a front to storage.
 
 use std::borrow::Cow;
-use std::collections::VecDeque;
+use std::collections::{HashMap, VecDeque};
 use std::sync::OnceLock;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use headgate_format::codec::properties::Properties;
@@ -15,10 +14,11 @@ use opentelemetry_sdk::trace::{SdkTracer, SdkTracerProvider, Span};
 use parking_lot::Mutex;
 
 use super::TracedMessage;
+use super::span_shares::SpanShares;
 use super::trace_parent::parse_trace_parent;
-use crate::limits::{SPANS_PER_DRAFT_MAX, SPANS_PER_S_MAX, TRACED_RECORDS_MAX};
+use crate::limits::{SPANS_PER_DRAFT_MAX, TRACED_RECORDS_MAX};
 use crate::log::SectionOutcome;
-use crate::message::Offset;
+use crate::message::{DatasourceId, Offset};
 
 /// The name of the header and of the user property.
 const TRACE_PARENT: &str = "traceparent";
@@ -33,8 +33,7 @@ static DESK: OnceLock<SpanDesk> = OnceLock::new();
 
 struct SpanDesk {
     tracer: SdkTracer,
-    /// The second, and behind it how many messages have had a span in it.
-    allowance: AtomicU64,
+    shares: Mutex<SpanShares>,
     stores: Mutex<TracedStores>,
 }
 
@@ -61,20 +60,18 @@ struct SinkTransaction {
 pub(super) fn set_provider(provider: &SdkTracerProvider) {
     let _ = DESK.set(SpanDesk {
         tracer: provider.tracer("headgate"),
-        allowance: AtomicU64::new(0),
+        shares: Mutex::default(),
         stores: Mutex::default(),
     });
 }
 
 impl SpanDesk {
-    /// Whether one more message may have a span in this second.
-    fn take_allowance(&self) -> bool {
-        let second = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs() << 32;
-        let taken = self.allowance.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |known| {
-            let in_second = if known & !0xffff_ffff == second { known } else { second };
-            (in_second & 0xffff_ffff < SPANS_PER_S_MAX).then_some(in_second + 1)
-        });
-        taken.is_ok()
+    /// Whether one more message of this datasource may have a span in this second.
+    fn take_share(&self, datasource: &DatasourceId) -> bool {
+        let mut shares = self.shares.lock();
+        // Looked at in here, or whoever waits for the lock would come from a second that is over.
+        let second = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
+        shares.take(datasource, second)
     }
 
     /// Begins a span, if it is sampled.
@@ -150,6 +147,8 @@ struct OpenSpans {
     messages: u64,
     admitted: Option<SystemTime>,
     spans: Vec<MessageSpan>,
+    /// How many more each datasource may have in this draft: one of NATS has messages of many.
+    room: HashMap<DatasourceId, usize>,
 }
 
 /// The span of a message, or of all of a draft that name no parent.
@@ -174,6 +173,7 @@ impl DraftSpans {
             messages: 0,
             admitted: None,
             spans: Vec::new(),
+            room: HashMap::new(),
         })))
     }
 
@@ -244,9 +244,7 @@ impl OpenSpans {
     fn note_message(&mut self, message: &TracedMessage<'_>) {
         self.messages += 1;
         let own = parent_in(message.properties);
-        if own.is_none() && std::mem::replace(&mut self.is_decided, true)
-            || self.spans.len() >= SPANS_PER_DRAFT_MAX
-        {
+        if own.is_none() && std::mem::replace(&mut self.is_decided, true) {
             return;
         }
         let parent = own.as_ref().or(self.parent.as_ref());
@@ -255,11 +253,11 @@ impl OpenSpans {
             return;
         }
         // Whoever names a parent that is sampled has a span, but for what would be too many.
-        if parent.is_some() && !self.desk.take_allowance() {
+        if parent.is_some() && !take_room(&mut self.room, self.desk, message.datasource) {
             return;
         }
         let Some(mut span) = self.desk.start("publish", SpanKind::Server, self.began, parent) else { return };
-        if parent.is_none() && !self.desk.take_allowance() {
+        if parent.is_none() && !take_room(&mut self.room, self.desk, message.datasource) {
             return;
         }
         let topic = &message.topic[..message.topic.floor_char_boundary(SPAN_TOPIC_BYTES_MAX)];
@@ -275,6 +273,19 @@ impl OpenSpans {
         let TracedMessage { origin, place, .. } = *message;
         self.spans.push(MessageSpan { origin, place, span, is_own: own.is_some() });
     }
+}
+
+/// Whether one more message of this datasource may have a span in this draft, of which `room` has what is left to each, and in
+/// this second.
+fn take_room(room: &mut HashMap<DatasourceId, usize>, desk: &SpanDesk, datasource: &DatasourceId) -> bool {
+    let left = match room.get_mut(datasource) {
+        Some(left) => left,
+        None => room.entry(datasource.clone()).or_insert(SPANS_PER_DRAFT_MAX),
+    };
+    let may_have = *left > 0 && desk.take_share(datasource);
+    // Who is over its share is not asked about again in this draft.
+    *left = if may_have { *left - 1 } else { 0 };
+    may_have
 }
 
 /// The parent that a message names in its properties.

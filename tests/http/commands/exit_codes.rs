@@ -28,6 +28,18 @@ fn each_kind_of_failure_has_its_exit_code() {
     ] {
         fails_with(&mut to(&gateway, args), &[2]);
     }
+    for args in [
+        &["key", "create", "press-4", "--scope", "read"][..],
+        &["key", "token", "press-4", key_id, "--scope", "admin"],
+        &["datasource", "create", "x", "--scope", "Ingest"],
+    ] {
+        let output = to(&gateway, args).output().expect("headgate runs");
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(
+            output.status.code() == Some(2) && said.contains("possible values: ingest, subscribe"),
+            "{said}"
+        );
+    }
     for (key, args) in [
         (source.key.as_str(), &["datasource", "list"][..]),
         ("hgk_none", &["datasource", "list"]),
@@ -72,6 +84,30 @@ fn each_kind_of_failure_has_its_exit_code() {
     ] {
         assert!(help.contains(line), "{line}: {help}");
     }
+}
+
+#[test]
+fn ping_needs_no_key_and_tells_a_gateway_from_whatever_else_answers() {
+    let dir = scratch();
+    let gateway = Gateway::start(dir.path());
+    let ping = |url: &str, args: &[&str]| {
+        let mut command = headgate(&[&["ping"], args].concat());
+        command.env("HEADGATE_URL", url);
+        command
+    };
+    let url = format!("http://{}", gateway.http);
+    assert_eq!(prints(&mut ping(&url, &[])), format!("alive at {url}\n"));
+    assert_eq!(prints(&mut ping(&format!("{url}/"), &["--ready"])), format!("ready at {url}\n"));
+    assert!(prints(&mut ping(&url, &["--json"])).contains("\"alive\": true"));
+    assert!(prints(&mut ping(&url, &["--ready", "--json"])).contains("\"status\": \"ready\""));
+    // A page of the gateway that is none of the two, as whatever else would answer.
+    for args in [&[][..], &["--ready"]] {
+        let said = fails_with(&mut ping(&format!("{url}/v1"), args), &[1]);
+        assert!(said.contains("no gateway"), "{said}");
+    }
+    let nobody = TcpListener::bind("127.0.0.1:0").and_then(|free| free.local_addr()).expect("a port");
+    let said = fails_with(&mut ping(&format!("http://{nobody}"), &[]), &[5]);
+    assert!(said.contains("no gateway answers at"), "{said}");
 }
 
 /// What was said of a refused key was which headers HTTP takes, and not which key it was.

@@ -77,6 +77,14 @@ fn a_doctor_looks_at_the_machine_with_and_without_a_gateway() {
     };
     let gateway = Gateway::start(dir.path());
     let report = doctor(&gateway);
+    // Where a relative path leads to a directory, it is no directory to be made.
+    let above = dir.path().parent().expect("a directory above");
+    let mut relative = headgate(&["doctor", "--data-dir"]);
+    relative.arg(dir.path().strip_prefix(above).expect("it is there")).current_dir(above);
+    let said =
+        relative.env("HEADGATE_URL", format!("http://{}", gateway.http)).output().expect("headgate runs");
+    let said = String::from_utf8_lossy(&said.stdout).into_owned();
+    assert!(!said.contains("is not there yet"), "{said}");
     for what in
         ["configuration", "data directory", "disk", "sync", "open files", "storage in SQLite", "gateway"]
     {

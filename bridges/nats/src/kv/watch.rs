@@ -289,6 +289,11 @@ impl KvWatch {
 }
 
 impl KvWatchProgress {
+    /// The revision up to which the reader has dealt with everything.
+    pub fn revision(&self) -> KvRevision {
+        *self.seen.borrow()
+    }
+
     /// Waits until the reader has dealt with everything written before this call. Returns the bucket's
     /// revision.
     ///

@@ -9,7 +9,9 @@ use headgate_bridge_nats::presence::{NodeReply, PRESENCE_SILENCE_MAX};
 
 async fn node(server: &Server, id: &str) -> Presence {
     let nats = server.connect().await;
-    Presence::start(&nats, "test.node", id).await.expect("starts")
+    let node = Presence::start(&nats, "test.node", id).await.expect("starts");
+    node.announce().await;
+    node
 }
 
 async fn knows(node: &Presence, others: &[&str]) {

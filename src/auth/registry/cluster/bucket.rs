@@ -49,6 +49,10 @@ impl RegistryReplica for RegistryCluster {
         Ok(self.runtime.block_on(self.bucket.put_all(&puts, Some(after)))?)
     }
 
+    fn seen(&self) -> RegistryRevision {
+        self.seen.revision()
+    }
+
     fn catch_up(&self) -> Result<RegistryRevision, RegistryError> {
         Ok(self.runtime.block_on(self.seen.sync(CATCH_UP_MAX))?)
     }

@@ -7,6 +7,7 @@
 use std::collections::{HashMap, HashSet};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use bytes::Bytes;
 use headgate_bridge_nats::kv::{KvPut, KvRevision, KvRow};
@@ -24,6 +25,8 @@ pub const HISTORY_ROW_NAME: &str = "history";
 const REGISTRY_COPY_FILE: &str = "registry-copy.json";
 /// Rows that are put right in one batch.
 const MENDED_ROWS_PER_BATCH: usize = 500;
+/// How long the bucket may take to be read: one that no consumer can be made on would take for ever.
+const MENDING_READ_MAX: Duration = Duration::from_secs(30);
 /// Keys that are copied while changes wait.
 const COPIED_KEYS_PER_PAGE: usize = 1_000;
 
@@ -80,6 +83,12 @@ impl Registry {
                 _ => return Ok(copy),
             };
         }
+    }
+
+    /// What the watch of the cluster's registry has handed out; unlike [`Registry::applied_revision`] it waits for no
+    /// lock. 0 without a cluster.
+    pub fn seen_revision(&self) -> u64 {
+        self.replica.as_ref().map_or(0, |replica| replica.seen())
     }
 
     /// The newest revision of the cluster's registry that this node has applied.
@@ -159,7 +168,10 @@ impl RegistryMending {
     ) -> Result<Self, RegistryError> {
         let mut present: HashMap<String, Bytes> = HashMap::new();
         let mut revisions: HashMap<String, KvRevision> = HashMap::new();
-        for KvRow { key, value, revision } in bucket.watch().next().await.rows {
+        let away = |_| RegistryError::Away(format!("bucket {}: it cannot be read", bucket.name()));
+        let mut watch = bucket.watch();
+        let read = tokio::time::timeout(MENDING_READ_MAX, watch.next()).await.map_err(away)?;
+        for KvRow { key, value, revision } in read.rows {
             revisions.insert(key.clone(), revision);
             if let Some(value) = value {
                 present.insert(key, value);

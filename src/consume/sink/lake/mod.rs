@@ -63,6 +63,9 @@ pub enum LakeFault {
     /// The threads for its connections could not be started.
     #[error("the lake: {0}")]
     Threads(#[from] io::Error),
+    /// The log, with which the table is compared, cannot be read now.
+    #[error("the lake cannot be compared with the log: {0}")]
+    Log(String),
     /// Another gateway, which has another log, writes into the table.
     #[error("another gateway writes into the lake at {place}")]
     OtherWriter {
@@ -110,7 +113,7 @@ impl LakeFault {
                 "name another place in storage.delta.place"
             }
             Self::LaterEpoch { .. } => "this gateway begins it by itself, or with its next start",
-            Self::Table(_) | Self::Threads(_) => "it is tried again",
+            Self::Table(_) | Self::Threads(_) | Self::Log(_) => "it is tried again",
             Self::Place(_) | Self::Settings(_) => "see [storage.delta]",
         }
     }
@@ -205,6 +208,11 @@ impl LakeSink {
         };
         sink.begin_behind_commits();
         Ok(sink)
+    }
+
+    /// Waits for something else, on a thread that may block.
+    pub(in crate::consume) fn wait_for<T>(&self, something: impl Future<Output = T>) -> T {
+        self.runtime.block_on(something)
     }
 
     /// Where it is.

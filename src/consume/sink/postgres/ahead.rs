@@ -80,7 +80,10 @@ pub(super) fn follow_epochs(
     let said = end.map(|end| set_aside(sink, end)).transpose();
     sink.connection.reset_answer_wait_max();
     let said = said?;
-    sink.connection.run(&format!("UPDATE log_epoch SET epoch = {now} WHERE epoch < {now}"))?;
+    sink.connection.run(&format!(
+        "UPDATE sink SET withheld_version = 0; UPDATE log_epoch SET epoch = {now} WHERE epoch < {now}"
+    ))?;
+    sink.forget_rules();
     Ok(said)
 }
 
@@ -118,11 +121,13 @@ fn set_aside(sink: &mut PostgresSink, end: Offset) -> Result<String, PostgresErr
              DELETE FROM time_index WHERE first_offset >= {from};
              UPDATE retention SET removed_below = {from} WHERE removed_below > {from};
              UPDATE quarantined SET redriven_offset = NULL WHERE redriven_offset >= {from};
-             UPDATE sink SET next_offset = {from}, durable_offset = {from}, samples_from = {samples_from}"
+             UPDATE sink SET next_offset = {from}, durable_offset = {from}, samples_from = {samples_from},
+                 withheld_version = 0"
         ))?;
         sink.forget_moved_values()
     })?;
     sink.sizes.clear();
+    sink.forget_rules();
     (sink.cursor, sink.lane_offset) = (end, 0);
     sink.samples_cursor = sink.samples_cursor.min(end);
     sink.durable_cursor = sink.cursor();

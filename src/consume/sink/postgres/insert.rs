@@ -227,6 +227,12 @@ impl PostgresSink {
         self.sizes.add(ids.datasource, record.payload.len());
         let is_leaked = left_out.covers(record.datasource, record.key_id, record.received_at, record.offset);
         let text = std::str::from_utf8(record.payload).ok();
+        // Also where it is withheld itself: given back, it would be there beside another redrive.
+        if record.flags.contains(RecordFlags::REDRIVEN)
+            && let Some(RecordNote::Redriven { offset, .. }) = RecordNote::decode(record.note)
+        {
+            facts.let_in.push((offset, record.offset));
+        }
         if record.flags.contains(RecordFlags::QUARANTINED) || is_leaked {
             add_quarantined(&mut rows.quarantined, record, ids, |row| match is_leaked {
                 true => add_payload(row, record.payload, text, self.form, is_plain),
@@ -246,11 +252,6 @@ impl PostgresSink {
                 }
                 false => Ok(()),
             };
-        }
-        if record.flags.contains(RecordFlags::REDRIVEN)
-            && let Some(RecordNote::Redriven { offset, .. }) = RecordNote::decode(record.note)
-        {
-            facts.let_in.push((offset, record.offset));
         }
         rows.entries.begin(10);
         add_head(&mut rows.entries, record, ids);

@@ -247,6 +247,12 @@ impl PostgresSink {
         self.durable_cursor
     }
 
+    /// Has all rules about what is left out followed once more, which does no harm: the registry may have gone back, and
+    /// given a version to another rule.
+    fn forget_rules(&mut self) {
+        (self.withheld_version, self.left_out) = (0, None);
+    }
+
     pub(in crate::consume) fn withheld_version(&self) -> u64 {
         self.withheld_version
     }

@@ -168,6 +168,19 @@ impl SqliteSink {
     pub(super) fn set_back(&mut self, end: Offset) {
         self.clear_remembered();
         (self.cursor, self.durable_cursor) = (end, end);
+        (self.withheld_version, self.left_out) = (0, None);
+    }
+
+    /// Has all rules about what is left out followed once more, which does no harm: the registry may have gone back, and
+    /// given a version to another rule.
+    ///
+    /// # Errors
+    /// [`SinkError`].
+    pub fn forget_rules(&mut self) -> Result<(), SinkError> {
+        let forgotten = self.connection.execute("UPDATE withheld SET version = 0", []);
+        forgotten.map_err(|error| self.database_error(&error))?;
+        (self.withheld_version, self.left_out) = (0, None);
+        Ok(())
     }
 
     /// The first offset that is not stored yet.

@@ -8,9 +8,10 @@
 
 use parking_lot::Mutex;
 use std::collections::HashMap;
+use std::convert::Infallible;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use tokio::sync::watch;
@@ -62,6 +63,8 @@ pub(super) struct RetainedFollowerState {
     is_open: AtomicBool,
     /// The topics that have a message.
     topics: Arc<RetainedTopics>,
+    /// Below it, all records of the log are in that count.
+    counted_below: AtomicU64,
     /// Damage that a reader has met, for the thread to mend.
     damage: Mutex<Option<SqliteError>>,
 }
@@ -96,6 +99,7 @@ impl RetainedFollowerState {
             set_aside: Mutex::default(),
             is_open: AtomicBool::new(table.is_some()),
             topics: Arc::default(),
+            counted_below: AtomicU64::new(0),
             damage: Mutex::default(),
         }
     }
@@ -118,12 +122,30 @@ impl RetainedFollowerState {
         &self.topics
     }
 
-    /// Counts the topics of the table anew.
-    pub(super) fn count_topics(&self, table: &RetainedTable) -> rusqlite::Result<()> {
-        self.topics.clear();
-        table.for_each_topic(|datasource, topic, payload| {
-            self.topics.confirm(datasource, topic, message_bytes(topic, payload));
+    /// Counts the topics anew: those of the table, and what is to be retained of the records behind it in the log, as far
+    /// as `may_go_on`. What the thread has not consumed yet counts too: the limits hold right after a kill.
+    pub(super) fn count_topics(
+        &self,
+        table: &RetainedTable,
+        log: &dyn Log,
+        may_go_on: impl Fn() -> bool,
+    ) -> rusqlite::Result<()> {
+        self.topics.recount(|topics| {
+            table.for_each_topic(|datasource, topic, payload| {
+                topics.confirm(datasource, topic, message_bytes(topic, payload));
+            })?;
+            self.counted_below.store(count_unconsumed(topics, table, log, may_go_on), Ordering::Release);
+            Ok(())
         })
+    }
+
+    /// Notes that the thread has consumed a record: its topic has that message now.
+    fn confirm_topic(&self, record: &RecordRef<'_>) {
+        // Below, what came after it is counted already.
+        if record.offset >= self.counted_below.load(Ordering::Acquire) {
+            let bytes = message_bytes(record.topic, record.payload.len());
+            self.topics.confirm(record.datasource, record.topic, bytes);
+        }
     }
 
     /// Notes that the topics could not be counted at the start, which goes on: the thread mends damage, and after
@@ -233,6 +255,45 @@ fn message_bytes(topic: &str, payload: usize) -> u64 {
     if payload == 0 { 0 } else { (topic.len() + payload) as u64 }
 }
 
+/// Counts what is to be retained of the records that a table has not consumed. Returns the offset below which all are
+/// counted; the thread counts the others when it consumes them.
+fn count_unconsumed(
+    topics: &RetainedTopics,
+    table: &RetainedTable,
+    log: &dyn Log,
+    may_go_on: impl Fn() -> bool,
+) -> Offset {
+    let left_out = log.withheld().now();
+    let mut counted = table.cursor().max(log.first_offset());
+    while counted < log.next_offset() && may_go_on() {
+        let batches = match log.read(counted, RETAINED_READ_BYTES) {
+            Err(LogReadError::Removed { first, .. }) if first > counted => {
+                counted = first;
+                continue;
+            }
+            Err(error) => {
+                warn!(%error, "retained messages: the topics in the rest of the log count when they are consumed");
+                break;
+            }
+            Ok(batches) => batches,
+        };
+        let Some(last) = batches.last() else { break };
+        for batch in batches.iter().filter(|batch| batch.has_retained()) {
+            for record in batch.records().filter(|record| {
+                record.offset >= counted && is_retained(record) && !left_out.contains(record)
+            }) {
+                topics.confirm(
+                    record.datasource,
+                    record.topic,
+                    message_bytes(record.topic, record.payload.len()),
+                );
+            }
+        }
+        counted = last.next_offset();
+    }
+    counted
+}
+
 fn is_retained(record: &RecordRef<'_>) -> bool {
     record.flags.contains(RecordFlags::RETAIN)
 }
@@ -247,7 +308,6 @@ impl Consumer for RetainedFollower {
         }
         let met = self.shared.damage.lock().take();
         if let Some(damage) = met.filter(|_| self.shared.set_aside().is_none()) {
-            self.table = None;
             self.begin_anew(&damage)?;
         }
         let round = self.consume();
@@ -286,7 +346,7 @@ impl Consumer for RetainedFollower {
         let cursor = self.shared.cursor();
         if self.shared.is_open()
             && self.durable != Some(cursor)
-            && let Err(error) = self.write(std::iter::empty(), cursor, true)
+            && let Err(error) = self.write(&[], cursor, true)
         {
             warn!(%error, "retained messages: the next start reads a part of the log again");
         }
@@ -323,30 +383,45 @@ impl RetainedFollower {
         if let Some(said) = said {
             self.shared.note_set_aside(said);
         }
-        self.shared.count_topics(&table).map_err(|error| SqliteError::from_sqlite(&error, &self.path))?;
+        self.count_topics(&table)?;
         self.shared.progress.send_replace(RetainedProgress::from_table(&table));
         self.table = Some(table);
         self.shared.is_open.store(true, Ordering::Release);
         Ok(())
     }
 
-    /// Sets the damaged database aside, and goes on with another one from where the log begins.
+    /// Sets the damaged database aside, and goes on with another one from where the log begins. If it cannot, the next
+    /// round does.
     fn begin_anew(&mut self, damage: &SqliteError) -> Result<(), SqliteError> {
         // The log keeps all that it has until the new database has consumed it.
         self.shared.consumed.lock()(0);
         self.durable = None;
-        let aside = set_aside(&self.path)?;
-        self.shared.note_set_aside(damage_words(&aside, damage, self.log.first_offset()));
         self.table = None;
-        // Before the new one is opened: if that fails, the next round begins with an empty one all the same.
-        self.shared.topics.clear();
+        let aside = set_aside(&self.path).inspect_err(|_| {
+            // A reader that has met it waits for another database.
+            self.shared.damage.lock().get_or_insert_with(|| damage.clone());
+        })?;
+        self.shared.note_set_aside(damage_words(&aside, damage, self.log.first_offset()));
         self.shared.progress.send_modify(|progress| {
             let made_anew = progress.made_anew + 1;
             *progress = RetainedProgress { cursor: 0, empty: true, withheld_version: 0, made_anew };
         });
-        let table = self.table.insert(RetainedTable::open(&self.path)?);
-        self.shared.follow_table(table);
+        self.shared.counted_below.store(0, Ordering::Release);
+        let table = RetainedTable::open(&self.path).inspect_err(|_| {
+            // The next round begins with an empty one all the same, and counts as it consumes.
+            let Ok(()) = self.shared.topics.recount(|_| Ok::<_, Infallible>(()));
+        })?;
+        self.count_topics(&table)?;
+        self.shared.follow_table(&table);
+        self.table = Some(table);
         Ok(())
+    }
+
+    /// Counts the topics of a table, and of what it has still to consume; not while the thread is to end.
+    fn count_topics(&self, table: &RetainedTable) -> Result<(), SqliteError> {
+        let may_go_on = || self.shared.control.stop_deadline().is_none();
+        let counted = self.shared.count_topics(table, &*self.log, may_go_on);
+        counted.map_err(|error| SqliteError::from_sqlite(&error, &self.path))
     }
 
     /// Consumes the next records of the log, as many as one transaction takes.
@@ -384,11 +459,7 @@ impl RetainedFollower {
             let written = sync || !newest.is_empty();
             if written {
                 let newest: Vec<RecordRef<'_>> = newest.into_values().collect();
-                self.write(newest.iter().copied(), last.next_offset(), sync)?;
-                for record in newest {
-                    let bytes = message_bytes(record.topic, record.payload.len());
-                    self.shared.topics.confirm(record.datasource, record.topic, bytes);
-                }
+                self.write(&newest, last.next_offset(), sync)?;
             } else {
                 self.shared.progress.send_modify(|progress| progress.cursor = last.next_offset());
             }
@@ -399,7 +470,7 @@ impl RetainedFollower {
                 false => RetainedRound::OnlyRead,
             });
         } else if sync && self.durable != Some(cursor) {
-            self.write(std::iter::empty(), cursor, true)?;
+            self.write(&[], cursor, true)?;
         } else {
             return Ok(RetainedRound::AtTail);
         }
@@ -409,24 +480,29 @@ impl RetainedFollower {
     /// Leaves out what the rules leave out now, and goes back in the log for what is to be read again for that. Those
     /// who wait for an offset wait until the thread reaches it again.
     fn follow_rules(&mut self) -> Result<(), SqliteError> {
+        // What is to be read again stays in the log until it is.
+        self.shared.consumed.lock()(0);
+        self.durable = None;
         let first = self.log.first_offset();
         let table = open_or_reopen(&mut self.table, &self.path)?;
         if table.withheld_version() > self.log.withheld().version() {
-            table.forget_rules();
+            table.forget_rules().map_err(|error| SqliteError::from_sqlite(&error, &self.path))?;
         }
         let (changes, left_out) = self.log.withheld().changes_and_rules(table.withheld_version());
         table
             .follow_rules(&changes, &left_out, first)
             .map_err(|error| SqliteError::from_sqlite(&error, &self.path))?;
-        self.shared.follow_table(table);
-        self.shared.count_topics(table).map_err(|error| SqliteError::from_sqlite(&error, &self.path))?;
-        self.durable = None;
+        if let Some(table) = &self.table {
+            // Before anybody hears of it.
+            self.count_topics(table)?;
+            self.shared.follow_table(table);
+        }
         Ok(())
     }
 
     /// Resumes at `to`, where the log begins.
     fn skip_removed(&mut self, from: Offset, to: Offset) -> Result<(), SqliteError> {
-        self.write(std::iter::empty(), to, true)?;
+        self.write(&[], to, true)?;
         warn!(
             from,
             to,
@@ -437,14 +513,12 @@ impl RetainedFollower {
     }
 
     /// Writes `newest` and the cursor `next`, and wakes those who wait for it.
-    fn write<'a>(
-        &mut self,
-        newest: impl Iterator<Item = RecordRef<'a>>,
-        next: Offset,
-        sync: bool,
-    ) -> Result<(), SqliteError> {
+    fn write(&mut self, newest: &[RecordRef<'_>], next: Offset, sync: bool) -> Result<(), SqliteError> {
         let table = open_or_reopen(&mut self.table, &self.path)?;
-        table.write(newest, next, sync).map_err(|error| SqliteError::from_sqlite(&error, &self.path))?;
+        let written = table.write(newest.iter().copied(), next, sync);
+        written.map_err(|error| SqliteError::from_sqlite(&error, &self.path))?;
+        // Before anybody hears of it: who has waited finds them counted.
+        newest.iter().for_each(|record| self.shared.confirm_topic(record));
         self.shared.follow_table(table);
         if sync {
             self.synced_at = Some(Instant::now());

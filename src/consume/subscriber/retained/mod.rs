@@ -27,6 +27,9 @@ pub(in crate::consume) mod table;
 #[cfg(test)]
 mod tests;
 
+/// How long a start reads what is not consumed yet, to count its topics. A second of the log's newest is not after a kill,
+/// and it is read in a part of that.
+const RETAINED_COUNT_TIME_MAX: Duration = Duration::from_secs(5);
 /// How long a page waits for the thread to consume what comes before it in the log.
 const RETAINED_WAIT_MAX: Duration = Duration::from_secs(10);
 
@@ -196,8 +199,9 @@ impl RetainedStore {
         if let Some(said) = said.flatten() {
             shared.note_set_aside(said);
         }
+        let count_until = Instant::now() + RETAINED_COUNT_TIME_MAX;
         if let Some(table) = &table
-            && let Err(error) = shared.count_topics(table)
+            && let Err(error) = shared.count_topics(table, &*log, || Instant::now() < count_until)
         {
             shared.note_uncounted(SqliteError::from_sqlite(&error, &path));
         }
@@ -363,6 +367,8 @@ pub fn set_back_retained(dir: &Path, end: Offset, first: Offset) -> Result<Optio
         opened => opened?,
     };
     if table.cursor() <= end {
+        // The registry may have gone back too, and given a version to another rule.
+        table.forget_rules().map_err(|error| SqliteError::from_sqlite(&error, &path))?;
         return Ok(None);
     }
     let aside = new_file_aside(&path)?;

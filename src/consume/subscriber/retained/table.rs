@@ -130,8 +130,10 @@ impl RetainedTable {
     }
 
     /// The rules that it follows are of another registry: all are followed anew.
-    pub(super) fn forget_rules(&mut self) {
+    pub(super) fn forget_rules(&mut self) -> rusqlite::Result<()> {
+        self.connection.execute("UPDATE withheld SET version = 0", [])?;
         self.withheld_version = 0;
+        Ok(())
     }
 
     /// Deletes messages that are left out after some changes of the rules, which have led to `left_out`. If what they had
@@ -187,9 +189,10 @@ impl RetainedTable {
         let transaction = self.connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
         transaction.execute("DELETE FROM messages WHERE offset >= ?1", [sql_offset(first.min(end))])?;
         transaction.execute("UPDATE cursor SET next_offset = ?1", [sql_offset(first)])?;
+        transaction.execute("UPDATE withheld SET version = 0", [])?;
         let empty = is_empty(&transaction)?;
         transaction.commit()?;
-        (self.cursor, self.empty) = (first, empty);
+        (self.cursor, self.withheld_version, self.empty) = (first, 0, empty);
         Ok(())
     }
 

@@ -318,6 +318,43 @@ async fn a_kill_at_any_moment_leaves_what_the_rest_of_the_log_makes_exact() {
     assert_eq!(everything(&start(dir.path(), &log), &log).await, expected);
 }
 
+/// What a killed gateway had let in and not consumed did not count until it was, and a topic more was let in meanwhile.
+#[tokio::test]
+async fn what_was_not_consumed_before_a_kill_counts_from_the_start() {
+    let dir = directory();
+    let log = open_log(dir.path());
+    let retained = start(dir.path(), &log);
+    append(&log, [("press-4", "a", &b"1"[..], RETAIN), ("press-4", "b", &b"1"[..], RETAIN)]).await;
+    caught_up(&retained, &log).await;
+    let killed = copy_as_killed(dir.path());
+    append(&log, [("press-4", "a", &b""[..], RETAIN)]).await;
+    append(&log, [("press-4", "c", &b"22"[..], RETAIN), ("press-4", "d", &b"1"[..], PLAIN)]).await;
+    append(&log, [("press-4", "a", &b"333"[..], RETAIN), ("press-5", "e", &b"1"[..], RETAIN)]).await;
+    append(&log, [("press-4", "b", &b""[..], RETAIN)]).await;
+    caught_up(&retained, &log).await;
+    // As a start counts, before its thread has consumed anything.
+    let path = killed.path().join(RETAINED_FILE_NAME);
+    let state = {
+        let table = RetainedTable::open(&path).expect("opens");
+        assert!(table.cursor() < log.next_offset());
+        let state = RetainedFollowerState::new(Some(&table), Box::new(|_| ()));
+        state.count_topics(&table, &*log, || true).expect("reads");
+        state
+    };
+    for topics in [retained.topics(), state.topics()] {
+        for (datasource, count, bytes) in [("press-4", 2, 4 + 3), ("press-5", 1, 2)] {
+            let enter = |topics_max, bytes_max| topics.try_enter(datasource, "new", 1, topics_max, bytes_max);
+            assert!(enter(count, u64::MAX).is_err(), "{datasource} has {count}");
+            assert!(enter(u64::MAX, bytes).is_err(), "{datasource} has {bytes} bytes");
+            assert!(enter(count + 1, bytes + 1).is_ok(), "{datasource} has no more");
+        }
+    }
+    let restarted = start(killed.path(), &log);
+    caught_up(&restarted, &log).await;
+    let enter = |topics_max| restarted.topics().try_enter("press-4", "new", 1, topics_max, u64::MAX);
+    assert!(enter(2).is_err() && enter(3).is_ok(), "the thread counts none of it again");
+}
+
 #[tokio::test]
 async fn a_stop_leaves_the_cursor_at_the_end_and_everything_in_one_file() {
     let dir = directory();

@@ -24,7 +24,7 @@ use super::codec::{MqttVersion, ReasonCode, Violation};
 use super::delivery::PublishWriter;
 use super::flights::FlightAck;
 use super::goodbye::{StopReason, say_goodbye};
-use super::handshake::{self, OpenedConnection};
+use super::handshake::{self, KeptWill, OpenedConnection};
 use super::inbound::{Inbound, InboundEnd};
 use super::outbound::Outbound;
 use super::output::ClientOutput;
@@ -67,9 +67,12 @@ pub(super) async fn run(
     drop(stranger);
     match handshake {
         Err(answer) => Box::pin(say_goodbye(&mut stream, &answer)).await,
-        Ok(opened) => {
+        Ok(mut opened) => {
             payer.set(front.intake.processor().of_grant(&opened.inbound.grant));
             payer.change_lane().await;
+            if let Some(KeptWill { bytes, written }) = opened.kept.take() {
+                front.intake.processor().pace_disk(opened.inbound.grant.key(), bytes, written).await;
+            }
             front.intake.metrics().mqtt_connections.increment(1);
             let ConnectionEnd { goodbye, will, discarded } = serve(front, &mut stream, peer, opened).await;
             front.intake.metrics().mqtt_connections.decrement(1);

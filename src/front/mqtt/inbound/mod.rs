@@ -25,10 +25,12 @@ use crate::auth::Grant;
 use crate::intake::{Draft, Exchange, Intake, Refusal};
 use crate::limits::{
     MQTT_PACKET_BYTES_PER_S_MIN, MQTT_PACKET_GRACE, MQTT_PACKETS_PER_TURN_MAX, MQTT_READ_BYTES,
+    SLOW_SECTIONS_MAX,
 };
 use crate::memory::{MemoryAccount, MemoryCharge};
 use crate::observe::refusals::RefusalNote;
 use crate::quota::LimitExceeded;
+use crate::scheduler::is_lowered;
 
 /// How a client's connection ends.
 #[derive(Debug)]
@@ -57,6 +59,8 @@ pub(super) struct Inbound {
     session: u64,
     /// The session ends with the connection.
     ephemeral: bool,
+    /// No earlier connection of the session can have opened an exchange.
+    is_first: bool,
     /// The QoS 2 exchanges of this connection, as far as the log has answered.
     pub(super) exchanges: ExchangeTable,
     /// The beginning of a packet whose rest has not arrived yet.
@@ -142,6 +146,7 @@ impl Inbound {
             publisher,
             session: session.uid,
             ephemeral: !session.is_durable(),
+            is_first: !session.ever_stayed,
             exchanges: ExchangeTable::default(),
             partial: Vec::new(),
             paused: false,
@@ -160,7 +165,7 @@ impl Inbound {
 
     /// What ends the exchanges that the client takes for ended because the log has refused their message.
     pub(super) fn exchange_closer<'a>(&self, intake: &'a Intake) -> ExchangeCloser<'a> {
-        ExchangeCloser { intake, session: self.session, is_ephemeral: self.ephemeral }
+        ExchangeCloser { intake, session: self.session, is_first: self.is_first }
     }
 
     fn exchange(&self, packet_id: u16) -> Exchange {
@@ -321,7 +326,7 @@ impl Inbound {
                 Ok(Some(frame)) => frame,
                 Ok(None) => break,
                 Err(violation) => {
-                    read.batch.end = Some(InboundEnd::Violation(violation.clone()));
+                    read.batch.end = Some(InboundEnd::Violation(*violation));
                     break;
                 }
             };
@@ -351,7 +356,7 @@ impl Inbound {
         if frame.is_publish() {
             return match &frame.decode_publish(version) {
                 Ok(publish) => self.handle_publish(publish, bytes_left, read),
-                Err(violation) => Err(InboundEnd::Violation(violation.clone())),
+                Err(violation) => Err(InboundEnd::Violation(*violation)),
             };
         }
         let packet = frame.decode(version).map_err(InboundEnd::Violation)?;
@@ -412,7 +417,7 @@ impl Inbound {
                 return;
             }
             Some(ExchangeState::Open) => {}
-            None if self.ephemeral => {
+            None if self.is_first => {
                 let reason = ReasonCode::PacketIdentifierNotFound;
                 let words = "no message with this packet identifier waits for its release";
                 read.batch.acks.push_refused(AckKind::Pubcomp, packet_id, reason, words.to_owned());
@@ -442,7 +447,9 @@ impl InboundRead<'_> {
 
     /// Whether other connections have their turn before more is taken in.
     fn is_full(&self) -> bool {
+        let has_sections = |draft: &Draft| draft.section_count() >= SLOW_SECTIONS_MAX;
         self.batch.packets >= MQTT_PACKETS_PER_TURN_MAX
+            || is_lowered() && self.batch.draft.as_ref().is_some_and(has_sections)
     }
 }
 

@@ -170,7 +170,7 @@ impl Inbound {
     /// have brought it into the log: after the refusal, the client may use the packet identifier for another
     /// message (MQTT 5 section 4.3.3).
     fn end_refused_exchange(&self, publish: &PublishPacket<'_>, read: &mut InboundRead<'_>) {
-        if publish.qos == 2 && !self.ephemeral {
+        if publish.qos == 2 && !self.is_first {
             read.batch.releases.push(self.exchange(publish.packet_id));
         }
     }

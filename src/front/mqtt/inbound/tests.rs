@@ -79,6 +79,30 @@ async fn a_read_of_very_many_packets_is_taken_in_in_turns_and_in_order() {
 }
 
 #[tokio::test]
+async fn in_the_slow_lane_a_read_of_many_messages_with_ids_is_taken_in_in_small_drafts_and_in_order() {
+    let (_dir, intake, mut inbound) = hourly();
+    let press = inbound.grant.datasource().clone();
+    intake.authorizer().registry().set_datasource_limits(&Actor::SYSTEM, &press, None).expect("no limit");
+    let all = 2 * u16::try_from(SLOW_SECTIONS_MAX).expect("small") + 5;
+    let publish = |id: u16| [&[0x34, 6, 0, 1, b't'][..], &id.to_be_bytes(), &[0]].concat();
+    let bytes: Vec<u8> = (1..=all).flat_map(publish).collect();
+    let slowly = std::thread::spawn(move || {
+        crate::scheduler::lower_priority(1);
+        let mut drafts = Vec::new();
+        let mut batch = inbound.receive(&bytes, &intake, 0);
+        loop {
+            drafts.push(batch.draft.expect("messages").section_count());
+            if !inbound.is_paused() {
+                return drafts;
+            }
+            inbound.charge_held();
+            batch = inbound.receive(&[], &intake, 0);
+        }
+    });
+    assert_eq!(slowly.join().expect("no panic"), [SLOW_SECTIONS_MAX, SLOW_SECTIONS_MAX, 5]);
+}
+
+#[tokio::test]
 async fn what_was_charged_for_a_held_packet_is_not_for_the_one_behind_it() {
     let (_dir, intake, mut inbound) = hourly();
     let other = inbound.account.charge(SHARE_BYTES - PACKET_BYTES - 1_000).expect("free");

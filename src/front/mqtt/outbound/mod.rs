@@ -280,7 +280,9 @@ impl Outbound {
         self.is_stalled = false;
         self.room.begin(out.len() + held, unsent + held);
         if self.poll_held(out, cx).is_pending() {
+            // A disk that is full or slow may keep it for long: others of its tenant have their turns meanwhile.
             self.groups.pass_turns();
+            self.pause();
             return Poll::Pending;
         }
         let begin = out.len();

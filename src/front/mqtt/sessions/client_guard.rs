@@ -120,6 +120,13 @@ impl ClientGuard {
         ];
         drop(self.sessions.subscribers.store.write(changes));
         let mut clients = self.sessions.lock_clients();
+        // Once more under the lock that the sweep of deleted datasources takes: nothing sweeps what is put away behind it.
+        if subscribers.log.withheld().now().has_ended(&self.key.0) {
+            drop(clients);
+            subscribers.session_ends.note(&self.key.0);
+            self.sessions.end_session(&self.key, &session);
+            return None;
+        }
         let wait = |will: &MqttWill| will.delay_s > 0 && (!clients.draining || will.has_copy());
         let (later, now_due) = match will {
             Some(will) if wait(&will) => (Some(will), None),

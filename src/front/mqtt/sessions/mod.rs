@@ -122,6 +122,8 @@ pub(super) struct EnteredClient {
     pub(super) session: MqttSession,
     /// Whether the session existed before.
     pub(super) resumed: bool,
+    /// The will of an earlier connection, which was not due yet. It is for nothing once the client is let in.
+    pub(super) earlier_will: Option<Box<MqttWill>>,
 }
 
 /// Why a client could not be let in.
@@ -298,13 +300,21 @@ impl Sessions {
         expiry_s: u32,
     ) -> Result<EnteredClient, EnterError> {
         let key = &present.key;
+        let mut earlier_will = None;
         let (earlier, found) = match (&self.claims, at) {
             (Some(claims), Some(at)) => {
                 let claimed = Box::pin(self.claim(claims, &present, at, clean));
                 let ClaimedSession { session, found } = claimed.await?;
                 (session, Some(found))
             }
-            _ => (away.and_then(|away| self.resume(key, *away, clean)), None),
+            _ => {
+                let earlier = away.and_then(|away| {
+                    let (session, will) = self.resume(key, *away, clean)?;
+                    earlier_will = will;
+                    Some(session)
+                });
+                (earlier, None)
+            }
         };
         let resumed = earlier.is_some();
         let session = self.begin_session(key, earlier, found, expiry_s)?;
@@ -314,15 +324,19 @@ impl Sessions {
         {
             held.uid = session.uid;
         }
-        Ok(EnteredClient { present, session, resumed })
+        Ok(EnteredClient { present, session, resumed, earlier_will })
     }
 
-    /// The session with which a client that was on this node continues.
-    fn resume(&self, key: &ClientKey, away: AwayClient, clean: bool) -> Option<MqttSession> {
+    /// The session with which a client that was on this node continues, and the will that was not due yet.
+    fn resume(
+        &self,
+        key: &ClientKey,
+        away: AwayClient,
+        clean: bool,
+    ) -> Option<(MqttSession, Option<Box<MqttWill>>)> {
         let AwayClient { session, will, .. } = away;
         if !clean {
-            // The client is back before its will was due, so the will is dropped.
-            return Some(session);
+            return Some((session, will.map(|(will, _)| will)));
         }
         self.end_session(key, &session);
         if let Some((will, _)) = will {
@@ -426,7 +440,10 @@ impl Sessions {
                 Some((key.clone(), away.session))
             };
             let ended = clients.entries.iter_mut().filter_map(gone).collect();
-            clients.entries.retain(|_, entry| entry.connected.is_some() || entry.away.is_some());
+            clients.entries.retain(|_, entry| {
+                // Who waits to take a client over has a place in its queue.
+                entry.connected.is_some() || entry.away.is_some() || entry.queue.is_some()
+            });
             ended
         };
         for (key, session) in ended {

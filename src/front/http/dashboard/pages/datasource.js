@@ -35,6 +35,8 @@ export function datasourceView(main, id, tab, rewatch) {
   fill(main, h("a", { href: "#/", class: "back" }, "All datasources"),
     h("div", { class: "title" }, name, h("code", {}, id), state, spark.element), tabs, body);
   document.title = `${datasources.get(id)?.name ?? id} · Headgate`;
+  // On a telephone not all tabs are in sight.
+  tabs.querySelector("[aria-current]")?.scrollIntoView({ block: "nearest", inline: "center" });
 
   const panels = open(body, id, shown.some(([of_]) => of_ === tab) ? tab : "", rewatch);
   let timer = null;

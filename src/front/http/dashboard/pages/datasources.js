@@ -142,8 +142,8 @@ function drawValues(place, newest) {
   const lines = of_.flatMap((found, i) => found.slice(0, taken[i]));
   while (place.children.length > 2 * lines.length) place.lastChild.remove();
   lines.forEach(([name, text], i) => {
-    if (!place.children[2 * i]) place.append(h("dt", {}), h("dd", {}));
-    setText(place.children[2 * i], name);
+    if (!place.children[2 * i]) place.append(h("dt", {}, h("bdi", {})), h("dd", {}));
+    setText(place.children[2 * i].firstElementChild, name);
     setText(place.children[2 * i + 1], text);
   });
 }
