@@ -214,9 +214,10 @@ fn a_backup_under_full_load_has_what_was_acknowledged_before_it_and_stays_as_it_
     let linked = std::fs::read_dir(all[0].dir.join("log")).expect("a log").flatten();
     assert!(linked.count() > 2, "the log had several segments");
     // Two at a time.
+    let (source, others) = (&source, &others);
     std::thread::scope(|scope| {
         for half in all.chunks(all.len().div_ceil(2)) {
-            scope.spawn(|| half.iter().for_each(|before| check_restored(before, &source, &others)));
+            scope.spawn(move || half.iter().for_each(|before| check_restored(before, source, others)));
         }
     });
 }

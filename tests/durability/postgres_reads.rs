@@ -155,8 +155,9 @@ fn whatever_is_asked_the_answers_are_those_of_sqlite() {
         };
         // On a few connections at once.
         std::thread::scope(|scope| {
-            let asking = |part| scope.spawn(move || Vec::from_iter(<[String]>::iter(part).map(ask)));
-            let asking: Vec<_> = questions.chunks(questions.len().div_ceil(4)).map(asking).collect();
+            let parts = questions.chunks(questions.len().div_ceil(4));
+            let asking: Vec<_> =
+                parts.map(|part| scope.spawn(move || part.iter().map(ask).collect::<Vec<_>>())).collect();
             asking.into_iter().flat_map(|part| part.join().expect("all are answered")).collect()
         })
     };

@@ -195,8 +195,9 @@ fn a_session_that_began_while_the_database_was_locked_is_kept_and_takes_the_plac
 
 #[test]
 fn a_purge_while_its_stores_cannot_be_read_ends_the_keys_at_once_and_is_made_once_they_can() {
+    const LOCKED: [&[&str]; 3] = [&["records"], &["retained"], &["records", "retained"]];
     std::thread::scope(|scope| {
-        for stems in [&["records"][..], &["retained"], &["records", "retained"]] {
+        for stems in LOCKED {
             scope.spawn(move || purge_while_locked(stems));
         }
     });

@@ -153,7 +153,7 @@ fn an_answer_has_what_was_stored_when_it_began_and_takes_no_memory_as_it_grows(s
     let gateway = store.start(dir.path());
     let (source, admin) = (gateway.create("press-4"), gateway.admin_key());
     let padding = "x".repeat(4_000);
-    let total = 13_000_u32;
+    let total = 14_000_u32;
     for first in (0..total).step_by(1_000) {
         let lines: String =
             (first..first + 1_000).map(|n| format!("{{\"n\":{n},\"x\":\"{padding}\"}}\n")).collect();
