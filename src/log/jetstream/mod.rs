@@ -72,7 +72,7 @@ use super::tail::Tail;
 use super::withheld::WithheldRules;
 use super::{AppendError, BatchListener, LogOpenError, LogReadError, log_trouble};
 use crate::config::Config;
-use crate::message::TimeMicros;
+use crate::message::{Offset, TimeMicros};
 use crate::subject::SubjectSpace;
 use crate::trouble::TroubleCell;
 
