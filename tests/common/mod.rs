@@ -40,20 +40,26 @@ use serde_json::Value;
 /// How long anything that is expected to happen may take on a slow, busy machine.
 pub const PATIENCE: Duration = Duration::from_secs(20);
 
-/// A directory on the disk that the build uses (a `/tmp` in memory would make every sync free).
+/// A directory on the disk that the build uses (a `/tmp` in memory would make every sync free): in that of the whole run, which
+/// `tests/run` removes however the test ends.
 pub fn scratch() -> tempfile::TempDir {
-    tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).expect("a temporary directory")
+    let place = std::env::var("HEADGATE_TEST_SCRATCH");
+    let place = place.as_deref().unwrap_or(env!("CARGO_TARGET_TMPDIR"));
+    tempfile::tempdir_in(place).expect("a temporary directory")
 }
 
-/// Polls until `ready` gives a value; panics with `what` when [`PATIENCE`] is over.
+/// Polls until `ready` gives a value; panics with `what` when [`PATIENCE`] is over. What takes long is looked at less
+/// often: to look takes processor time from what is waited for.
 pub fn wait_for<T>(what: &str, mut ready: impl FnMut() -> Option<T>) -> T {
     let deadline = Instant::now() + PATIENCE;
+    let mut pause = Duration::from_millis(2);
     loop {
         if let Some(value) = ready() {
             return value;
         }
         assert!(Instant::now() < deadline, "waited {PATIENCE:?} for: {what}");
-        std::thread::sleep(Duration::from_millis(2));
+        std::thread::sleep(pause);
+        pause = (pause * 5 / 4).min(Duration::from_millis(25));
     }
 }
 

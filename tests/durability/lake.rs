@@ -13,7 +13,7 @@ use crate::common::{Gateway, Setup, Source, kept, python, scratch, wait_for};
 use crate::crash::kill_again_and_again;
 use crate::faults::{SmallDisk, is_root};
 
-const ROUNDS: usize = 20;
+const ROUNDS: usize = 12;
 const OCTETS: (&str, &str) = ("content-type", "application/octet-stream");
 
 /// Prints offset, datasource, payload of each row, and its value columns. It ends itself: threads of these libraries that are

@@ -14,7 +14,7 @@ use crate::common::postgres::{PASSWORD, PostgresServer};
 use crate::common::tls::Identity;
 use crate::common::{Gateway, Setup, Source, kept, scratch, wait_for};
 
-const ROUNDS: usize = 20;
+const ROUNDS: usize = 12;
 
 fn send(gateway: &Gateway, source: &Source, topic: &str, payload: &[u8]) -> u64 {
     let path = format!("/v1/ingest/{}/{topic}", source.id);
@@ -173,7 +173,7 @@ fn no_payload_and_no_name_is_refused_by_the_server() {
     let topics =
         ["a'b\"c;--%27", "%24x", "%C2%B0(1)%5Ca", "$1", "{}", "a%20b", "%F0%9F%98%80", "x%01y", "%E2%90%80"];
 
-    let (dir, server) = (scratch(), PostgresServer::start_with(&["fsync=off"]));
+    let (dir, server) = (scratch(), PostgresServer::start());
     let gateway =
         server.stored_into(Setup::embedded_on(dir.path()).set("storage.sinks", "sqlite,postgres")).start();
     let source = gateway.create("press-4");
@@ -336,8 +336,7 @@ fn leak_surgery_its_undo_deletion_and_purge_reach_it() {
 /// A gateway that is killed, and then a server that is, in every round and under load.
 #[test]
 fn what_was_acknowledged_is_there_once_whatever_is_killed() {
-    // A kill takes nothing from the kernel, and each of the starts would sync every file first.
-    let (dir, mut server) = (scratch(), PostgresServer::start_with(&["fsync=off"]));
+    let (dir, mut server) = (scratch(), PostgresServer::start());
     let setup = server.stored_into(Setup::embedded_on(dir.path()).set("storage.sinks", "sqlite,postgres"));
     let mut random = SmallRng::seed_from_u64(15);
     let mut pause = |from, to| std::thread::sleep(Duration::from_millis(random.random_range(from..to)));

@@ -61,7 +61,7 @@ fn in_sqlite(dir: &std::path::Path, view: &str) -> OffsetsOf {
 
 #[test]
 fn three_sinks_hold_the_same_whatever_is_done_and_killed_while_one_of_them_catches_up() {
-    let (dir, mut server) = (scratch(), PostgresServer::start_with(&["fsync=off"]));
+    let (dir, mut server) = (scratch(), PostgresServer::start());
     let setup = Setup::embedded_on(dir.path())
         .set("storage.sinks", "sqlite,postgres,delta")
         .set("storage.delta.interval_s", 1);
@@ -150,7 +150,7 @@ fn three_sinks_hold_the_same_whatever_is_done_and_killed_while_one_of_them_catch
 /// Samples that have a transaction of their own are behind their records when something is killed between the two.
 #[test]
 fn samples_that_are_missing_are_stored_before_anything_else_and_follow_the_rules_of_now() {
-    let (dir, server) = (scratch(), PostgresServer::start_with(&["fsync=off"]));
+    let (dir, server) = (scratch(), PostgresServer::start());
     let with =
         |sinks: &str| server.stored_into(Setup::embedded_on(dir.path()).set("storage.sinks", sinks)).start();
     let send = |gateway: &Gateway, source: &Source, numbers: std::ops::Range<u64>| {

@@ -100,50 +100,49 @@ fn serves(gateway: &Gateway, source: &Source, client: &str) {
 
 #[test]
 fn no_store_but_the_registry_stops_a_start_and_each_comes_back_without_another() {
-    for stem in ["records", "retained", "sessions"] {
-        for (what, trouble) in TROUBLES {
-            let (dir, source) = used_directory(RECORDS);
-            let path = dir.path().join(format!("{stem}.db"));
-            let (lock, words) = trouble(&path);
-            let before = lock.is_none().then(|| fingerprint(&path));
-            let gateway = Setup::embedded_on(dir.path()).start();
-            let warning = warned(&gateway, &format!("{stem}.db"));
-            assert!(
-                warning.contains(words) && warning.contains("again") | warning.contains("move"),
-                "{warning}"
-            );
-            eprintln!("{stem}, {what}: {warning}");
-            serves(&gateway, &source, "line-1");
-            if stem == "records" {
-                let query = format!("/v1/datasources/{}/records", source.id);
-                let answer = gateway.get(&query, &gateway.admin_key());
-                let may_be_read = what == "a directory in the place of its write-ahead log";
-                assert!(answer.status == 503 || may_be_read && answer.status == 200, "{}", answer.text());
-            }
-            warned(&gateway, &format!("{stem}.db"));
-            assert_eq!(
-                lock.is_none().then(|| fingerprint(&path)),
-                before,
-                "{stem}, {what}: it is left alone"
-            );
-            assert!(aside(dir.path(), stem).is_empty(), "{stem}, {what}");
-
-            // Put right, without a restart.
-            match (lock, what) {
-                (Some(lock), _) => drop(lock),
-                (None, "a directory in the place of its write-ahead log") => {
-                    std::fs::remove_dir(beside(&path, "-wal")).expect("empty");
-                }
-                (None, _) => std::fs::rename(&path, dir.path().join("moved-away")).expect("moved"),
-            }
-            warns_no_more(&gateway);
-            serves(&gateway, &source, "line-2");
-            gateway.settle();
-            assert_eq!(retained(&gateway), format!("on {RECORDS}"), "{stem}, {what}");
-            gateway.stop();
-            assert_eq!(in_storage(dir.path()), in_log(dir.path()), "{stem}, {what}");
+    std::thread::scope(|scope| {
+        for stem in ["records", "retained", "sessions"] {
+            scope.spawn(move || {
+                TROUBLES.iter().for_each(|(what, trouble)| stops_no_start(stem, what, *trouble));
+            });
         }
+    });
+}
+
+fn stops_no_start(stem: &str, what: &str, trouble: Trouble) {
+    let (dir, source) = used_directory(RECORDS);
+    let path = dir.path().join(format!("{stem}.db"));
+    let (lock, words) = trouble(&path);
+    let before = lock.is_none().then(|| fingerprint(&path));
+    let gateway = Setup::embedded_on(dir.path()).start();
+    let warning = warned(&gateway, &format!("{stem}.db"));
+    assert!(warning.contains(words) && warning.contains("again") | warning.contains("move"), "{warning}");
+    eprintln!("{stem}, {what}: {warning}");
+    serves(&gateway, &source, "line-1");
+    if stem == "records" {
+        let query = format!("/v1/datasources/{}/records", source.id);
+        let answer = gateway.get(&query, &gateway.admin_key());
+        let may_be_read = what == "a directory in the place of its write-ahead log";
+        assert!(answer.status == 503 || may_be_read && answer.status == 200, "{}", answer.text());
     }
+    warned(&gateway, &format!("{stem}.db"));
+    assert_eq!(lock.is_none().then(|| fingerprint(&path)), before, "{stem}, {what}: it is left alone");
+    assert!(aside(dir.path(), stem).is_empty(), "{stem}, {what}");
+
+    // Put right, without a restart.
+    match (lock, what) {
+        (Some(lock), _) => drop(lock),
+        (None, "a directory in the place of its write-ahead log") => {
+            std::fs::remove_dir(beside(&path, "-wal")).expect("empty");
+        }
+        (None, _) => std::fs::rename(&path, dir.path().join("moved-away")).expect("moved"),
+    }
+    warns_no_more(&gateway);
+    serves(&gateway, &source, "line-2");
+    gateway.settle();
+    assert_eq!(retained(&gateway), format!("on {RECORDS}"), "{stem}, {what}");
+    gateway.stop();
+    assert_eq!(in_storage(dir.path()), in_log(dir.path()), "{stem}, {what}");
 }
 
 #[test]
@@ -196,34 +195,41 @@ fn a_session_that_began_while_the_database_was_locked_is_kept_and_takes_the_plac
 
 #[test]
 fn a_purge_while_its_stores_cannot_be_read_ends_the_keys_at_once_and_is_made_once_they_can() {
-    for stems in [&["records"][..], &["retained"], &["records", "retained"]] {
-        let (dir, source) = used_directory(RECORDS);
-        let lock = |stem: &&str| {
-            let path = dir.path().join(format!("{stem}.db"));
-            by_hand(&path, "PRAGMA locking_mode = EXCLUSIVE; BEGIN EXCLUSIVE")
-        };
-        let locks: Vec<_> = stems.iter().map(lock).collect();
-        let gateway = Setup::embedded_on(dir.path()).start();
-        stems.iter().for_each(|stem| drop(warned(&gateway, &format!("{stem}.db"))));
-        let path = format!("/v1/datasources/{}?purge=true", source.id);
-        let purge = || gateway.request("DELETE", &path, &gateway.admin_key(), &[], &[]);
-        let answer = purge();
-        assert_eq!(answer.status, 202, "{stems:?}: {}", answer.text());
-        assert_eq!(answer.json()["done"], false, "{stems:?}");
-        let ingest = format!("/v1/ingest/{}/t", source.id);
-        assert_eq!(gateway.request("POST", &ingest, &source.key, &[], b"1").status, 401, "{stems:?}");
-        // To ask again is safe.
-        assert_eq!(purge().status, 202, "{stems:?}");
-        drop(locks);
-        warns_no_more(&gateway);
-        wait_for("the purge", || (purge().status == 200).then_some(()));
-        gateway.stop();
-        for (stem, table) in [("records", "records"), ("retained", "messages")] {
-            let db = Connection::open(dir.path().join(format!("{stem}.db"))).expect("opens");
-            let count = format!("SELECT count(*) FROM {table}");
-            let count = db.query_row(&count, [], |row| row.get::<_, i64>(0)).expect("reads");
-            assert_eq!(count, 0, "{stem}.db, {stems:?}");
+    const LOCKED: [&[&str]; 3] = [&["records"], &["retained"], &["records", "retained"]];
+    std::thread::scope(|scope| {
+        for stems in LOCKED {
+            scope.spawn(move || purge_while_locked(stems));
         }
+    });
+}
+
+fn purge_while_locked(stems: &[&str]) {
+    let (dir, source) = used_directory(RECORDS);
+    let lock = |stem: &&str| {
+        let path = dir.path().join(format!("{stem}.db"));
+        by_hand(&path, "PRAGMA locking_mode = EXCLUSIVE; BEGIN EXCLUSIVE")
+    };
+    let locks: Vec<_> = stems.iter().map(lock).collect();
+    let gateway = Setup::embedded_on(dir.path()).start();
+    stems.iter().for_each(|stem| drop(warned(&gateway, &format!("{stem}.db"))));
+    let path = format!("/v1/datasources/{}?purge=true", source.id);
+    let purge = || gateway.request("DELETE", &path, &gateway.admin_key(), &[], &[]);
+    let answer = purge();
+    assert_eq!(answer.status, 202, "{stems:?}: {}", answer.text());
+    assert_eq!(answer.json()["done"], false, "{stems:?}");
+    let ingest = format!("/v1/ingest/{}/t", source.id);
+    assert_eq!(gateway.request("POST", &ingest, &source.key, &[], b"1").status, 401, "{stems:?}");
+    // To ask again is safe.
+    assert_eq!(purge().status, 202, "{stems:?}");
+    drop(locks);
+    warns_no_more(&gateway);
+    wait_for("the purge", || (purge().status == 200).then_some(()));
+    gateway.stop();
+    for (stem, table) in [("records", "records"), ("retained", "messages")] {
+        let db = Connection::open(dir.path().join(format!("{stem}.db"))).expect("opens");
+        let count = format!("SELECT count(*) FROM {table}");
+        let count = db.query_row(&count, [], |row| row.get::<_, i64>(0)).expect("reads");
+        assert_eq!(count, 0, "{stem}.db, {stems:?}");
     }
 }
 

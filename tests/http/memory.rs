@@ -76,7 +76,7 @@ fn small_requests_of_a_hundred_thousand_messages_are_bounded() {
     let lines = compressed("gzip", &["-9"], &b"1\n".repeat(100_000));
     assert!(lines.len() < 1_000, "{} bytes", lines.len());
     let head = post_head(&source, &path, lines.len(), ndjson);
-    let statuses = post_at_once(&gateway, 20, &head, &lines);
+    let statuses = post_at_once(&gateway, 10, &head, &lines);
     assert!(statuses.contains(&200) && statuses.iter().all(|s| [200, 429, 503].contains(s)), "{statuses:?}");
     // The same, where every message fails its schema: each goes into quarantine with its reason.
     let schema = json!({ "schema": { "type": "object", "required": ["a".repeat(400)] } });
@@ -89,7 +89,7 @@ fn small_requests_of_a_hundred_thousand_messages_are_bounded() {
         schema.to_string().as_bytes(),
     );
     assert_eq!(answer.status, 200, "{}", answer.text());
-    let statuses = post_at_once(&gateway, 20, &head, &lines);
+    let statuses = post_at_once(&gateway, 10, &head, &lines);
     assert!(statuses.iter().all(|s| [413, 422, 429, 503].contains(s)), "{statuses:?}");
     bystander.assert_undisturbed("gzipped requests of 100,000 messages");
     let answer = gateway.request("POST", "/v1/ingest/press-4", &source.key, &[], b"{}");

@@ -416,7 +416,7 @@ impl IncarnationModel {
 #[test]
 fn whatever_is_done_each_incarnation_has_its_own_records_and_no_others() {
     let seeds = std::env::var("HEADGATE_MODEL_SEEDS").ok().and_then(|text| text.parse().ok()).unwrap_or(2);
-    for seed in 0..seeds {
-        IncarnationModel::run(seed, 60);
-    }
+    std::thread::scope(|scope| {
+        (0..seeds).for_each(|seed| drop(scope.spawn(move || IncarnationModel::run(seed, 60))));
+    });
 }

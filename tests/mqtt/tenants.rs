@@ -401,7 +401,7 @@ fn many_long_filters_of_many_sessions_are_refused_before_they_fill_memory_and_di
     let gateway = Gateway::start(dir.path());
     let attacker = gateway.create_open("attacker");
     let mut refused = 0;
-    for session in 0..100 {
+    for session in 0..40 {
         let (mut wire, _) = Wire::connect(gateway.mqtt, &staying(&attacker.key, &format!("s{session}")));
         for part in 0..8 {
             let filters: Vec<String> =
@@ -410,7 +410,7 @@ fn many_long_filters_of_many_sessions_are_refused_before_they_fill_memory_and_di
             refused += granted(&mut wire, &filters).iter().filter(|code| **code == TOO_MUCH).count();
         }
     }
-    assert!(refused > 50_000, "{refused} were refused");
+    assert!(refused > 20_000, "{refused} were refused");
     ResidentMemory::of(&gateway).assert_bounded("long filters");
     assert_eq!(gateway.stop().status.code(), Some(0));
     let bytes = std::fs::metadata(dir.path().join("sessions.db")).expect("it is there").len();

@@ -1,7 +1,7 @@
 //! Two commits under way: what is acknowledged when, what a failure of either takes back, and what a loss of power
 //! between them leaves.
 
-use super::disk::{ModelDisk, assert_kept, open_model_with, payload};
+use super::model_disk::{ModelDisk, assert_kept, open_model_with, payload};
 use super::*;
 use crate::log::PendingCommit;
 

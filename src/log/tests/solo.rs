@@ -2,7 +2,7 @@
 
 use tokio::runtime::{Builder, Runtime};
 
-use super::disk::{ModelDisk, assert_kept, open_model_with, payload};
+use super::model_disk::{ModelDisk, assert_kept, open_model_with, payload};
 use super::*;
 use crate::log::PendingCommit;
 

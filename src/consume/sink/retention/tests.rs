@@ -1,0 +1,185 @@
+//! Retention of `records.db`, on a clock of the tests' own.
+
+use std::path::Path;
+
+use super::*;
+use crate::consume::sink::sqlite::RECORDS_FILE_NAME;
+use crate::consume::testing::{EPOCH, record};
+use crate::log::{IncarnationStep, WithheldChange, WithheldRules};
+use crate::message::{KeyId, RecordFlags, RecordRef};
+
+const SECOND: i64 = 1_000_000;
+const AGED: StoredLimits = StoredLimits { age_us: Some(60 * SECOND), bytes: None };
+
+fn press() -> DatasourceId {
+    DatasourceId::new("press-4").expect("a slug")
+}
+
+fn open(dir: &Path) -> SqliteSink {
+    SqliteSink::open(&dir.join(RECORDS_FILE_NAME)).expect("opens")
+}
+
+fn at(offset: Offset, seconds: i64) -> RecordRef<'static> {
+    RecordRef { received_at: EPOCH + seconds * SECOND, ..record(offset, "press-4", "a", b"12345678") }
+}
+
+fn store(sink: &mut SqliteSink, records: &[RecordRef<'static>]) {
+    let next = records.last().map_or(0, |record| record.offset + 1);
+    sink.store(records.iter().copied(), next, false).expect("stored");
+}
+
+fn prune(sink: &mut SqliteSink, limits: StoredLimits, seconds: i64) {
+    while sink.prune_some(&press(), limits, EPOCH + seconds * SECOND).expect("pruned") == PruneStep::More {}
+}
+
+fn offsets(sink: &SqliteSink) -> Vec<i64> {
+    let sql = "SELECT offset FROM entries UNION ALL SELECT offset FROM quarantined ORDER BY 1";
+    let mut select = sink.connection().prepare(sql).expect("reads");
+    let rows = select.query_map([], |row| row.get(0)).expect("reads");
+    rows.map(|row| row.expect("reads")).collect()
+}
+
+fn counted(sink: &SqliteSink) -> Option<i64> {
+    let sql = "SELECT bytes FROM stored_sizes";
+    sink.connection().query_row(sql, [], |row| row.get(0)).optional().expect("reads")
+}
+
+#[test]
+fn what_is_older_goes_and_a_clock_that_was_wrong_takes_nothing_young_with_it() {
+    // Behind, before it was set: 3 and 4. Ahead for a while: 6 and 7.
+    let times = [0, 10, 20, -900_000, -900_000, 30, 5_000, 5_001, 40, 50];
+    let records: Vec<_> = (0..).zip(times).map(|(offset, seconds)| at(offset, seconds)).collect();
+    for (now, left) in [
+        (60, (0..10).collect::<Vec<i64>>()),
+        (71, (2..10).collect()),
+        (81, (5..10).collect()),
+        // What is of a later time may be as young as what comes behind it.
+        (91, (6..10).collect()),
+        (101, (9..10).collect()),
+        (200, vec![]),
+    ] {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let mut sink = open(dir.path());
+        store(&mut sink, &records);
+        prune(&mut sink, AGED, now);
+        assert_eq!(offsets(&sink), left, "after {now} s");
+    }
+}
+
+#[test]
+fn the_bytes_are_counted_once_and_kept_up_to_date_whatever_happens() {
+    let dir = tempfile::tempdir().expect("temporary directory");
+    let mut sink = open(dir.path());
+    let quarantined = RecordRef { flags: RecordFlags::QUARANTINED, ..at(2, 2) };
+    store(&mut sink, &[at(0, 0), at(1, 1), quarantined, at(3, 3)]);
+    let limits = |records: u64| StoredLimits { age_us: None, bytes: Some(72 * records) };
+    prune(&mut sink, limits(3), 9);
+    assert_eq!((offsets(&sink), counted(&sink)), (vec![1, 2, 3], Some(3 * 72)));
+    // What comes in is added, what is refused by the cursor is not.
+    let more = [at(3, 3), at(4, 4), at(5, 5)];
+    sink.store(more.into_iter(), 6, false).expect("stored");
+    assert_eq!(counted(&sink), Some(5 * 72));
+    drop(sink);
+    let mut sink = open(dir.path());
+    prune(&mut sink, limits(2), 9);
+    assert_eq!((offsets(&sink), counted(&sink)), (vec![4, 5], Some(2 * 72)), "quarantine too");
+    // A change of the rules moves records: it is counted anew.
+    let rules = WithheldRules::default();
+    let keys = [KeyId([0x0a; 6])].into();
+    rules.push(WithheldChange::Incarnation(press(), 1, IncarnationStep::Ended { keys, end: 5 }));
+    sink.reconcile(&rules).expect("reconciled");
+    assert_eq!(counted(&sink), None);
+    store(&mut sink, &[at(6, 6)]);
+    prune(&mut sink, limits(2), 9);
+    assert_eq!((offsets(&sink), counted(&sink)), (vec![5, 6], Some(2 * 72)));
+    // What another limit removes in between is not counted any more.
+    store(&mut sink, &[at(7, 7), at(8, 8)]);
+    prune(&mut sink, AGED, 67);
+    assert_eq!((offsets(&sink), counted(&sink)), (vec![7, 8], None));
+    prune(&mut sink, limits(2), 67);
+    assert_eq!(offsets(&sink), [7, 8]);
+    // One byte less is one record less.
+    prune(&mut sink, StoredLimits { age_us: None, bytes: Some(2 * 72 - 1) }, 9);
+    assert_eq!(offsets(&sink), [8]);
+    let row = row_id_of_scope(sink.connection(), &press()).expect("reads").expect("there");
+    assert_eq!(read_removed_below(sink.connection(), row).expect("reads"), Some(8));
+}
+
+#[test]
+fn a_topic_of_which_nothing_is_left_is_forgotten_and_comes_back() {
+    let dir = tempfile::tempdir().expect("temporary directory");
+    let mut sink = open(dir.path());
+    let on = |offset, topic, seconds| RecordRef { topic, ..at(offset, seconds) };
+    store(&mut sink, &[on(0, "a", 0), on(1, "b", 1), on(2, "b", 70)]);
+    prune(&mut sink, AGED, 62);
+    let topics = |sink: &SqliteSink| {
+        let sql = "SELECT topic FROM topics t JOIN latest_values v ON v.topic_id = t.id ORDER BY 1";
+        let mut select = sink.connection().prepare(sql).expect("reads");
+        let rows = select.query_map([], |row| row.get::<_, String>(0)).expect("reads");
+        rows.map(|row| row.expect("reads")).collect::<Vec<_>>()
+    };
+    assert_eq!(topics(&sink), ["b"]);
+    store(&mut sink, &[on(3, "a", 80), on(4, "c", 80)]);
+    assert_eq!(topics(&sink), ["a", "b", "c"]);
+    let names = "SELECT count(*) FROM records WHERE topic IS NULL";
+    assert_eq!(sink.connection().query_row(names, [], |row| row.get(0)), Ok(0));
+}
+
+#[test]
+fn the_samples_go_with_their_records() {
+    let dir = tempfile::tempdir().expect("temporary directory");
+    let mut sink = open(dir.path());
+    let of = |offset, topic| RecordRef {
+        topic,
+        payload: b"{\"t\":1.5}",
+        ..at(offset, i64::try_from(offset).expect("small"))
+    };
+    for offset in 0..300 {
+        store(&mut sink, &[of(offset, if offset.is_multiple_of(3) { "a" } else { "b" })]);
+    }
+    let samples = |sink: &SqliteSink| {
+        let mut select =
+            sink.connection().prepare("SELECT offset FROM samples ORDER BY offset").expect("reads");
+        let rows = select.query_map([], |row| row.get::<_, i64>(0)).expect("reads");
+        rows.map(|row| row.expect("reads")).collect::<Vec<_>>()
+    };
+    assert_eq!(samples(&sink).len(), 300);
+    for (now, first) in [(160, 100), (161, 101), (300, 240)] {
+        prune(&mut sink, AGED, now);
+        let mut topic = String::new();
+        while let Some(next) = sink.trim_samples_some(&press(), &topic).expect("trimmed") {
+            topic = next;
+        }
+        assert_eq!(samples(&sink), (first..300).collect::<Vec<i64>>());
+        assert_eq!(offsets(&sink), (first..300).collect::<Vec<i64>>());
+    }
+    prune(&mut sink, AGED, 1_000);
+    assert_eq!(
+        sink.connection().query_row("SELECT count(*) FROM sample_chunks", [], |row| row.get(0)),
+        Ok(0)
+    );
+}
+
+#[test]
+fn room_is_given_back_to_the_file_system_and_times_are_forgotten() {
+    let dir = tempfile::tempdir().expect("temporary directory");
+    let (mut sink, path) = (open(dir.path()), dir.path().join(RECORDS_FILE_NAME));
+    let payload = vec![b'x'; 1000];
+    let of = |offset| RecordRef { payload: &payload, ..record(offset, "press-4", "a", b"") };
+    let count = 30_000;
+    sink.store((0..count).map(of), count, false).expect("stored");
+    assert!(sink.checkpoint().expect("copied"));
+    let before = std::fs::metadata(&path).expect("there").len();
+    prune(&mut sink, StoredLimits { age_us: None, bytes: Some(1_064 * 100) }, 0);
+    sink.prune_time_index().expect("pruned");
+    while sink.give_back_some().expect("given back") {}
+    let after = std::fs::metadata(&path).expect("there").len();
+    let kept = u64::try_from(FREE_PAGES_KEPT).expect("positive") * 4096;
+    assert!(before > 30 << 20 && after < kept + (2 << 20), "{before} bytes before, {after} after");
+    let times: i64 =
+        sink.connection().query_row("SELECT count(*) FROM time_index", [], |row| row.get(0)).expect("reads");
+    assert_eq!(times, 1);
+    let pages: String =
+        sink.connection().pragma_query_value(None, "integrity_check", |row| row.get(0)).expect("reads");
+    assert_eq!(pages, "ok");
+}
