@@ -283,7 +283,10 @@ mod tests {
             connection.query_row(used, [option], |row| row.get::<_, bool>(0)).expect("answers")
         };
         for option in ["DEFAULT_MEMSTATUS=0", "DISABLE_PAGECACHE_OVERFLOW_STATS"] {
-            assert!(is_built_with(option), "{option}: see .cargo/config.toml");
+            assert!(
+                is_built_with(option),
+                "{option}: see .cargo/config.toml (cargo clean -p libsqlite3-sys, if it was built before)"
+            );
         }
         assert!(!is_built_with("ENABLE_MEMORY_MANAGEMENT"), "all databases would have one cache of pages");
     }

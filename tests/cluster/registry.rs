@@ -53,6 +53,7 @@ impl Node {
             }
         };
         let follow = tokio::spawn(follow.run(settle)).abort_handle();
+        presence.announce().await;
         // It gives up after five seconds in which JetStream did not answer, as a busy machine may have it.
         let deadline = Instant::now() + SOON;
         while let Err(error) = registry.caught_up().await {

@@ -189,7 +189,9 @@ fn a_datasource_is_deleted_on_a_full_disk_with_its_keys() {
     assert_eq!(gateway.get(&path, &gateway.admin_key()).status, 404);
     // Asked again, it says the same.
     assert_undurable(&gateway.request("DELETE", &path, &gateway.admin_key(), &[], &[]));
-    assert!(warned(&gateway, "not durable yet").contains(&source.id));
+    let warned = warned(&gateway, "not durable yet");
+    assert!(warned.contains("deleted datasources: 1"), "{warned}");
+    assert!(!warned.contains(&source.id), "/readyz is for everybody");
 
     disk.empty();
     warns_no_more(&gateway);

@@ -266,7 +266,7 @@ fn a_purge_of_an_earlier_incarnation_leaves_the_present_one_alone() {
     assert_eq!(ingest(&gateway, "press-4", "end", &new.key, b"1").status, 200);
     assert_eq!(purge(&gateway, "&incarnation=7").status, 404);
     let words = gateway.request("DELETE", &format!("{PRESS}?incarnation=1"), &gateway.admin_key(), &[], &[]);
-    assert_eq!(words.status, 400, "{}", words.text());
+    assert_eq!(words.status, 422, "{}", words.text());
 }
 
 /// What a datasource had, incarnation by incarnation.

@@ -152,8 +152,9 @@ impl Presence {
         if client.publish(own, Bytes::from_static(HERE_PAYLOAD)).await.is_ok() {
             let _ = tokio::time::timeout(PRESENCE_BEAT_INTERVAL, client.flush()).await;
         }
-        // Whoever is there has been heard once: who does not know the others asks nobody.
-        sleep_until(self.started + PRESENCE_BEAT_INTERVAL + NODE_ASK_TIMEOUT).await;
+        // Who does not know the others asks nobody. They answer at once, and have been heard once by then if they are late.
+        let heard_by = self.started + PRESENCE_BEAT_INTERVAL + NODE_ASK_TIMEOUT;
+        sleep_until(heard_by.min(Instant::now() + NODE_ASK_TIMEOUT)).await;
     }
 
     /// This node's id.
