@@ -464,6 +464,28 @@ mod tests {
         assert_eq!(read(&stored, other).expect("reads")[0], (0, Some(9.0), 1));
     }
 
+    /// It guards against another tenant's values: the id of a chunk that was removed while a series was being read was given
+    /// anew.
+    #[test]
+    fn a_chunk_that_has_the_id_of_a_removed_one_is_not_of_the_series() {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let path = dir.path().join(RECORDS_FILE_NAME);
+        let stored = stored(dir.path(), &[(0, r#"{"t": 1}"#)]);
+        let mut reading =
+            SeriesReading::begin(&stored, query(Some(M), SeriesAggregate::Sum)).expect("begins");
+        let other = RecordRef { event_at: Some(T0), ..record(1, "press-5", "a", br#"{"t": 99}"#) };
+        SqliteSink::open(&path)
+            .and_then(|mut sink| sink.store([other].into_iter(), 2, true))
+            .expect("stored");
+        let connection = Connection::open(&path).expect("opens");
+        let give_anew = "CREATE TEMP TABLE gone AS SELECT id FROM sample_chunks ORDER BY id LIMIT 1;
+            DELETE FROM sample_chunks WHERE id = (SELECT id FROM gone);
+            UPDATE sample_chunks SET id = (SELECT id FROM gone)";
+        connection.execute_batch(give_anew).expect("changed");
+        while reading.read_some(&stored).expect("reads") {}
+        assert!(reading.points().all(|point| point.count == 0));
+    }
+
     #[test]
     fn a_range_is_from_its_beginning_to_before_its_end() {
         let dir = tempfile::tempdir().expect("temporary directory");
