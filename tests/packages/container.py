@@ -103,6 +103,10 @@ def prepare():
         file.write(WRAPPER)
     os.chmod(ENGINE, 0o755)
     sh("ip", "link", "set", "lo", "up")
+    # The runtime gives what a container has as its input to the container's user: that is not to be this machine's /dev/null.
+    null = f"{DIRECTORY}/null"
+    sh("mknod", "-m", "666", null, "c", "1", "3")
+    sh("mount", "--bind", null, "/dev/null")
     # Control groups of both versions at once are none that the runtime takes.
     if "0::/" not in open("/proc/self/cgroup").read() or \
             subprocess.run(["mount", "-t", "cgroup2", "cgroup2", "/sys/fs/cgroup"], capture_output=True).returncode != 0:
