@@ -5,9 +5,11 @@
 //! schema, nor into themselves, nor unfold into more than [`SCHEMA_NODES_MAX`] subschemas. No file is read
 //! and nothing is fetched.
 
+use std::borrow::Cow;
 use std::collections::HashMap;
 
 use jsonschema::{Draft, PatternOptions, Validator};
+use percent_encoding::percent_decode_str;
 use serde_json::Value;
 
 use crate::limits::{
@@ -168,9 +170,9 @@ pub(super) fn cut_reason_text(text: &str) -> String {
 struct SchemaCost<'a> {
     root: &'a Value,
     /// The number of parts of each target that was unfolded.
-    known: HashMap<&'a str, usize>,
-    /// The references that are being unfolded, outermost first.
-    open: Vec<&'a str>,
+    known: HashMap<String, usize>,
+    /// The targets that are being unfolded, outermost first.
+    open: Vec<String>,
 }
 
 impl<'a> SchemaCost<'a> {
@@ -220,8 +222,8 @@ impl<'a> SchemaCost<'a> {
             ("$anchor", Value::String(_)) => "$anchor",
             // An `$id` would change the base of references; without it they resolve as written.
             ("$id", Value::String(_)) if depth > 0 => "$id in a part of a schema",
-            // Counted where it is referred to.
-            ("$defs", defs) => return self.count_parts(defs, pointer, depth + 1).map(|_| 0),
+            // Counted where it is referred to. Elsewhere it may be a property of that name, whose schema is run.
+            ("$defs", defs) if depth == 0 => return self.count_parts(defs, pointer, depth + 1).map(|_| 0),
             _ => return self.count_parts(member, pointer, depth + 1),
         };
         Err(SchemaError::Keyword { pointer: std::mem::take(pointer), keyword })
@@ -232,20 +234,25 @@ impl<'a> SchemaCost<'a> {
         let Some(target) = reference.strip_prefix('#') else {
             return Err(SchemaError::Remote { pointer, reference: named });
         };
-        if self.open.contains(&reference) || target.is_empty() {
-            return Err(SchemaError::Recursive { pointer, reference: named });
-        }
-        if let Some(parts) = self.known.get(reference) {
-            return Ok(*parts);
-        }
-        let Some(value) = self.root.pointer(target) else {
+        // The validator takes it for part of a URL and decodes it.
+        let Ok(mut target) = percent_decode_str(target).decode_utf8().map(Cow::into_owned) else {
             return Err(SchemaError::Dangling { pointer, reference: named });
         };
-        self.open.push(reference);
+        if self.open.contains(&target) || target.is_empty() {
+            return Err(SchemaError::Recursive { pointer, reference: named });
+        }
+        if let Some(parts) = self.known.get(&target) {
+            return Ok(*parts);
+        }
+        let Some(value) = self.root.pointer(&target) else {
+            return Err(SchemaError::Dangling { pointer, reference: named });
+        };
+        self.open.push(target.clone());
         // Starting at the number of open references bounds the recursion over all of them together.
-        let parts = self.count_parts(value, &mut target.to_owned(), self.open.len())?;
-        self.open.pop();
-        self.known.insert(reference, parts);
+        let parts = self.count_parts(value, &mut target, self.open.len())?;
+        if let Some(target) = self.open.pop() {
+            self.known.insert(target, parts);
+        }
         Ok(parts)
     }
 }
@@ -328,6 +335,34 @@ mod tests {
             defs.insert(format!("d{level}"), json!({"anyOf": [half, half]}));
         }
         assert_eq!(refused(json!({"$ref": "#/$defs/d20", "$defs": defs})), SchemaError::TooCostly);
+    }
+
+    #[test]
+    fn a_property_named_like_the_definitions_is_counted() {
+        for keyword in ["properties", "dependentSchemas", "patternProperties"] {
+            let mut defs = serde_json::Map::new();
+            defs.insert("d0".to_owned(), json!({"type": "object"}));
+            for level in 1..=20 {
+                let half = json!({"$ref": format!("#/$defs/d{}", level - 1)});
+                defs.insert(format!("d{level}"), json!({keyword: {"$defs": {"allOf": [half, half]}}}));
+            }
+            let costly = json!({"$ref": "#/$defs/d20", "$defs": defs});
+            assert_eq!(refused(costly), SchemaError::TooCostly, "{keyword}");
+        }
+    }
+
+    #[test]
+    fn a_reference_is_decoded_as_the_validator_decodes_it() {
+        let doubled = json!({"properties": {"x": {"allOf": [{"$ref": "#/a%62"}, {"$ref": "#/a%62"}]}}});
+        let decoy = json!({"a%62": {}, "ab": doubled, "$ref": "#/a%62"});
+        assert!(matches!(refused(decoy), SchemaError::Recursive { .. }));
+        // Each time spelt in another way.
+        let circle = json!({"$ref": "#/ab", "ab": {"properties": {"x": {"$ref": "#/%61b"}}}});
+        assert!(matches!(refused(circle), SchemaError::Recursive { .. }));
+        assert!(matches!(refused(json!({"$ref": "#/%ff"})), SchemaError::Dangling { .. }));
+        let spaced = json!({"$ref": "#/$defs/a%20name", "$defs": {"a name": {"type": "string"}}});
+        let schema = Schema::compile(spaced).expect("compiles");
+        assert!(schema.check(&json!("x")).is_ok() && schema.check(&json!(1)).is_err());
     }
 
     #[test]

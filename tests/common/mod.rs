@@ -38,7 +38,7 @@ use std::time::{Duration, Instant};
 use serde_json::Value;
 
 /// How long anything that is expected to happen may take on a slow, busy machine.
-pub const PATIENCE: Duration = Duration::from_secs(20);
+pub const PATIENCE: Duration = Duration::from_secs(60);
 
 /// A directory on the disk that the build uses (a `/tmp` in memory would make every sync free): in that of the whole run, which
 /// `tests/run` removes however the test ends.
