@@ -10,6 +10,7 @@ use serde_json::Value;
 use serde_json::value::RawValue;
 
 use super::key::Key;
+use crate::limits::AUDIT_KEY_IDS_MAX;
 use crate::message::{DatasourceId, KeyId, TimeMicros};
 
 /// On whose behalf a change is made.
@@ -80,6 +81,16 @@ impl<'a> AuditEvent<'a> {
 /// A setting's text as it is written to the audit. Text that is not JSON becomes a string.
 pub(super) fn setting_as_json(text: Option<&str>) -> Value {
     text.map_or(Value::Null, |text| serde_json::from_str(text).unwrap_or_else(|_| text.into()))
+}
+
+/// Adds the ids of keys to the details of an entry: as many as one may name, and how many more there are. In a cluster an
+/// entry has to fit in a message.
+pub(super) fn add_key_ids(what: &mut Value, keys: impl ExactSizeIterator<Item = KeyId>) {
+    let more = keys.len().saturating_sub(AUDIT_KEY_IDS_MAX);
+    what["keys"] = keys.take(AUDIT_KEY_IDS_MAX).map(|id| id.to_string()).collect();
+    if more > 0 {
+        what["more_keys"] = more.into();
+    }
 }
 
 /// One entry as read from the database.
