@@ -196,6 +196,8 @@ impl Registry {
         actor: &Actor,
         wanted: &Datasource,
     ) -> Result<Vec<Arc<Key>>, RegistryError> {
+        // Here the end begins, before any lock.
+        actor.check()?;
         let id = &wanted.id;
         let find_wanted = || {
             let present = self.existing_datasource(id)?;
@@ -213,7 +215,7 @@ impl Registry {
             let keys = self.live.keys_of(id);
             let mut what = json!({});
             add_key_ids(&mut what, keys.iter().map(|key| key.id));
-            let mut end = KeyEnd::new(KeyEndReason::Deleted, keys, *actor, what);
+            let mut end = KeyEnd::new(KeyEndReason::Deleted, keys, actor, what);
             end.deleted = Some(datasource);
             Ok(vec![end])
         })?;

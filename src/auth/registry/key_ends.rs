@@ -54,7 +54,8 @@ pub(super) struct KeyEnd {
 
 impl KeyEnd {
     /// The end of keys at this moment.
-    pub(super) fn new(why: KeyEndReason, keys: Vec<Arc<Key>>, actor: Actor, what: Value) -> Self {
+    pub(super) fn new(why: KeyEndReason, keys: Vec<Arc<Key>>, actor: &Actor, what: Value) -> Self {
+        let actor = actor.under_way();
         Self { why, keys, deleted: None, grace: None, actor, at: now_micros(), what }
     }
 
@@ -517,7 +518,7 @@ mod tests {
             let creating = scope.spawn(|| create(&registry, Scope::Ingest));
             // It has found the queue empty and waits for the lock.
             thread::sleep(Duration::from_millis(100));
-            let end = KeyEnd::new(KeyEndReason::Revoked, vec![key], Actor::SYSTEM, json!({}));
+            let end = KeyEnd::new(KeyEndReason::Revoked, vec![key], &Actor::SYSTEM, json!({}));
             registry.end_in_memory(&end);
             registry.unwritten.extend(vec![end]);
             drop(locked);

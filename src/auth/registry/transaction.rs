@@ -433,8 +433,12 @@ impl<'a> RegistryTransaction<'a> {
         Ok(())
     }
 
-    /// Adds an entry to the audit.
-    pub(super) fn audit(&self, actor: &Actor, act: &AuditEvent<'_>) -> rusqlite::Result<()> {
+    /// Adds an entry to the audit, which every change by somebody has.
+    ///
+    /// # Errors
+    /// [`RegistryError::Denied`] if they may not make it any more; [`RegistryError::Database`].
+    pub(super) fn audit(&self, actor: &Actor, act: &AuditEvent<'_>) -> Result<(), RegistryError> {
+        actor.check()?;
         let mut insert = self.transaction.prepare_cached(
             "INSERT INTO audit (at, who, address, action, datasource, key_id, what)
              VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7)",

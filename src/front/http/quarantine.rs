@@ -218,7 +218,7 @@ pub(super) async fn redrive(
     .await;
     // What was let in is in the audit, whatever became of the rest.
     if answer.redriven > 0 {
-        let (registry, actor) = (shared.registry().clone(), caller.actor());
+        let (registry, actor) = (shared.registry().clone(), caller.actor().under_way());
         let what = json!({ "redriven": answer.redriven, "failing": answer.failing });
         run_blocking(move || {
             let (action, datasource) = ("quarantine.redriven", Some(&datasource.id));
@@ -345,8 +345,8 @@ pub(super) async fn quarantine_key_records(
             &AuditEvent { action, datasource: Some(&of), key_id: Some(key_id), what: &what },
         )?;
         Ok(match since {
-            Some(since) => leaks.withhold(&of, key_id, since)?,
-            None => leaks.give_back(&of, key_id)?,
+            Some(since) => leaks.withhold(&actor, &of, key_id, since)?,
+            None => leaks.give_back(&actor, &of, key_id)?,
         })
     });
     let version = version.await.map_err(Problem::after_body_read)?;
