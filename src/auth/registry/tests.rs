@@ -16,7 +16,7 @@ use crate::auth::{
     Actor, ApiKey, Datasource, Grant, LeakRow, LeakedKeyFate, Registry, RegistryError, Scope, Scopes,
 };
 use crate::limits::{DATASOURCE_ID_BYTES_MAX, NAME_BYTES_MAX};
-use crate::message::{DatasourceId, KeyId, TimeMicros, now_micros};
+use crate::message::{DatasourceId, TimeMicros, now_micros};
 
 fn empty() -> (TempDir, Registry) {
     let dir = tempfile::tempdir().expect("temporary directory");
@@ -563,8 +563,10 @@ fn a_registry_of_format_1_is_read_and_goes_on_as_format_2() {
 #[test]
 fn every_change_is_in_the_audit_with_who_from_where_and_what() {
     let (dir, registry) = empty();
-    let admin = KeyId([7; 6]);
-    let actor = Actor::key(admin, Some([192, 0, 2, 1].into()));
+    // That of another registry, so that this one's audit begins here.
+    let (all, manage) = (DatasourceId::all(), Scopes::from_slice(&[Scope::Admin]));
+    let admin = empty().1.create_key(&Actor::SYSTEM, &all, "", manage, None).expect("created").0;
+    let actor = Actor::of_grant(&Grant::new(admin.clone()), Some([192, 0, 2, 1].into()));
     let (a, key, _) = registry.create_datasource(&actor, None, "a", ingest()).expect("created");
     let (second, _) = registry.create_key(&actor, &a.id, "line 2", ingest(), None).expect("created");
     registry.set_key_limits(&actor, &a.id, second.id, Some(r#"{"topics":1}"#.to_owned())).expect("set");
@@ -589,7 +591,7 @@ fn every_change_is_in_the_audit_with_who_from_where_and_what() {
         ]
     );
     for entry in &entries[..5] {
-        assert_eq!((entry.who.clone(), entry.address.as_deref()), (admin.to_string(), Some("192.0.2.1")));
+        assert_eq!((entry.who.clone(), entry.address.as_deref()), (admin.id.to_string(), Some("192.0.2.1")));
         assert_eq!(entry.datasource.as_deref(), Some("a"));
     }
     assert_eq!((&*entries[5].who, &entries[5].address), ("system", &None));
