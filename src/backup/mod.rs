@@ -154,7 +154,7 @@ impl BackupDesk {
             progress: BackupProgress::default(),
             outcome: watch::Sender::new(None),
         });
-        let (kept, actor) = (run.clone(), *actor);
+        let (kept, actor) = (run.clone(), actor.under_way());
         let thread = std::thread::Builder::new().name("backup".to_owned());
         let thread = thread.spawn(move || kept.carry_out(&sources, place, pace, &actor));
         thread.map_err(|error| BackupError::Io { path: dir.to_owned(), error })?;

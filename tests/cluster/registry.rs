@@ -583,7 +583,9 @@ async fn rules_about_leaked_keys_have_the_same_versions_everywhere() {
         node.registry.follow_record_rules(follow).expect("readable");
         heard
     };
-    let add = |node: &Node, n| node.run(move |registry| registry.add_leak_rule(&rule(n), 21).expect("added"));
+    let add = |node: &Node, n| {
+        node.run(move |registry| registry.add_leak_rule(&ACTOR, &rule(n), 21).expect("added"))
+    };
     assert_eq!(add(&a, 0).await.expect("no panic"), Some(1));
     let (of_a, of_b) = (followed(&a), followed(&b));
     for n in 0..10 {

@@ -554,6 +554,13 @@ fn datasources_move_to_another_gateway_with_their_keys_and_every_conflict_is_nam
     assert!(said.contains(&press.key_id) && said.contains(&oven.key_id), "{said}");
     let broken = file(dir_a.path(), "broken.jsonl", "{\"id\":\"x\"}\n");
     assert!(fails(&mut to(&b, &["import", &broken])).contains("no datasource that a gateway has exported"));
+    let created_at = "2026-11-30T00:00:00Z";
+    let key = |digit: &str| serde_json::json!({ "digest": digit.repeat(64), "scopes": ["ingest"], "created_at": created_at });
+    let many = serde_json::json!({
+        "headgate_export": 1, "id": "mill", "name": "Mill", "limits": { "keys": 1 }, "keys": [key("a"), key("b")]
+    });
+    let refused = b.post("/v1/import?check=true", &b.admin_key(), &many);
+    assert_eq!((refused.status, &refused.json()["limit_name"]), (422, &"keys".into()), "{}", refused.text());
     for (key, status) in [("", 401), (press.key.as_str(), 403)] {
         assert_eq!(b.get("/v1/datasources/press-4/export", key).status, status);
         assert_eq!(b.post("/v1/import", key, &serde_json::json!({})).status, status);

@@ -1,7 +1,10 @@
 //! Quarantine: what is in it reaches no consumer, what is sent again from it comes in once, and what a
 //! leaked key let in goes there and comes back.
 
+use std::io::Write;
+use std::net::TcpStream;
 use std::path::Path;
+use std::time::Duration;
 
 use crate::common::cluster::is_wanted;
 use crate::common::stores::{TestStore, in_each_store};
@@ -233,6 +236,42 @@ fn redrives_at_the_same_time_let_each_message_in_once_also_when_its_id_is_forgot
     records.sort_unstable();
     records.dedup();
     assert_eq!((records.len(), gateway.records("press-4").len()), (MESSAGES, MESSAGES));
+}
+
+/// What was let in before a client left, and what it did not wait for, is in the audit.
+#[test]
+fn what_a_redrive_lets_in_is_in_the_audit_also_if_its_client_leaves() {
+    const MESSAGES: usize = 4_000;
+    let dir = scratch();
+    let gateway = Gateway::start(dir.path());
+    let source = gateway.create("press-4");
+    put_schema(&gateway, "press-4", &json!({"type": "number"}));
+    let body: String = (0..MESSAGES).map(|n| format!("\"{n}\"\n")).collect();
+    let headers = [("content-type", "application/x-ndjson")];
+    let path = "/v1/ingest/press-4/many";
+    assert_eq!(gateway.request("POST", path, &source.key, &headers, body.as_bytes()).status, 422);
+    gateway.settle();
+    put_schema(&gateway, "press-4", &json!({"type": "string"}));
+    let request = format!(
+        "POST /v1/datasources/press-4/quarantine/redrive HTTP/1.1\r\nHost: gateway\r\nAuthorization: {}\r\n\
+         Content-Type: application/json\r\nContent-Length: 2\r\n\r\n{{}}",
+        gateway.admin_key()
+    );
+    for pause_ms in [5, 10, 20, 30, 40, 60, 80] {
+        let mut leaving = TcpStream::connect(gateway.http).expect("the listener accepts");
+        leaving.write_all(request.as_bytes()).expect("sent");
+        std::thread::sleep(Duration::from_millis(pause_ms));
+    }
+    redrive(&gateway, "press-4", &json!({}));
+    gateway.settle();
+    assert_eq!(gateway.records("press-4").len(), MESSAGES);
+    wait_for("the audit to have all of them", || {
+        let audit = gateway.get("/v1/audit?limit=1000", &gateway.admin_key()).json();
+        let entries = audit["entries"].as_array().expect("a list");
+        let redrives = entries.iter().filter(|entry| entry["action"] == "quarantine.redriven");
+        let redriven: u64 = redrives.filter_map(|entry| entry["what"]["redriven"].as_u64()).sum();
+        (redriven == MESSAGES as u64).then_some(())
+    });
 }
 
 /// A sender repeats what it has no answer to. The repetition is not kept beside the first one, so that no redrive

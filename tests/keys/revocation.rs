@@ -6,13 +6,13 @@ use std::net::{SocketAddr, TcpStream};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::common::tls::{Identity, TlsClient};
 use crate::common::wire::{Connect, VERSIONS, Version, Wire};
 use crate::common::ws::WsClient;
 use crate::common::{Gateway, PATIENCE, Setup, scratch, wait_for};
-use crate::{KEY_DEAD, acts, ahead, create_key, post, revoke, rotate, shown};
+use crate::{KEY_DEAD, acts, ahead, audited, create_key, post, revoke, rotate, shown};
 
 /// An HTTP/1.1 connection that is kept alive.
 struct Kept(TcpStream);
@@ -109,6 +109,31 @@ fn revocation_closes_mqtt_over_every_transport_and_kept_http_connections() {
     assert_eq!(gateway.metric("headgate_revocation_seconds_count"), 1.0);
     assert!(gateway.metric("headgate_revocation_seconds_sum") < took.as_secs_f64());
     assert_eq!(acts(&gateway, "key.revoked", &key.id).len(), 1);
+}
+
+#[test]
+fn what_an_admin_key_has_asked_for_is_not_done_once_it_is_revoked() {
+    const ASKED: usize = 150;
+    let dir = scratch();
+    let gateway = Gateway::start(dir.path());
+    let leaked = create_key(&gateway, "*", &json!({ "scopes": ["admin"] }));
+    let body = r#"{"scopes":["admin"]}"#;
+    let request = format!(
+        "POST /v1/datasources/*/keys HTTP/1.1\r\nHost: gateway\r\nAuthorization: {}\r\nContent-Type: \
+         application/json\r\nContent-Length: {}\r\n\r\n{body}",
+        leaked.secret,
+        body.len()
+    );
+    let mut asking: Vec<_> = (0..ASKED).map(|_| Kept::open(gateway.http)).collect();
+    asking.iter_mut().for_each(|kept| kept.send(&request));
+    // They wait for each other.
+    assert_eq!(revoke(&gateway, "*", &leaked.id).status, 204);
+    std::thread::sleep(Duration::from_millis(500));
+    let entries = audited(&gateway);
+    let is_end = |entry: &Value| entry["action"] == "key.revoked" && entry["key_id"] == leaked.id;
+    let end = entries.iter().position(is_end).expect("it is noted");
+    let later: Vec<_> = entries[end..].iter().filter(|entry| entry["who"] == leaked.id).collect();
+    assert!(later.is_empty(), "{} keys are made after it: {:?}", later.len(), later.first());
 }
 
 #[test]

@@ -10,6 +10,8 @@ use serde_json::Value;
 use serde_json::value::RawValue;
 
 use super::key::Key;
+use crate::auth::grant::{Grant, GrantDenial};
+use crate::limits::AUDIT_KEY_IDS_MAX;
 use crate::message::{DatasourceId, KeyId, TimeMicros};
 
 /// On whose behalf a change is made.
@@ -34,21 +36,43 @@ impl fmt::Display for ActorIdentity {
 }
 
 /// Who makes a change, and from where.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone)]
 pub struct Actor {
     /// The identity.
     pub who: ActorIdentity,
     /// The source address of the request, if there is one.
     pub address: Option<IpAddr>,
+    /// What has to hold when the change is made, however long that has waited; `None` for what needs no key, or is under
+    /// way.
+    grant: Option<Grant>,
 }
 
 impl Actor {
     /// The gateway itself.
-    pub const SYSTEM: Actor = Actor { who: ActorIdentity::System, address: None };
+    pub const SYSTEM: Actor = Actor { who: ActorIdentity::System, address: None, grant: None };
 
-    /// Somebody with this key.
-    pub fn key(key_id: KeyId, address: Option<IpAddr>) -> Self {
-        Self { who: ActorIdentity::Key(key_id), address }
+    /// Somebody with this grant, for as long as it holds.
+    pub fn of_grant(grant: &Grant, address: Option<IpAddr>) -> Self {
+        Self { who: ActorIdentity::Key(grant.key_id()), address, grant: Some(grant.clone()) }
+    }
+
+    /// Somebody who reports leaked keys.
+    pub fn leak_report(address: IpAddr) -> Self {
+        Self { who: ActorIdentity::LeakReport, address: Some(address), grant: None }
+    }
+
+    /// The same one, for the rest of what has begun: that goes on, and is noted, whatever becomes of the key.
+    pub fn under_way(&self) -> Self {
+        Self { grant: None, ..self.clone() }
+    }
+
+    /// Checks that the change may be made now. Under the lock of the registry that is so until the change is made: the end
+    /// of the key comes behind it.
+    ///
+    /// # Errors
+    /// Why the key allows nothing any more.
+    pub(super) fn check(&self) -> Result<(), GrantDenial> {
+        self.grant.as_ref().map_or(Ok(()), Grant::check)
     }
 }
 
@@ -80,6 +104,16 @@ impl<'a> AuditEvent<'a> {
 /// A setting's text as it is written to the audit. Text that is not JSON becomes a string.
 pub(super) fn setting_as_json(text: Option<&str>) -> Value {
     text.map_or(Value::Null, |text| serde_json::from_str(text).unwrap_or_else(|_| text.into()))
+}
+
+/// Adds the ids of keys to the details of an entry: as many as one may name, and how many more there are. In a cluster an
+/// entry has to fit in a message.
+pub(super) fn add_key_ids(what: &mut Value, keys: impl ExactSizeIterator<Item = KeyId>) {
+    let more = keys.len().saturating_sub(AUDIT_KEY_IDS_MAX);
+    what["keys"] = keys.take(AUDIT_KEY_IDS_MAX).map(|id| id.to_string()).collect();
+    if more > 0 {
+        what["more_keys"] = more.into();
+    }
 }
 
 /// One entry as read from the database.

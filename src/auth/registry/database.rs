@@ -41,8 +41,8 @@
 //! `leaks` has every rule about the records of a leaked key that was ever made, see
 //! [`LeakRow`](super::leak_rules::LeakRow), and `incarnations` what has happened to the incarnations of datasources,
 //! see [`IncarnationRow`](super::incarnations::IncarnationRow); both share their versions, which count from 1, and
-//! nothing is deleted. The `incarnation` of a key is NULL for the first one. `secrets` has what access tokens are signed
-//! with, once there is one (`token_secret.rs`).
+//! nothing is deleted. The `incarnation` of a key is NULL for the first one, until the key dies with its datasource.
+//! `secrets` has what access tokens are signed with, once there is one (`token_secret.rs`).
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -393,7 +393,6 @@ mod tests {
         written_by_hand(dir.path(), row);
         assert_eq!(Registry::open(dir.path()).expect("a row that does").key_count(), 1);
         for (change, named) in [
-            ("UPDATE keys SET datasource = 'gone'", "gone"),
             ("UPDATE keys SET datasource = '*', scopes = 'root'", "scopes"),
             ("INSERT INTO datasources (id, name, created_at) VALUES ('Not a slug', 'x', 0)", "datasource id"),
         ] {

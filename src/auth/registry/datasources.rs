@@ -6,11 +6,11 @@
 use std::sync::{Arc, OnceLock};
 
 use deunicode::deunicode_with_tofu;
-use headgate_format::key::ApiKey;
+use headgate_format::key::{ApiKey, Digest};
 use serde_json::{Value, json};
 
 use super::Registry;
-use super::audit::{Actor, AuditEvent, setting_as_json};
+use super::audit::{Actor, AuditEvent, add_key_ids, setting_as_json};
 use super::database::RegistryDatabase;
 use super::datasource::Datasource;
 use super::error::RegistryError;
@@ -22,7 +22,7 @@ use super::setting::JsonSetting;
 use super::transaction::{KeyEndReason, RegistryTransaction};
 use crate::auth::scope::Scopes;
 use crate::limits::DATASOURCE_ID_BYTES_MAX;
-use crate::message::{DatasourceId, Incarnation, KeyId, Lease, now_micros};
+use crate::message::{DatasourceId, Incarnation, Lease, now_micros};
 
 /// A datasource to be created with its first key. The texts have been validated by the caller.
 #[derive(Debug, Clone)]
@@ -115,7 +115,7 @@ impl Registry {
         let change = database.begin()?;
         let NewDatasource { limits, schemas, event_time, .. } = *new;
         let settings = NewDatasourceSettings { limits, schemas, event_time };
-        let (datasource, noted) = self.insert_new(&change, id, name, &settings)?;
+        let (datasource, noted) = self.insert_new(&change, actor, id, name, &settings)?;
         change.insert_key(&key, &secret.digest())?;
         change.audit(actor, &AuditEvent::of_key("datasource.created", &key, what))?;
         change.commit()?;
@@ -124,15 +124,22 @@ impl Registry {
         Ok((datasource, key, secret))
     }
 
-    /// Inserts a datasource in a change, with its settings, as the next incarnation of its id. Once that is
-    /// committed, [`Registry::show_new`] lets it in.
+    /// Inserts a datasource in a change, with its settings, as the next incarnation of its id. Keys that are left of an
+    /// earlier one end. Once that is committed, [`Registry::show_new`] lets it in.
     pub(super) fn insert_new(
         &self,
         change: &RegistryTransaction<'_>,
+        actor: &Actor,
         id: DatasourceId,
         name: &str,
         settings: &NewDatasourceSettings<'_>,
     ) -> Result<(Datasource, NotedIncarnations), RegistryError> {
+        let left = change.end_keys_of(&id, None)?;
+        if !left.is_empty() {
+            let mut what = json!({});
+            add_key_ids(&mut what, left.iter().map(Digest::key_id));
+            change.audit(actor, &AuditEvent::of_datasource("datasource.deleted", &id, &what))?;
+        }
         let (incarnation, noted) = self.begin_new_incarnation(change, &id)?;
         let datasource = Datasource {
             id,
@@ -189,6 +196,8 @@ impl Registry {
         actor: &Actor,
         wanted: &Datasource,
     ) -> Result<Vec<Arc<Key>>, RegistryError> {
+        // Here the end begins, before any lock.
+        actor.check()?;
         let id = &wanted.id;
         let find_wanted = || {
             let present = self.existing_datasource(id)?;
@@ -204,8 +213,9 @@ impl Registry {
         let dead = self.end_keys(true, || {
             let datasource = find_wanted()?;
             let keys = self.live.keys_of(id);
-            let ids: Vec<KeyId> = keys.iter().map(|key| key.id).collect();
-            let mut end = KeyEnd::new(KeyEndReason::Deleted, keys, *actor, json!({ "keys": ids }));
+            let mut what = json!({});
+            add_key_ids(&mut what, keys.iter().map(|key| key.id));
+            let mut end = KeyEnd::new(KeyEndReason::Deleted, keys, actor, what);
             end.deleted = Some(datasource);
             Ok(vec![end])
         })?;
@@ -425,7 +435,7 @@ mod tests {
         assert!(first.holds());
         let row = |secret: &ApiKey| format!("key.{}", blake3::Hash::from_bytes(secret.digest().0).to_hex());
         let datasource =
-            vec![row(&first_secret), "datasource.press-4".to_owned(), "audit.000000000001".to_owned()];
+            vec!["datasource.press-4".to_owned(), row(&first_secret), "audit.000000000001".to_owned()];
         assert_eq!(
             *batches.batches.lock(),
             [datasource, vec![row(&secret), "audit.000000000002".to_owned()]]

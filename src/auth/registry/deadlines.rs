@@ -75,7 +75,7 @@ fn end_of_due(key: Arc<Key>) -> KeyEnd {
         Some((by, _)) => (KeyEndReason::Rotated, json!({ "new_key": by })),
         None => (KeyEndReason::Expired, json!({})),
     };
-    let mut end = KeyEnd::new(why, vec![key], Actor::SYSTEM, what);
+    let mut end = KeyEnd::new(why, vec![key], &Actor::SYSTEM, what);
     end.grace = grace;
     end
 }

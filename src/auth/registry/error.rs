@@ -4,6 +4,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use super::key::Key;
+use crate::auth::grant::GrantDenial;
 use crate::message::{DatasourceId, KeyId};
 use crate::sqlite::SqliteError;
 
@@ -27,6 +28,9 @@ pub enum RegistryError {
         /// The datasource that was to have it.
         datasource: DatasourceId,
     },
+    /// The key that the change is made with has ended before it could be made.
+    #[error("{0}")]
+    Denied(#[from] GrantDenial),
     /// No such datasource exists.
     #[error("there is no datasource {0:?}")]
     NoDatasource(String),

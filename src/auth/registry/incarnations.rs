@@ -319,7 +319,7 @@ impl RegistryTransaction<'_> {
             rows.next()?.map(|row| row.get::<_, TimeMicros>(0)).transpose()?
         };
         // Whatever a clock did: a key that works, or was revoked since, is of the datasource that there is.
-        let past = "datasource = ?1 AND revoked_at IS NOT NULL
+        let past = "datasource = ?1 AND revoked_at IS NOT NULL AND incarnation IS NULL
              AND (?2 IS NULL OR coalesce(ended, '') = 'deleted' OR revoked_at <= ?2)";
         let ended_at: Option<TimeMicros> = connection
             .prepare_cached(&format!("SELECT max(revoked_at) FROM keys WHERE {past}"))?

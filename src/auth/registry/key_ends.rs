@@ -54,7 +54,8 @@ pub(super) struct KeyEnd {
 
 impl KeyEnd {
     /// The end of keys at this moment.
-    pub(super) fn new(why: KeyEndReason, keys: Vec<Arc<Key>>, actor: Actor, what: Value) -> Self {
+    pub(super) fn new(why: KeyEndReason, keys: Vec<Arc<Key>>, actor: &Actor, what: Value) -> Self {
+        let actor = actor.under_way();
         Self { why, keys, deleted: None, grace: None, actor, at: now_micros(), what }
     }
 
@@ -479,6 +480,36 @@ mod tests {
     }
 
     #[test]
+    fn a_deletion_of_which_a_cluster_has_got_a_part_is_completed() {
+        const KEYS: usize = 1_500;
+        let cluster = Arc::new(ClusterOfOne::default());
+        let registry = in_memory(Some(cluster.clone()));
+        let scopes = Scopes::from_slice(&[Scope::Ingest]);
+        let (press, ..) =
+            registry.create_datasource(&Actor::SYSTEM, None, "Press 4", scopes).expect("created");
+        for _ in 1..KEYS {
+            registry.create_key(&Actor::SYSTEM, &press.id, "", scopes, None).expect("created");
+        }
+        cluster.batches.lock().clear();
+        *cluster.batches_left.lock() = Some(1);
+        let dead = registry.delete_datasource(&Actor::SYSTEM, &press.id).expect("dead here");
+        assert_eq!(dead.len(), KEYS);
+        let part = std::mem::take(&mut *cluster.batches.lock());
+        let are_keys = |rows: &[String]| rows.iter().all(|name| name.starts_with("key."));
+        assert!(part.len() == 1 && are_keys(&part[0][1..]), "{part:?}");
+        let rows = cluster.rows.lock().clone();
+        registry.apply(&rows, rows.len() as u64, false).expect("applied");
+        *cluster.batches_left.lock() = None;
+        registry.write_ends().expect("written");
+        let rest = cluster.batches.lock().concat();
+        let (keys, last) = rest[1..].split_at(rest.len() - 4);
+        assert!(are_keys(keys), "{keys:?}");
+        assert_eq!(part[0].len() + keys.len(), KEYS + 1, "each once, beside the format");
+        let kinds: Vec<_> = last.iter().map(|name| name.split('.').next().unwrap_or_default()).collect();
+        assert_eq!(kinds, ["incarnation", "datasource", "audit"]);
+    }
+
+    #[test]
     fn a_change_comes_behind_the_end_of_a_key_that_it_has_waited_for() {
         let registry = in_memory(None);
         let key = create(&registry, Scope::Ingest);
@@ -487,7 +518,7 @@ mod tests {
             let creating = scope.spawn(|| create(&registry, Scope::Ingest));
             // It has found the queue empty and waits for the lock.
             thread::sleep(Duration::from_millis(100));
-            let end = KeyEnd::new(KeyEndReason::Revoked, vec![key], Actor::SYSTEM, json!({}));
+            let end = KeyEnd::new(KeyEndReason::Revoked, vec![key], &Actor::SYSTEM, json!({}));
             registry.end_in_memory(&end);
             registry.unwritten.extend(vec![end]);
             drop(locked);

@@ -1,7 +1,8 @@
 //! The changes of keys. Each is durable, in the live view and in the audit when it returns; see
 //! [the registry](super) for what that guarantees. In a cluster each can also fail with
 //! [`RegistryError::Away`] or [`RegistryError::Overtaken`] (both transient), [`RegistryError::TooLarge`] or
-//! [`RegistryError::Cluster`], and blocks until the other nodes have it.
+//! [`RegistryError::Cluster`], and blocks until the other nodes have it. Whoever makes one needs a key that is alive when
+//! it is made ([`RegistryError::Denied`]), and not only when it was asked for.
 
 use std::sync::Arc;
 
@@ -55,8 +56,8 @@ impl Registry {
     ///
     /// # Errors
     /// [`RegistryError::NoDatasource`]; [`RegistryError::InvalidName`] if the label is too long or has
-    /// control characters, or if there are no scopes; [`RegistryError::Database`] if it cannot be
-    /// made durable.
+    /// control characters, or if there are no scopes; [`RegistryError::Denied`] if the actor's key has ended;
+    /// [`RegistryError::Database`] if it cannot be made durable.
     pub fn create_key_with(
         &self,
         actor: &Actor,
@@ -94,9 +95,11 @@ impl Registry {
         datasource: &DatasourceId,
         id: KeyId,
     ) -> Result<Option<Arc<Key>>, RegistryError> {
+        // Here the end begins, before any lock.
+        actor.check()?;
         let found = self.live.key(datasource, id);
         let end_of = |key: &Arc<Key>| {
-            KeyEnd::new(KeyEndReason::Revoked, vec![key.clone()], *actor, json!({ "label": key.label }))
+            KeyEnd::new(KeyEndReason::Revoked, vec![key.clone()], actor, json!({ "label": key.label }))
         };
         found.iter().for_each(|key| self.end_at_once(key));
         let dead = self.end_keys(true, || {

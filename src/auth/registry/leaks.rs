@@ -57,7 +57,7 @@ impl Registry {
         });
         let last_used_at = used.users.first().map(|user| Rfc3339(user.at));
         let what = json!({ "url": url, "last_offset": used.offset, "last_used_at": last_used_at });
-        let end = KeyEnd::new(KeyEndReason::Leaked, vec![key.clone()], *actor, what.clone());
+        let end = KeyEnd::new(KeyEndReason::Leaked, vec![key.clone()], actor, what.clone());
         let dead = self.end_keys(false, || {
             let Some(key) = self.live.find(digest) else { return Ok(Vec::new()) };
             self.check_not_last_admin(&key)?;
@@ -92,11 +92,17 @@ impl Registry {
     /// # Errors
     /// A [`RegistryError`] if the rule could not be added; [`RegistryError::UnreadRules`] as long as there are earlier
     /// ones that could not be read.
-    pub fn add_leak_rule(&self, row: &LeakRow, most: u64) -> Result<Option<u64>, RegistryError> {
+    pub fn add_leak_rule(
+        &self,
+        actor: &Actor,
+        row: &LeakRow,
+        most: u64,
+    ) -> Result<Option<u64>, RegistryError> {
         if let Some(unread) = self.unread_rules() {
             return Err(RegistryError::UnreadRules(unread));
         }
         self.make_change_with_reserve(|database| {
+            actor.check()?;
             if database.leak_rule_count()? >= most {
                 return Ok(None);
             }

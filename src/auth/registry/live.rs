@@ -51,19 +51,51 @@ impl LiveRegistry {
             deadline_set: Notify::new(),
         };
         let (mut by_datasource, all) = (Vec::new(), DatasourceId::all());
-        database.for_each_key(|stored| {
-            let key = live.load_key(stored, &all)?;
-            by_datasource.extend(key.map(|key| ((key.datasource.clone(), key.id), key)));
-            Ok::<_, RegistryError>(())
+        let mut without_datasource = BTreeMap::<String, usize>::new();
+        database.for_each_key(None, |stored| match live.load_key(stored, &all) {
+            Ok(key) => by_datasource.extend(key.map(|key| ((key.datasource.clone(), key.id), key))),
+            Err(id) => *without_datasource.entry(id).or_default() += 1,
         })?;
+        for (datasource, keys) in without_datasource {
+            tracing::error!(
+                datasource,
+                keys,
+                "keys cannot be used, because there is no such datasource: import it again, which completes it, or \
+                 create another one with its id, which ends them"
+            );
+        }
         // Only now are all keys in memory, so their pages can be merged into huge ones.
         live.keys.gather();
         *live.by_datasource.write() = by_datasource.into_iter().collect();
         Ok(live)
     }
 
+    /// Adds the stored keys of a datasource that was added, unless they are known.
+    ///
+    /// # Errors
+    /// [`RegistryError::Database`].
+    pub(super) fn add_keys_of(
+        &self,
+        database: &RegistryDatabase,
+        datasource: &DatasourceId,
+    ) -> Result<(), RegistryError> {
+        let all = DatasourceId::all();
+        database.for_each_key(Some(datasource), |stored| {
+            if self.keys.find(&stored.digest).is_none()
+                && let Ok(Some(key)) = self.load_key(stored, &all)
+            {
+                self.by_datasource.write().insert((key.datasource.clone(), key.id), key);
+            }
+        })?;
+        self.deadline_set.notify_one();
+        Ok(())
+    }
+
     /// Adds a stored key to everything but `by_datasource`. Returns it, unless it was revoked.
-    fn load_key(&self, stored: StoredKey<'_>, all: &DatasourceId) -> Result<Option<Arc<Key>>, RegistryError> {
+    ///
+    /// # Errors
+    /// The id of its datasource, if that is not there: then the key cannot be used, and all others can.
+    fn load_key(&self, stored: StoredKey<'_>, all: &DatasourceId) -> Result<Option<Arc<Key>>, String> {
         if stored.is_revoked {
             self.keys.set(&stored.digest, None);
             return Ok(None);
@@ -72,7 +104,7 @@ impl LiveRegistry {
         let datasource = match self.datasources.pin().get_key_value(stored.datasource) {
             Some((datasource, _)) => datasource.clone(),
             None if stored.datasource == all.as_str() => all.clone(),
-            None => return Err(RegistryError::NoDatasource(stored.datasource.to_owned())),
+            None => return Err(stored.datasource.to_owned()),
         };
         let key = Arc::new(Key::from(KeyAttributes {
             digest: stored.digest,

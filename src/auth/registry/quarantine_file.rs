@@ -180,7 +180,7 @@ fn remove_file(path: &Path) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::auth::Registry;
+    use crate::auth::{Actor, Registry};
     use crate::message::DatasourceId;
 
     /// The rules of a file that an earlier version made; its last one is in the write-ahead log only.
@@ -232,7 +232,7 @@ mod tests {
         let registry = Registry::open(dir.path()).expect("opens");
         assert_eq!((rules_of(&registry), files(dir.path())), (expected.clone(), vec![]));
         let (_, again) = expected[0].clone();
-        assert_eq!(registry.add_leak_rule(&again, 10).expect("added"), Some(4));
+        assert_eq!(registry.add_leak_rule(&Actor::SYSTEM, &again, 10).expect("added"), Some(4));
         expected.push((4, again));
         drop(registry);
         assert_eq!(rules_of(&Registry::open(dir.path()).expect("opens again")), expected);
@@ -252,7 +252,7 @@ mod tests {
         assert_eq!((rules_of(&registry), files(dir.path())), (expected.clone(), vec![]));
         // A loss of power may even bring the file back after the next change.
         let (_, again) = expected[1].clone();
-        registry.add_leak_rule(&again, 10).expect("added");
+        registry.add_leak_rule(&Actor::SYSTEM, &again, 10).expect("added");
         expected.push((4, again));
         drop(registry);
         with_file(dir.path());
@@ -328,7 +328,7 @@ mod tests {
                 below: Some(1),
                 at: 1,
             };
-            let added = registry.add_leak_rule(&rule, 10);
+            let added = registry.add_leak_rule(&Actor::SYSTEM, &rule, 10);
             assert!(matches!(added, Err(RegistryError::UnreadRules(_))), "{added:?}");
             registry
         };

@@ -5,7 +5,7 @@ use std::sync::OnceLock;
 
 use headgate_format::key::Digest;
 use rusqlite::types::FromSqlError;
-use rusqlite::{OptionalExtension, params};
+use rusqlite::{OptionalExtension, params, params_from_iter};
 use serde_json::value::RawValue;
 
 use super::audit::{AuditEntry, AuditQuery};
@@ -38,6 +38,14 @@ pub(super) struct StoredKey<'a> {
     pub(super) has_ended: bool,
     pub(super) rotation: Rotation,
     pub(super) limits: Option<&'a str>,
+}
+
+/// A key that is in the database, dead or alive.
+pub(super) struct KnownKey {
+    pub(super) digest: Digest,
+    /// The id of its datasource, which need not be there, or `*`.
+    pub(super) datasource: String,
+    pub(super) is_revoked: bool,
 }
 
 impl RegistryDatabase {
@@ -83,21 +91,20 @@ impl RegistryDatabase {
         Ok(usize::try_from(count).expect("a count is not negative"))
     }
 
-    /// Calls `each` with every key. An error of `each` means that the row makes no sense: damage.
-    pub(super) fn for_each_key<E>(
+    /// Calls `each` with every key, or with those of one datasource that are not revoked.
+    pub(super) fn for_each_key(
         &self,
-        mut each: impl FnMut(StoredKey<'_>) -> Result<(), E>,
-    ) -> Result<(), RegistryError>
-    where
-        E: std::error::Error + Send + Sync + 'static,
-    {
+        of: Option<&DatasourceId>,
+        mut each: impl FnMut(StoredKey<'_>),
+    ) -> Result<(), RegistryError> {
         let mut read_all = || -> rusqlite::Result<()> {
-            let mut select = self.connection.prepare(
+            let which = if of.is_some() { " WHERE datasource = ?1 AND revoked_at IS NULL" } else { "" };
+            let mut select = self.connection.prepare(&format!(
                 "SELECT digest, datasource, scopes, label, created_at, expires_at, revoked_at IS NOT NULL,
                         limits, replaces, replaced_by, grace_ends_at, ended IS NOT NULL
-                 FROM keys",
-            )?;
-            let mut rows = select.query([])?;
+                 FROM keys{which}"
+            ))?;
+            let mut rows = select.query(params_from_iter(of.map(DatasourceId::as_str)))?;
             while let Some(row) = rows.next()? {
                 let stored = StoredKey {
                     digest: Digest(row.get(0)?),
@@ -117,7 +124,7 @@ impl RegistryDatabase {
                         },
                     },
                 };
-                each(stored).map_err(FromSqlError::other)?;
+                each(stored);
             }
             Ok(())
         };
@@ -132,6 +139,29 @@ impl RegistryDatabase {
             .prepare_cached("SELECT EXISTS (SELECT 1 FROM keys WHERE digest BETWEEN ?1 AND ?2)")?
             .query_row(params![first, last], |row| row.get(0))?;
         Ok(known)
+    }
+
+    /// The key that has or had this id.
+    pub(super) fn key_with_id(&self, id: KeyId) -> Result<Option<KnownKey>, RegistryError> {
+        let (first, last) = digest_range(id);
+        let mut select = self.connection.prepare_cached(
+            "SELECT digest, datasource, revoked_at IS NOT NULL FROM keys WHERE digest BETWEEN ?1 AND ?2",
+        )?;
+        let known = select.query_row(params![first, last], |row| {
+            let (digest, datasource, is_revoked) = (Digest(row.get(0)?), row.get(1)?, row.get(2)?);
+            Ok(KnownKey { digest, datasource, is_revoked })
+        });
+        Ok(known.optional()?)
+    }
+
+    /// Whether the creation or the import of the datasource that has this id now is in the audit: it is then complete.
+    pub(super) fn is_audited(&self, id: &DatasourceId) -> Result<bool, RegistryError> {
+        let mut select = self.connection.prepare_cached(
+            "SELECT action <> 'datasource.deleted' FROM audit
+             WHERE datasource = ?1 AND action IN ('datasource.created', 'datasource.imported', 'datasource.deleted')
+             ORDER BY id DESC LIMIT 1",
+        )?;
+        Ok(select.query_row([id.as_str()], |row| row.get(0)).optional()?.unwrap_or(false))
     }
 
     /// When a key was revoked and, in one word, why. `None` if it was not revoked.

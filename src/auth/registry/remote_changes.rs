@@ -52,12 +52,21 @@ impl Registry {
         }
         let mut dead = if all { self.forget_all_but(&rows) } else { Vec::new() };
         // Datasources first: a key needs the datasource that it belongs to.
+        let mut added = Vec::new();
         for row in &rows {
-            if let RegistryRow::Datasource(id, row) = row {
-                self.apply_datasource(id, row.as_ref());
+            if let RegistryRow::Datasource(id, row) = row
+                && self.apply_datasource(id, row.as_ref())
+            {
+                added.push(id);
             }
         }
         self.tell_rules(&database, &rows);
+        for id in added {
+            // Its keys may have come before it.
+            if let Err(error) = self.live.add_keys_of(&database, id) {
+                tracing::error!(datasource = %id, %error, "the keys of a datasource cannot be read");
+            }
+        }
         for row in rows {
             if let RegistryRow::Key(digest, row) = row {
                 dead.extend(self.apply_key(digest, row.as_ref()));
@@ -98,14 +107,15 @@ impl Registry {
         }
     }
 
-    fn apply_datasource(&self, id: &DatasourceId, row: Option<&DatasourceRow>) {
+    /// Applies one datasource's row. Returns whether that has added it.
+    fn apply_datasource(&self, id: &DatasourceId, row: Option<&DatasourceRow>) -> bool {
         let Some(row) = row else {
             self.forget_datasource(id);
             tracing::info!(datasource = %id, "datasource deleted on another node");
-            return;
+            return false;
         };
         if self.unwritten.has_deletion(id, row.created_at) {
-            return;
+            return false;
         }
         match self.datasource(id.as_str()) {
             Some(known)
@@ -116,6 +126,7 @@ impl Registry {
                 set_if_changed(&known.limits, row.limits.as_deref());
                 set_if_changed(&known.schemas, row.schemas.as_deref());
                 set_if_changed(&known.event_time, row.event_time.as_deref());
+                false
             }
             // Includes a datasource that was deleted and created again meanwhile.
             _ => {
@@ -135,6 +146,7 @@ impl Registry {
                     lease: Lease::new(),
                     traffic: OnceLock::new(),
                 });
+                true
             }
         }
     }

@@ -65,7 +65,11 @@ pub(super) mod tests {
     #[derive(Debug, Default)]
     pub(in super::super) struct ClusterOfOne {
         pub(in super::super) batches: Mutex<Vec<Vec<String>>>,
+        /// All of them, each with its revision.
+        pub(in super::super) rows: Mutex<Vec<(RegistryRevision, RegistryRow)>>,
         pub(in super::super) is_away: AtomicBool,
+        /// How many more batches arrive before NATS is away.
+        pub(in super::super) batches_left: Mutex<Option<usize>>,
     }
 
     impl RegistryReplica for ClusterOfOne {
@@ -74,10 +78,13 @@ pub(super) mod tests {
             rows: &[RegistryRow],
             after: RegistryRevision,
         ) -> Result<RegistryRevision, RegistryError> {
-            if self.is_away.load(Ordering::Relaxed) {
+            let mut left = self.batches_left.lock();
+            if self.is_away.load(Ordering::Relaxed) || *left == Some(0) {
                 return Err(RegistryError::Away("NATS is away".to_owned()));
             }
+            *left = left.map(|left| left - 1);
             self.batches.lock().push(rows.iter().map(RegistryRow::name).collect());
+            self.rows.lock().extend((after + 1..).zip(rows.iter().cloned()));
             Ok(after + rows.len() as u64)
         }
 

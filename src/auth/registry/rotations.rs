@@ -58,6 +58,9 @@ impl Registry {
         if grace.is_zero()
             && let Some(old) = self.rotatable_key(datasource, id)?
         {
+            actor.check()?;
+            // It may be the actor's own.
+            let actor = &actor.under_way();
             self.end_at_once(&old);
             return self
                 .replace_key(actor, &old, grace)
@@ -75,7 +78,7 @@ impl Registry {
         let ended = self.end_keys(true, || {
             let Some(key) = self.live.key(&old.datasource, old.id) else { return Ok(Vec::new()) };
             self.check_not_last_admin(&key)?;
-            Ok(vec![KeyEnd::new(KeyEndReason::Revoked, vec![key], *actor, what)])
+            Ok(vec![KeyEnd::new(KeyEndReason::Revoked, vec![key], actor, what)])
         });
         match ended {
             Ok(dead) if !dead.is_empty() => {

@@ -17,7 +17,7 @@
 //! of an earlier version can stay until then.
 //!
 //! A digest has 64 hex characters, an id or version 12 digits. Absent values are left out, and so is the first
-//! incarnation. Times are
+//! incarnation, but of a key that died with its datasource. Times are
 //! microseconds since the Unix epoch; `limits`, `schemas`, `event_time` and `what` are JSON in a string, as given.
 
 use std::fmt;

@@ -5,14 +5,18 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::Duration;
 
+use serde_json::json;
 use tempfile::TempDir;
 
-use super::audit::{AuditEntry, AuditQuery};
+use super::audit::{AuditEntry, AuditEvent, AuditQuery};
+use super::transfer::NewImport;
 use super::*;
 use crate::auth::connections::{CloseReason, ConnectionControl};
-use crate::auth::{Actor, ApiKey, Datasource, LeakedKeyFate, Registry, RegistryError, Scope, Scopes};
+use crate::auth::{
+    Actor, ApiKey, Datasource, Grant, LeakRow, LeakedKeyFate, Registry, RegistryError, Scope, Scopes,
+};
 use crate::limits::{DATASOURCE_ID_BYTES_MAX, NAME_BYTES_MAX};
-use crate::message::{DatasourceId, KeyId, TimeMicros, now_micros};
+use crate::message::{DatasourceId, TimeMicros, now_micros};
 
 fn empty() -> (TempDir, Registry) {
     let dir = tempfile::tempdir().expect("temporary directory");
@@ -85,6 +89,79 @@ fn what_was_created_is_there_after_a_restart() {
     let labels: Vec<_> = registry.keys(&press.id).iter().map(|key| key.label.clone()).collect();
     assert_eq!(labels, ["".into(), Box::from("line 2")]);
     assert_eq!(registry.keys(&DatasourceId::all()).len(), 1);
+}
+
+#[test]
+fn a_change_that_has_waited_until_its_key_was_dead_is_not_made() {
+    let (_dir, registry) = empty();
+    let (all, admin) = (DatasourceId::all(), Scopes::from_slice(&[Scope::Admin]));
+    let create = || registry.create_key(&Actor::SYSTEM, &all, "", admin, None).expect("created").0;
+    let (leaked, other, _stays) = (create(), create(), create());
+    let (gone, ..) = registry.create_datasource(&Actor::SYSTEM, None, "Oven", ingest()).expect("created");
+    registry.delete_datasource(&Actor::SYSTEM, &gone.id).expect("deleted");
+    let (press, key, _) =
+        registry.create_datasource(&Actor::SYSTEM, None, "Press 4", ingest()).expect("created");
+    let actor = &Actor::of_grant(&Grant::new(leaked.clone()), None);
+    let (what, at) = (json!({}), now_micros());
+    let row = LeakRow { datasource: press.id.clone(), key_id: key.id, since: Some(at), below: Some(1), at };
+    let import = NewImport {
+        id: slug("mill"),
+        may_rename: false,
+        name: "Mill",
+        limits: None,
+        schemas: None,
+        event_time: None,
+        keys: &[],
+        is_rehearsal: false,
+    };
+    let act = AuditEvent { action: "client.disconnected", datasource: None, key_id: None, what: &what };
+    let grace = Duration::from_secs(60);
+    let changes: [&(dyn Fn() -> Result<(), RegistryError> + Sync); 11] = [
+        &|| registry.create_key(actor, &all, "", admin, None).map(drop),
+        &|| registry.create_datasource(actor, None, "Lathe", ingest()).map(drop),
+        &|| registry.import(actor, &import).map(drop),
+        &|| registry.set_key_limits(actor, &press.id, key.id, None).map(drop),
+        &|| registry.set_datasource_limits(actor, &press.id, None),
+        &|| registry.set_datasource_schemas(actor, &press.id, None),
+        &|| registry.set_datasource_event_time(actor, &press.id, None),
+        &|| registry.rotate_key(actor, &press.id, key.id, grace).map(drop),
+        &|| registry.purge_incarnation(actor, &gone.id, 1).map(drop),
+        &|| registry.add_leak_rule(actor, &row, 10).map(drop),
+        &|| registry.audit(actor, &act),
+    ];
+    let before = audited(&registry).len();
+    let made: Vec<_> = thread::scope(|scope| {
+        let locked = registry.lock_database();
+        let waiting: Vec<_> = changes.iter().map(|change| scope.spawn(move || change())).collect();
+        thread::sleep(Duration::from_millis(100));
+        let revoking = scope.spawn(|| registry.revoke_key(&Actor::SYSTEM, &all, leaked.id));
+        while leaked.holds() {
+            thread::yield_now();
+        }
+        drop(locked);
+        assert!(revoking.join().expect("no panic").expect("revoked").is_some());
+        waiting.into_iter().map(|change| change.join().expect("no panic")).collect()
+    });
+    assert!(made.iter().all(|made| matches!(made, Err(RegistryError::Denied(_)))), "{made:?}");
+    for ended in [
+        registry.revoke_key(actor, &all, other.id).map(drop),
+        registry.delete_datasource(actor, &press.id).map(drop),
+        registry.rotate_key(actor, &all, other.id, Duration::ZERO).map(drop),
+    ] {
+        assert!(matches!(ended, Err(RegistryError::Denied(_))), "{ended:?}");
+    }
+    assert!(other.holds() && key.holds() && registry.has_datasource("press-4"));
+    let entries = audited(&registry);
+    let actions: Vec<_> = entries[before..].iter().map(|entry| &*entry.action).collect();
+    assert_eq!(actions, ["key.revoked"]);
+
+    // A key that ends itself with a change sees that made.
+    let own = Actor::of_grant(&Grant::new(other.clone()), None);
+    let rotated = registry.rotate_key(&own, &all, other.id, Duration::ZERO).expect("rotated").expect("there");
+    assert!(!other.holds());
+    let own = Actor::of_grant(&Grant::new(rotated.key.clone()), None);
+    assert!(registry.revoke_key(&own, &all, rotated.key.id).expect("revoked").is_some());
+    assert_eq!(audited(&registry).len(), before + 3);
 }
 
 #[test]
@@ -486,8 +563,10 @@ fn a_registry_of_format_1_is_read_and_goes_on_as_format_2() {
 #[test]
 fn every_change_is_in_the_audit_with_who_from_where_and_what() {
     let (dir, registry) = empty();
-    let admin = KeyId([7; 6]);
-    let actor = Actor::key(admin, Some([192, 0, 2, 1].into()));
+    // That of another registry, so that this one's audit begins here.
+    let (all, manage) = (DatasourceId::all(), Scopes::from_slice(&[Scope::Admin]));
+    let admin = empty().1.create_key(&Actor::SYSTEM, &all, "", manage, None).expect("created").0;
+    let actor = Actor::of_grant(&Grant::new(admin.clone()), Some([192, 0, 2, 1].into()));
     let (a, key, _) = registry.create_datasource(&actor, None, "a", ingest()).expect("created");
     let (second, _) = registry.create_key(&actor, &a.id, "line 2", ingest(), None).expect("created");
     registry.set_key_limits(&actor, &a.id, second.id, Some(r#"{"topics":1}"#.to_owned())).expect("set");
@@ -512,7 +591,7 @@ fn every_change_is_in_the_audit_with_who_from_where_and_what() {
         ]
     );
     for entry in &entries[..5] {
-        assert_eq!((entry.who.clone(), entry.address.as_deref()), (admin.to_string(), Some("192.0.2.1")));
+        assert_eq!((entry.who.clone(), entry.address.as_deref()), (admin.id.to_string(), Some("192.0.2.1")));
         assert_eq!(entry.datasource.as_deref(), Some("a"));
     }
     assert_eq!((&*entries[5].who, &entries[5].address), ("system", &None));

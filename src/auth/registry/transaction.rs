@@ -80,19 +80,34 @@ pub(super) struct RegistryTransaction<'a> {
     touched: RefCell<Vec<TouchedRow>>,
 }
 
-/// A row that a change has written. The variants are in the order of publication, which matters if the rows
-/// need more than one batch: keys that die with their datasource come before it, and so does the end of its
-/// incarnation, which a retry writes only as long as the datasource is there.
+/// A row that a change has written.
 #[derive(Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum TouchedRow {
     Key(KeyId),
     Leak(u64),
     Incarnation(u64),
     Datasource(DatasourceId),
-    /// A gateway that does not know incarnations must not go on without them.
     Format,
     Secret(&'static str),
     Audit(i64),
+}
+
+/// The place of a row among those of its change, lowest first. It matters if they need more than one batch: what has
+/// come until then has to be in order at every node, also if the rest never comes.
+fn publication_place(row: &RegistryRow) -> u8 {
+    match row {
+        // A gateway that does not know incarnations must not go on without them.
+        RegistryRow::Format(_) => 0,
+        RegistryRow::Key(_, key) if key.as_ref().is_none_or(|key| key.revoked_at.is_some()) => 1,
+        // Behind the keys of what has ended, before the keys of what begins.
+        RegistryRow::Leak(..) | RegistryRow::Incarnation(..) => 2,
+        RegistryRow::Datasource(_, Some(_)) => 3,
+        RegistryRow::Key(..) => 4,
+        // A retry of a deletion writes the rest only as long as the datasource is there.
+        RegistryRow::Datasource(_, None) => 5,
+        RegistryRow::Secret(..) => 6,
+        RegistryRow::Audit(..) => 7,
+    }
 }
 
 impl<'a> RegistryTransaction<'a> {
@@ -257,17 +272,38 @@ impl<'a> RegistryTransaction<'a> {
             .prepare_cached("DELETE FROM datasources WHERE id = ?1 RETURNING incarnation, name")?;
         let (incarnation, name): (Incarnation, String) =
             delete.query_row([datasource.as_str()], |row| Ok((row.get(0)?, row.get(1)?)))?;
-        let mut update = self.transaction.prepare_cached(
-            "UPDATE keys SET revoked_at = ?1, ended = ?3 WHERE datasource = ?2 AND revoked_at IS NULL
-             RETURNING digest",
-        )?;
-        let parameters = params![self.at.get(), datasource.as_str(), KeyEndReason::Deleted.as_str()];
-        rows.revoked =
-            update.query_map(parameters, |row| row.get(0).map(Digest))?.collect::<Result<_, _>>()?;
-        rows.revoked.iter().for_each(|digest| self.touched(TouchedRow::Key(digest.key_id())));
+        rows.revoked = self.end_keys_of(datasource, Some(incarnation))?;
         self.touched(TouchedRow::Datasource(datasource.clone()));
         rows.incarnations.push(self.end_incarnation(datasource, incarnation, &name, created_at, end)?);
         Ok(Some(rows))
+    }
+
+    /// Revokes all keys of a datasource that is gone. Returns their digests. Their rows say of which `incarnation` they
+    /// were, also of the first one: if a cluster gets only some of them, they are not taken for those of an earlier
+    /// datasource.
+    pub(super) fn end_keys_of(
+        &self,
+        datasource: &DatasourceId,
+        incarnation: Option<Incarnation>,
+    ) -> rusqlite::Result<Vec<Digest>> {
+        let mut update = self.transaction.prepare_cached(
+            "UPDATE keys SET revoked_at = ?1, ended = ?3, incarnation = coalesce(incarnation, ?4)
+             WHERE datasource = ?2 AND revoked_at IS NULL RETURNING digest",
+        )?;
+        let why = KeyEndReason::Deleted.as_str();
+        let parameters = params![self.at.get(), datasource.as_str(), why, incarnation];
+        let ended = update.query_map(parameters, |row| row.get(0).map(Digest))?;
+        let ended = ended.collect::<rusqlite::Result<Vec<_>>>()?;
+        ended.iter().for_each(|digest| self.touched(TouchedRow::Key(digest.key_id())));
+        Ok(ended)
+    }
+
+    /// Takes out a key that is about to be inserted again.
+    pub(super) fn take_out_key(&self, id: KeyId) -> rusqlite::Result<()> {
+        let (first, last) = digest_range(id);
+        let mut delete =
+            self.transaction.prepare_cached("DELETE FROM keys WHERE digest BETWEEN ?1 AND ?2")?;
+        delete.execute(params![first, last]).map(drop)
     }
 
     /// Adds a row about an incarnation. Returns it with its version.
@@ -397,8 +433,12 @@ impl<'a> RegistryTransaction<'a> {
         Ok(())
     }
 
-    /// Adds an entry to the audit.
-    pub(super) fn audit(&self, actor: &Actor, act: &AuditEvent<'_>) -> rusqlite::Result<()> {
+    /// Adds an entry to the audit, which every change by somebody has.
+    ///
+    /// # Errors
+    /// [`RegistryError::Denied`] if they may not make it any more; [`RegistryError::Database`].
+    pub(super) fn audit(&self, actor: &Actor, act: &AuditEvent<'_>) -> Result<(), RegistryError> {
+        actor.check()?;
         let mut insert = self.transaction.prepare_cached(
             "INSERT INTO audit (at, who, address, action, datasource, key_id, what)
              VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7)",
@@ -440,10 +480,13 @@ impl<'a> RegistryTransaction<'a> {
                 TouchedRow::Format => Ok(RegistryRow::Format(REGISTRY_ROWS_FORMAT)),
                 TouchedRow::Audit(id) => RegistryRow::read_audit(&self.transaction, *id),
             });
-            let rows = rows.collect::<rusqlite::Result<Vec<_>>>()?;
+            let mut rows = rows.collect::<rusqlite::Result<Vec<_>>>()?;
+            rows.sort_by_key(publication_place);
             // If a later batch fails, the earlier ones stand: their rows come back as if another node
-            // had written them, and the change can be retried.
-            for rows in rows.chunks(KV_BATCH_ROWS_MAX) {
+            // had written them, and the change can be retried. All have about the same size, so that the few rows
+            // before the keys are together in the first one, and the few behind them in the last.
+            let batches = rows.len().div_ceil(KV_BATCH_ROWS_MAX).max(1);
+            for rows in rows.chunks(rows.len().div_ceil(batches).max(1)) {
                 revision = replica.publish(rows, revision)?;
             }
         }

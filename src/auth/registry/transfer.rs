@@ -9,7 +9,7 @@ use serde::{Deserialize, Deserializer, Serialize, de};
 use serde_json::{Value, json};
 
 use super::Registry;
-use super::audit::{Actor, AuditEvent};
+use super::audit::{Actor, AuditEvent, add_key_ids};
 use super::database::RegistryDatabase;
 use super::datasources::NewDatasourceSettings;
 use super::error::RegistryError;
@@ -156,7 +156,8 @@ impl Registry {
     }
 
     /// Imports a datasource with its keys as one change, which is durable on return; or only checks whether that can
-    /// be done.
+    /// be done. In a cluster more than about 1,000 keys come in several batches: if a later one fails, the datasource has
+    /// those that came, and the same import completes it.
     ///
     /// # Errors
     /// [`RegistryError::Exists`] if the id is taken and it may have no other; [`RegistryError::KeyExists`] if a key is
@@ -182,32 +183,83 @@ impl Registry {
         name: &str,
     ) -> Result<ImportedDatasource, RegistryError> {
         // Inside the change: only there can no other change take the id or a key.
-        let id = self.id_of_import(new)?;
-        self.check_keys_are_new(database, new)?;
+        let (id, known) = match self.unfinished_import(database, new, name)? {
+            Some(unfinished) => unfinished,
+            None => {
+                let id = self.id_of_import(new)?;
+                self.check_keys_are_new(database, new)?;
+                (id, HashSet::new())
+            }
+        };
         let imported = ImportedDatasource { id: id.clone(), keys: new.keys.len() };
         if new.is_rehearsal {
             return Ok(imported);
         }
-        let keys: Vec<(Key, Digest)> = new.keys.iter().map(|key| imported_key(&id, key)).collect();
-        let ids: Vec<KeyId> = keys.iter().map(|(key, _)| key.id).collect();
-        let what = json!({ "name": name, "imported_from": new.id, "keys": ids });
-        let change = database.begin()?;
+        let is_there = self.has_datasource(id.as_str());
+        let mut what = json!({ "name": name, "imported_from": new.id });
+        add_key_ids(&mut what, new.keys.iter().map(|(key, _)| Digest(key.digest.0).key_id()));
+        let keys = new.keys.iter().map(|key| imported_key(&id, key));
+        let keys: Vec<(Key, Digest)> =
+            keys.filter(|(key, _)| !is_there || !known.contains(&key.id)).collect();
         let settings = NewDatasourceSettings {
             limits: new.limits.as_deref(),
             schemas: new.schemas.as_deref(),
             event_time: new.event_time.as_deref(),
         };
-        let (datasource, noted) = self.insert_new(&change, id, name, &settings)?;
+        let change = database.begin()?;
+        let begun = if is_there {
+            None
+        } else {
+            known.iter().try_for_each(|id| change.take_out_key(*id))?;
+            Some(self.insert_new(&change, actor, id.clone(), name, &settings)?)
+        };
         for (key, digest) in &keys {
             change.insert_key(key, digest)?;
         }
-        change.audit(actor, &AuditEvent::of_datasource("datasource.imported", &datasource.id, &what))?;
+        change.audit(actor, &AuditEvent::of_datasource("datasource.imported", &id, &what))?;
         change.commit()?;
-        self.show_new(database, datasource, noted);
+        if let Some((datasource, noted)) = begun {
+            self.show_new(database, datasource, noted);
+        }
         for (key, digest) in keys {
             self.live.add_key(key, digest);
         }
         Ok(imported)
+    }
+
+    /// The datasource of which an earlier attempt at this import has published a part, and the keys that it has already.
+    /// The audit is the last row of an import, so it has none.
+    fn unfinished_import(
+        &self,
+        database: &RegistryDatabase,
+        new: &NewImport<'_>,
+        name: &str,
+    ) -> Result<Option<(DatasourceId, HashSet<KeyId>)>, RegistryError> {
+        let (mut owner, mut known, mut seen) = (None, HashSet::new(), HashSet::new());
+        for (key, _) in new.keys {
+            let digest = Digest(key.digest.0);
+            if !seen.insert(digest.key_id()) {
+                return Ok(None);
+            }
+            let Some(stored) = database.key_with_id(digest.key_id())? else { continue };
+            let of = owner.get_or_insert_with(|| stored.datasource.clone());
+            if stored.is_revoked || stored.digest != digest || *of != stored.datasource {
+                return Ok(None);
+            }
+            known.insert(digest.key_id());
+        }
+        let Some(id) = owner.and_then(|id| DatasourceId::new(&id).ok()) else { return Ok(None) };
+        if id != new.id && !new.may_rename {
+            return Ok(None);
+        }
+        let is_unfinished = match self.datasource(id.as_str()) {
+            Some(present) => {
+                let has_others = self.live.keys_of(&id).iter().any(|key| !known.contains(&key.id));
+                *present.name == *name && !has_others && !database.is_audited(&id)?
+            }
+            None => true,
+        };
+        Ok(is_unfinished.then_some((id, known)))
     }
 
     fn id_of_import(&self, new: &NewImport<'_>) -> Result<DatasourceId, RegistryError> {
@@ -251,6 +303,10 @@ fn imported_key(id: &DatasourceId, (key, limits): &(&ExportedKey, Option<String>
 
 #[cfg(test)]
 mod tests {
+    use super::super::audit::AuditQuery;
+    use super::super::replica::RegistryRevision;
+    use super::super::replica::tests::ClusterOfOne;
+    use super::super::rows::RegistryRow;
     use super::*;
     use crate::auth::scope::Scope;
 
@@ -311,6 +367,107 @@ mod tests {
         assert_eq!(to.datasource("press-4").expect("there").incarnation, 2);
         let renamed = import(&to, &without, true, false).expect("imported");
         assert_eq!(renamed.id.as_str(), "press-4-2");
+    }
+
+    fn exported(keys: usize) -> ExportedDatasource {
+        let key = |number: usize| {
+            let digest = KeyDigestText(*blake3::hash(&number.to_le_bytes()).as_bytes());
+            let (scopes, created_at) = (Scopes::from_slice(&[Scope::Ingest]), Rfc3339(1));
+            let (label, limits) = (String::new(), Value::Null);
+            ExportedKey { digest, scopes, label, created_at, expires_at: None, limits }
+        };
+        ExportedDatasource {
+            headgate_export: EXPORT_FORMAT,
+            id: "press-4".to_owned(),
+            name: "Press 4".to_owned(),
+            limits: Value::Null,
+            schemas: Value::Null,
+            event_time: Value::Null,
+            keys: (0..keys).map(key).collect(),
+        }
+    }
+
+    fn node(cluster: &Arc<ClusterOfOne>) -> Registry {
+        let database = RegistryDatabase::in_memory().expect("opens");
+        Registry::from_database(database, Some(cluster.clone())).expect("empty")
+    }
+
+    /// A node that joins when the cluster's registry has these rows.
+    fn joined(rows: &[(RegistryRevision, RegistryRow)]) -> Registry {
+        let mut database = RegistryDatabase::in_memory().expect("opens");
+        let all: Vec<_> = rows.iter().map(|(_, row)| row).collect();
+        database.take_over(&all, rows.len() as u64, true).expect("written");
+        Registry::from_database(database, Some(Arc::new(ClusterOfOne::default()))).expect("it joins")
+    }
+
+    fn usable(registry: &Registry, from: &ExportedDatasource) -> usize {
+        let is_usable = |key: &&ExportedKey| registry.find(&Digest(key.digest.0)).is_some();
+        let usable = from.keys.iter().filter(is_usable).count();
+        assert_eq!(usable, registry.key_count());
+        usable
+    }
+
+    #[test]
+    fn an_import_of_which_a_cluster_has_got_a_part_works_as_far_as_it_has_come_and_is_completed() {
+        const KEYS: usize = 1_500;
+        let cluster = Arc::<ClusterOfOne>::default();
+        let (here, there, press) = (node(&cluster), node(&Arc::default()), exported(KEYS));
+        *cluster.batches_left.lock() = Some(1);
+        let cut = import(&here, &press, false, false).err().expect("NATS goes away");
+        assert!(matches!(cut, RegistryError::Away(_)), "{cut}");
+        let part = cluster.rows.lock().clone();
+        let end = part.len() as RegistryRevision;
+        assert!(matches!(part[0].1, RegistryRow::Datasource(..)), "{:?}", part[0]);
+        for registry in [&there, &here] {
+            registry.apply(&part, end, false).expect("applied");
+            assert_eq!(usable(registry, &press), part.len() - 1);
+        }
+        assert_eq!(usable(&joined(&part), &press), part.len() - 1);
+
+        *cluster.batches_left.lock() = None;
+        assert_eq!(import(&here, &press, false, true).expect("it may come").keys, KEYS);
+        assert_eq!(import(&here, &press, true, false).expect("completed").id.as_str(), "press-4");
+        let all = cluster.rows.lock().clone();
+        there.apply(&all, all.len() as RegistryRevision, false).expect("applied");
+        for registry in [&here, &there, &joined(&all)] {
+            assert_eq!(usable(registry, &press), KEYS);
+            let page = AuditQuery { from: None, to: None, after: 0, limit: 10 };
+            let entries = registry.audit_entries(&page).expect("readable");
+            assert_eq!(entries.len(), 1);
+            let what: Value = serde_json::from_str(entries[0].what.get()).expect("JSON");
+            let named = what["keys"].as_array().map(Vec::len);
+            assert_eq!((named, &what["more_keys"]), (Some(1_000), &json!(KEYS - 1_000)));
+        }
+        let again = import(&here, &press, false, false).err().expect("it is complete");
+        assert!(matches!(again, RegistryError::Exists(_)), "{again}");
+    }
+
+    #[test]
+    fn keys_without_their_datasource_stop_no_start_and_come_or_end_with_one() {
+        let cluster = Arc::<ClusterOfOne>::default();
+        let press = exported(3);
+        import(&node(&cluster), &press, false, false).expect("imported");
+        let (datasource, keys): (Vec<_>, Vec<_>) = cluster
+            .rows
+            .lock()
+            .iter()
+            .filter(|(_, row)| !matches!(row, RegistryRow::Audit(..)))
+            .cloned()
+            .partition(|(_, row)| matches!(row, RegistryRow::Datasource(..)));
+        let late = joined(&keys);
+        assert_eq!(usable(&late, &press), 0);
+        late.apply(&[(100, datasource[0].1.clone())], 100, false).expect("applied");
+        assert_eq!(usable(&late, &press), 3);
+
+        let (completed, ended) = (joined(&keys), joined(&keys));
+        import(&completed, &press, false, false).expect("completed");
+        assert_eq!(usable(&completed, &press), 3);
+        let scopes = Scopes::from_slice(&[Scope::Ingest]);
+        let (press_4, _, _) =
+            ended.create_datasource(&Actor::SYSTEM, None, "Press 4", scopes).expect("created");
+        assert_eq!(ended.keys(&press_4.id).len(), 1, "the first of its own");
+        let dead = import(&ended, &press, true, false).err().expect("its keys are dead");
+        assert!(matches!(dead, RegistryError::KeyExists { .. }), "{dead}");
     }
 
     #[test]

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use tokio::runtime::Handle;
 
-use crate::auth::{IncarnationEvent, LeakRow, LogEndPatience, RecordRule, Registry, RegistryError};
+use crate::auth::{Actor, IncarnationEvent, LeakRow, LogEndPatience, RecordRule, Registry, RegistryError};
 use crate::limits::{LEAK_CHANGES_MAX, REVOCATION_WAIT_MAX};
 use crate::log::{AppendError, IncarnationStep, Log, WithheldChange, WithheldRule};
 use crate::message::{DatasourceId, KeyId, Offset, TimeMicros, now_micros};
@@ -70,13 +70,14 @@ impl QuarantineLeakRules {
     /// [`LeakError`]; nothing has changed then.
     pub fn withhold(
         &self,
+        actor: &Actor,
         datasource: &DatasourceId,
         key_id: KeyId,
         since: TimeMicros,
     ) -> Result<u64, LeakError> {
         // In a cluster, records of other gateways may not have arrived here yet: the log is asked for its end.
         let below = self.runtime.block_on(self.log.end())?;
-        self.change(datasource, key_id, Some((since, below)))
+        self.change(actor, datasource, key_id, Some((since, below)))
     }
 
     /// Gives back what is withheld of a key in this datasource, or in all (`*`). Returns the new version of
@@ -84,19 +85,25 @@ impl QuarantineLeakRules {
     ///
     /// # Errors
     /// [`LeakError`]; nothing has changed then.
-    pub fn give_back(&self, datasource: &DatasourceId, key_id: KeyId) -> Result<u64, LeakError> {
-        self.change(datasource, key_id, None)
+    pub fn give_back(
+        &self,
+        actor: &Actor,
+        datasource: &DatasourceId,
+        key_id: KeyId,
+    ) -> Result<u64, LeakError> {
+        self.change(actor, datasource, key_id, None)
     }
 
     fn change(
         &self,
+        actor: &Actor,
         datasource: &DatasourceId,
         key_id: KeyId,
         withheld: Option<(TimeMicros, Offset)>,
     ) -> Result<u64, LeakError> {
         let (since, below) = withheld.unzip();
         let row = LeakRow { datasource: datasource.clone(), key_id, since, below, at: now_micros() };
-        self.registry.add_leak_rule(&row, LEAK_CHANGES_MAX)?.ok_or(LeakError::TooMany)
+        self.registry.add_leak_rule(actor, &row, LEAK_CHANGES_MAX)?.ok_or(LeakError::TooMany)
     }
 }
 
@@ -149,9 +156,9 @@ mod tests {
         let datasource = DatasourceId::new("press-4").expect("a slug");
         let (one, other) = (KeyId([1; 6]), KeyId([2; 6]));
         let changing = tokio::task::spawn_blocking(move || {
-            assert_eq!(leaks.withhold(&datasource, one, 7).expect("kept"), 1);
-            assert_eq!(leaks.withhold(&DatasourceId::all(), other, 8).expect("kept"), 2);
-            assert_eq!(leaks.give_back(&datasource, one).expect("kept"), 3);
+            assert_eq!(leaks.withhold(&Actor::SYSTEM, &datasource, one, 7).expect("kept"), 1);
+            assert_eq!(leaks.withhold(&Actor::SYSTEM, &DatasourceId::all(), other, 8).expect("kept"), 2);
+            assert_eq!(leaks.give_back(&Actor::SYSTEM, &datasource, one).expect("kept"), 3);
         });
         changing.await.expect("no panic");
         drop(log);

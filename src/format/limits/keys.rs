@@ -14,6 +14,8 @@ pub const TOKEN_TOPICS_BYTES_MAX: usize = 512;
 pub const USERS_PER_KEY_MAX: usize = 8;
 /// Keys whose usage is written in one transaction; other changes of the registry wait for it.
 pub const USAGE_KEYS_PER_CHANGE: usize = 1_000;
+/// Key ids that an entry of the audit names.
+pub const AUDIT_KEY_IDS_MAX: usize = 1_000;
 /// Ended keys that are written in one transaction; other changes of the registry wait for it. Each can be two rows,
 /// the key's and its audit entry, and in a cluster a change is all or nothing up to 1,000 rows.
 pub const KEY_ENDS_PER_CHANGE: usize = 500;

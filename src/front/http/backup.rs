@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 
 use super::credentials::Caller;
 use super::{HttpFrontState, run_blocking};
+use crate::auth::RegistryError;
 use crate::backup::{BackupError, BackupPace, BackupReport};
 use crate::front::problem::Problem;
 use crate::observe::cause::Cause;
@@ -59,6 +60,10 @@ pub(super) async fn show(
 
 impl From<BackupError> for Problem {
     fn from(error: BackupError) -> Self {
+        // The key has ended meanwhile.
+        if let BackupError::Registry(error @ RegistryError::Denied(_)) = error {
+            return error.into();
+        }
         let cause = if error.is_refusal() { Cause::BackupRefused } else { Cause::BackupFailed };
         Self::new(cause, format!("{error}."))
     }

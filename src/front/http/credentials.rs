@@ -41,9 +41,9 @@ pub(super) struct Caller(pub(super) Grant, pub(super) HttpPeer);
 pub(super) struct DataCaller(pub(super) Caller);
 
 impl Caller {
-    /// The caller, as the audit records it.
+    /// The caller, as the audit records it: for a change that is made while the key holds.
     pub(super) fn actor(&self) -> Actor {
-        Actor::key(self.0.key_id(), Some(self.1.addr.ip()))
+        Actor::of_grant(&self.0, Some(self.1.addr.ip()))
     }
 
     /// Checks that the caller has `scope` in `datasource`.

@@ -174,7 +174,9 @@ async fn delete_present(
     if purge {
         let _ = tokio::time::timeout(DELETION_WAIT_MAX, swept).await;
         let incarnations = [datasource.incarnation];
-        return purge_ended(shared, caller.actor(), &datasource.id, &incarnations, gone).await;
+        // The key may be one of those that have just ended.
+        let actor = caller.actor().under_way();
+        return purge_ended(shared, actor, &datasource.id, &incarnations, gone).await;
     }
     Ok(StatusCode::NO_CONTENT.into_response())
 }

@@ -15,7 +15,7 @@ use super::body::{self, BodyLimits};
 use super::messages::without_bom;
 use super::server::HttpPeer;
 use super::{HttpFrontState, run_blocking};
-use crate::auth::audit::{Actor, ActorIdentity};
+use crate::auth::Actor;
 use crate::auth::{Digest, Key, LeakedKeyFate, Registry};
 use crate::front::problem::Problem;
 use crate::limits::{HTTP_MANAGE_BYTES_MAX, LEAK_URL_BYTES_MAX, LEAKS_PER_REPORT_MAX};
@@ -77,7 +77,7 @@ pub(super) async fn report(
     })?;
     let revoking = async {
         let registry = shared.registry().clone();
-        let actor = Actor { who: ActorIdentity::LeakReport, address: Some(address) };
+        let actor = Actor::leak_report(address);
         let metrics = shared.parts.metrics.clone();
         let dead = run_blocking(move || {
             let found = found.iter().take(LEAKS_PER_REPORT_MAX);

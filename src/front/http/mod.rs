@@ -44,6 +44,7 @@ mod problem_pages;
 mod quarantine;
 mod query;
 mod records;
+mod redrive;
 mod refusals;
 mod request_clock;
 mod request_form;
@@ -106,7 +107,7 @@ pub async fn serve(listeners: HttpListeners, parts: HttpFrontParts, drain: Cance
         crowd: crowd.clone(),
         parses: Arc::new(Semaphore::new(PARSES_PER_PROCESSOR_MAX * crate::shares::processors())),
         setting_schemas: Mutex::new(()),
-        redriving: tokio::sync::Mutex::default(),
+        redrives: Arc::default(),
         leak_reports: AuthFailures::new(&config::AuthConfig {
             failures_burst: LEAK_REPORTS_BURST,
             failures_per_s: LEAK_REPORTS_PER_S,

@@ -1,18 +1,7 @@
-//! Quarantine over HTTP: list it, send messages through intake again after a schema was corrected
-//! (redrive), and quarantine what a leaked key has let in.
-//!
-//! A message is sent again under the authority of the admin who asks, and becomes a record of the key
-//! that it first came with. It is kept once for ever, however often and by however many it is asked for at once: the
-//! record in the log names the offset that it was redriven from, storage notes that, and a page is read when storage
-//! has everything that is in the log, in the only redrive of this gateway. Between the gateways of a cluster JetStream
-//! tells: what another gateway has redriven is on the page or came into the stream after the page was begun, and of
-//! that the id is known for the whole window. So what is read on a page is published within half of that, or not at
-//! all. A message that turns out to be let in already, itself or as a corrected one with its
-//! id, gets a mark in the log, which storage notes as well.
+//! Quarantine over HTTP: list it, and quarantine what a leaked key has let in. What is sent again of it: `redrive`.
 
-use std::collections::BTreeSet;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use axum::Json;
 use axum::extract::{Query as QueryString, Request, State};
@@ -22,35 +11,23 @@ use serde::{Deserialize, Serialize};
 use serde_json::json;
 
 use super::credentials::Caller;
-use super::members::{PARAMETER_MAX, stated, whole_parameter};
+use super::members::{stated, whole_parameter};
 use super::page_stream::{self, JsonItems, PageFrame, PageSource};
 use super::query::{self, page_limit, time_parameter};
-use super::{HttpFrontState, PathParameters, keys, run_blocking, run_in_turn, run_reading};
-use crate::auth::{AuditEvent, Datasource, GrantDenial, Scope};
+use super::{HttpFrontState, PathParameters, keys, run_blocking, run_reading};
+use crate::auth::{AuditEvent, Scope};
 use crate::consume::quarantine::QuarantineQuery;
 use crate::consume::quarantine::leaks::LeakError;
-use crate::consume::quarantine::page::{LeakedRecords, QuarantinedRecord};
+use crate::consume::quarantine::page::LeakedRecords;
 use crate::consume::query::{PageBudget, QueryError, RecordsReader};
 use crate::consume::render::Rfc3339;
 use crate::front::problem::Problem;
-use crate::intake::{RedriveOutcome, Refusal};
-use crate::limits::{
-    HTTP_MANAGE_BYTES_MAX, PAYLOAD_BYTES_MAX, QUERY_PIECE_BYTES, QUERY_RECORDS_MAX, REDRIVE_PAGE_RECORDS,
-    REDRIVE_RECORDS_MAX, VALIDATION_ERRORS_MAX,
-};
-use crate::log::{QuarantineReason, SectionOutcome};
-use crate::message::{Incarnation, KeyId, Offset, Transport, now_micros};
+use crate::message::{Incarnation, KeyId, Offset, now_micros};
 use crate::observe::cause::Cause;
 use crate::time::parse_time;
-use crate::whole_number::WholeNumber;
 
-/// What a redrive holds in memory: a piece of a page, in which the last record may be of the largest size, and the draft
-/// that is made of it.
-const REDRIVE_BYTES: usize = 4 * (QUERY_PIECE_BYTES + PAYLOAD_BYTES_MAX);
-/// The body of a redrive that names as many messages as one may.
-const REDRIVE_BODY_BYTES_MAX: usize = HTTP_MANAGE_BYTES_MAX + 24 * QUERY_RECORDS_MAX;
 /// How long a request waits until storage has caught up.
-const STORAGE_WAIT_MAX: Duration = Duration::from_secs(30);
+pub(super) const STORAGE_WAIT_MAX: Duration = Duration::from_secs(30);
 
 /// The query string of `quarantine`.
 #[derive(Deserialize)]
@@ -98,196 +75,6 @@ impl PageSource for QuarantineQuery {
         self.after_offset = page.next;
         Ok(page.next.map(|next| next.to_string()))
     }
-}
-
-/// Which messages to send again: those with these offsets, those whose topic matches the filter, or those
-/// that meet both; everything, if neither is given.
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-struct RedriveRequest {
-    #[serde(default, deserialize_with = "stated")]
-    ids: Option<BTreeSet<WholeNumber>>,
-    filter: Option<String>,
-}
-
-/// The outcome of a redrive.
-#[derive(Default, Serialize)]
-struct RedriveResponse {
-    /// Messages let in now.
-    redriven: u64,
-    /// Messages that an earlier redrive let in, or a corrected message with the same id took the place of.
-    duplicates: u64,
-    /// Messages that still fail: they stay in quarantine.
-    failing: u64,
-    /// Details of the first messages that fail.
-    errors: Vec<RedriveFailure>,
-    /// Whether there may be more: the client has to ask again.
-    more: bool,
-}
-
-/// A message that fails again.
-#[derive(Serialize)]
-struct RedriveFailure {
-    offset: Offset,
-    topic: String,
-    pointer: String,
-    keyword: String,
-    detail: String,
-    schema_version: u32,
-}
-
-impl RedriveFailure {
-    fn new(offset: Offset, topic: &str, reason: QuarantineReason<'static>) -> Self {
-        Self {
-            offset,
-            topic: topic.to_owned(),
-            pointer: reason.pointer.into_owned(),
-            keyword: reason.keyword.into_owned(),
-            detail: reason.words.into_owned(),
-            schema_version: reason.schema_version,
-        }
-    }
-}
-
-/// `POST /v1/datasources/{datasource}/quarantine/redrive`
-pub(super) async fn redrive(
-    State(shared): State<Arc<HttpFrontState>>,
-    caller: Caller,
-    PathParameters(id): PathParameters<String>,
-    request: Request,
-) -> Result<Response, Problem> {
-    caller.require_scope(Scope::Admin, &id)?;
-    let datasource = shared.datasource(&id)?;
-    let RedriveRequest { ids, filter } = shared.read_json_up_to(request, REDRIVE_BODY_BYTES_MAX).await?;
-    if ids.as_ref().and_then(BTreeSet::last).is_some_and(|WholeNumber(last)| *last > PARAMETER_MAX) {
-        let words = format!("An offset is {PARAMETER_MAX} at most.");
-        return Err(Problem::new(Cause::Malformed, words).with("pointer", "/ids").after_body_read());
-    }
-    let ids: Option<BTreeSet<Offset>> =
-        ids.map(|ids| ids.into_iter().map(|WholeNumber(offset)| offset).collect());
-    if ids.as_ref().is_some_and(|ids| ids.len() > QUERY_RECORDS_MAX) {
-        let words = format!("One request names at most {QUERY_RECORDS_MAX} messages.");
-        return Err(Problem::new(Cause::TooLarge, words).with("limit", QUERY_RECORDS_MAX).after_body_read());
-    }
-    let stored = query::stored_records_query(&shared).map_err(Problem::after_body_read)?;
-    // A page with the draft that is made of it.
-    let account = shared.parts.intake.memory_account(&caller.0);
-    let _memory =
-        account.charge(REDRIVE_BYTES).map_err(|exceeded| Problem::from(exceeded).after_body_read())?;
-    let mut answer = RedriveResponse::default();
-    let mut query = QuarantineQuery {
-        scope: datasource.scope(),
-        topic: filter,
-        from: None,
-        after_offset: None,
-        offsets: ids,
-        redrivable: true,
-        limit: REDRIVE_PAGE_RECORDS,
-    };
-    let redriven: Result<(), Problem> = async {
-        loop {
-            // Storage notes what was sent again. A redrive that it has not seen yet would be repeated here, and ids are not
-            // known for ever.
-            let turn = shared.redriving.lock().await;
-            let before = shared.parts.log.shared_id_window().map(|window| Instant::now() + window / 2);
-            let end = shared.parts.log.next_offset();
-            await_stored_up_to_now(&shared).await.map_err(Problem::after_body_read)?;
-            let (asked, reader) = (query.clone(), stored.clone());
-            let page = run_in_turn(&shared, &caller, move || {
-                let mut budget = PageBudget::new(asked.limit);
-                budget.begin_piece();
-                Ok(reader.quarantine_within(&asked, &mut budget)?)
-            })
-            .await;
-            let page = page.map_err(Problem::after_body_read)?;
-            // What was read may be of a database that was made anew meanwhile, which does not have every mark yet.
-            if !is_stored(&shared, end).await {
-                let words = "Storage was made anew meanwhile; asking again is safe.";
-                return Err(Problem::new(Cause::StorageBehind, words).after_body_read());
-            }
-            redrive_page(&shared, &caller, &datasource, (&page.records, before), &mut answer).await?;
-            drop(turn);
-            answer.more = page.next.is_some();
-            query.after_offset = page.next;
-            let looked_at = answer.redriven + answer.duplicates + answer.failing;
-            if page.next.is_none() || looked_at >= REDRIVE_RECORDS_MAX {
-                return Ok(());
-            }
-        }
-    }
-    .await;
-    // What was let in is in the audit, whatever became of the rest.
-    if answer.redriven > 0 {
-        let (registry, actor) = (shared.registry().clone(), caller.actor());
-        let what = json!({ "redriven": answer.redriven, "failing": answer.failing });
-        run_blocking(move || {
-            let (action, datasource) = ("quarantine.redriven", Some(&datasource.id));
-            Ok(registry.audit(&actor, &AuditEvent { action, datasource, key_id: None, what: &what })?)
-        })
-        .await
-        .map_err(Problem::after_body_read)?;
-    }
-    redriven?;
-    Ok(Json(answer).into_response())
-}
-
-/// Sends a page of messages through intake again, as one draft, before its time is over if it has one, and counts in
-/// `answer` what became of them.
-async fn redrive_page(
-    shared: &HttpFrontState,
-    caller: &Caller,
-    datasource: &Datasource,
-    (page, before): (&[QuarantinedRecord], Option<Instant>),
-    answer: &mut RedriveResponse,
-) -> Result<(), Problem> {
-    let intake = &shared.parts.intake;
-    let mut draft = intake.draft(Transport::Http, 0);
-    let left_out = shared.parts.log.withheld().now();
-    let (mut added, mut superseded) = (Vec::new(), Vec::new());
-    for parked in page {
-        let record = parked.as_record(&datasource.id);
-        // What a leaked key or a deleted datasource let in must not come back through a redrive.
-        if left_out.withholds(&record) {
-            continue;
-        }
-        match draft.redrive(&caller.0, datasource, &record, before)? {
-            RedriveOutcome::Added => added.push(record),
-            RedriveOutcome::Fails(reason) => {
-                answer.failing += 1;
-                if answer.errors.len() < VALIDATION_ERRORS_MAX {
-                    answer.errors.push(RedriveFailure::new(record.offset, record.topic, *reason));
-                }
-            }
-        }
-    }
-    if draft.is_empty() {
-        return Ok(());
-    }
-    let accepted = intake.admit(draft).await.map_err(|refusal| Problem::from(refusal).after_body_read())?;
-    let accepted = accepted.await.map_err(|refusal| Problem::from(refusal).after_body_read())?;
-    for (record, outcome) in added.into_iter().zip(accepted.outcomes) {
-        match outcome {
-            SectionOutcome::Kept(_) => answer.redriven += 1,
-            SectionOutcome::Duplicate(earlier) | SectionOutcome::Conflict { earlier, .. } => {
-                answer.duplicates += 1;
-                superseded.push((record, earlier.first()));
-            }
-            SectionOutcome::KeyDead if before.is_some_and(|before| before <= Instant::now()) => {
-                let words =
-                    "It took so long that another gateway may have redriven the rest; asking again is safe.";
-                return Err(Problem::new(Cause::StorageBehind, words).after_body_read());
-            }
-            other => {
-                let refusal = Refusal::from_outcome(&other).unwrap_or(GrantDenial::Revoked.into());
-                return Err(Problem::from(refusal).after_body_read());
-            }
-        }
-    }
-    if superseded.is_empty() {
-        return Ok(());
-    }
-    let marked = intake.mark_superseded(&caller.0, datasource, &superseded).await;
-    marked.map_err(|refusal| Problem::from(refusal).after_body_read())
 }
 
 /// The body of a request that quarantines what a key has let in.
@@ -345,8 +132,8 @@ pub(super) async fn quarantine_key_records(
             &AuditEvent { action, datasource: Some(&of), key_id: Some(key_id), what: &what },
         )?;
         Ok(match since {
-            Some(since) => leaks.withhold(&of, key_id, since)?,
-            None => leaks.give_back(&of, key_id)?,
+            Some(since) => leaks.withhold(&actor, &of, key_id, since)?,
+            None => leaks.give_back(&actor, &of, key_id)?,
         })
     });
     let version = version.await.map_err(Problem::after_body_read)?;
@@ -381,7 +168,7 @@ pub(super) async fn await_stored_up_to_now(shared: &HttpFrontState) -> Result<()
 }
 
 /// Whether storage has everything below `end` now.
-async fn is_stored(shared: &HttpFrontState, end: Offset) -> bool {
+pub(super) async fn is_stored(shared: &HttpFrontState, end: Offset) -> bool {
     match &shared.parts.storage {
         Some(storage) => tokio::time::timeout(Duration::ZERO, storage.wait_stored(end)).await.is_ok(),
         None => true,

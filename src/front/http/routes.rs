@@ -12,8 +12,8 @@ use axum::routing::{MethodFilter, MethodRouter, on};
 use super::HttpFrontState;
 use super::{
     audit, backup, cors, dashboard, deletion, endpoints, influx, ingest, keys, leaks, limits, live, manage,
-    metrics, middleware, probes, problem_pages, quarantine, query, records, refusals, schema, series,
-    sessions, sinks, stream, tokens, transfer, websocket,
+    metrics, middleware, probes, problem_pages, quarantine, query, records, redrive, refusals, schema,
+    series, sessions, sinks, stream, tokens, transfer, websocket,
 };
 use crate::front::problem::Problem;
 use crate::observe::cause::Cause;
@@ -50,7 +50,7 @@ pub fn routes() -> Vec<(Method, &'static str, MethodRouter<Arc<HttpFrontState>>)
         route(put, "/v1/datasources/{datasource}/schema", schema::set),
         route(get.clone(), "/v1/datasources/{datasource}/schema", schema::show),
         route(get.clone(), "/v1/datasources/{datasource}/quarantine", quarantine::list),
-        route(post.clone(), "/v1/datasources/{datasource}/quarantine/redrive", quarantine::redrive),
+        route(post.clone(), "/v1/datasources/{datasource}/quarantine/redrive", redrive::redrive),
         route(
             post.clone(),
             "/v1/datasources/{datasource}/keys/{key_id}/quarantine",

@@ -99,7 +99,7 @@ pub(super) async fn disconnect(
             "No client with this identifier is connected to this gateway under a key of the datasource.";
         return Err(Problem::new(Cause::NotFound, words));
     }
-    let (registry, actor) = (shared.registry().clone(), caller.actor());
+    let (registry, actor) = (shared.registry().clone(), caller.actor().under_way());
     run_blocking(move || {
         let (of, _) = scope.of_scope();
         let what = json!({ "client_id": client_id });

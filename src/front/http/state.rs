@@ -17,6 +17,7 @@ use super::body::{self, BodyLimits};
 use super::credentials::Caller;
 use super::dashboard::browser_sessions::BrowserSessions;
 use super::parts::HttpFrontParts;
+use super::redrive::RedriveTurns;
 use super::request_meter::RequestMeter;
 use super::server::{HttpCrowd, HttpPeer};
 use super::stream::StreamReaders;
@@ -52,8 +53,8 @@ pub struct HttpFrontState {
     pub live_places: live::LivePlaces,
     /// Who has signed in on the dashboard.
     pub browser_sessions: BrowserSessions,
-    /// Held from where quarantine is read until what is sent again of it is in the log, so that it is sent again once.
-    pub redriving: tokio::sync::Mutex<()>,
+    /// The redrives, one at a time of each datasource.
+    pub redrives: Arc<RedriveTurns>,
     pub drain: CancellationToken,
     /// What says in answers how long a connection may be idle.
     pub keep_alive: HeaderValue,

@@ -114,6 +114,8 @@ pub(super) async fn create(
     // The first token of a registry waits for the disk.
     let made = run_blocking(move || Ok(registry.make_token(&of, scopes, ends_at, topics)?)).await;
     let made = made.map_err(Problem::after_body_read)?;
+    // What is made with a dead key would outlive it.
+    caller.0.check().map_err(|denied| Problem::from(denied).after_body_read())?;
     // It may have died meanwhile; then the token is good for nothing.
     if !key.holds() {
         return Err(no_key_problem(key_id).after_body_read());

@@ -14,9 +14,11 @@ use super::credentials::Caller;
 use super::{HttpFrontState, PathParameters, event_time, limits, no_datasource, run_blocking};
 use crate::auth::registry::transfer::{EXPORT_FORMAT, ExportedDatasource, NewImport};
 use crate::front::problem::Problem;
+use crate::intake::Refusal;
 use crate::limits::HTTP_IMPORT_BYTES_MAX;
 use crate::message::DatasourceId;
 use crate::observe::cause::Cause;
+use crate::quota::{Limit, LimitExceeded, QuotaLimits};
 use crate::validate::Rules;
 use crate::whole_number::WholeNumber;
 
@@ -67,11 +69,14 @@ pub(super) async fn import(
         let of_key = |limits: &Value| Ok::<_, Problem>(limits::of_key(limits::parse(limits)?)?.text());
         let keys = exported.keys.iter().map(|key| Ok((key, of_key(&key.limits)?)));
         let keys: Vec<_> = keys.collect::<Result<_, Problem>>()?;
+        let id = DatasourceId::new(&exported.id).map_err(|e| Problem::from(e).with("pointer", "/id"))?;
+        let limits = limits::parse(&exported.limits)?;
+        check_key_count(&id, &limits, keys.len())?;
         let new = NewImport {
-            id: DatasourceId::new(&exported.id).map_err(|e| Problem::from(e).with("pointer", "/id"))?,
+            id,
             may_rename: rename,
             name: &exported.name,
-            limits: limits::parse(&exported.limits)?.text(),
+            limits: limits.text(),
             schemas: checked_schemas(&exported.schemas)?,
             event_time: event_time::parse(&exported.event_time)?,
             keys: &keys,
@@ -97,6 +102,16 @@ fn parse_export(body: Value) -> Result<ExportedDatasource, Problem> {
         None => return Err(malformed("It is no datasource that a gateway has exported.".to_owned())),
     }
     serde_json::from_value(body).map_err(|error| malformed(format!("It cannot be used: {error}.")))
+}
+
+/// Fails if there are more keys than the datasource may have by its limits.
+fn check_key_count(id: &DatasourceId, limits: &QuotaLimits, keys: usize) -> Result<(), Problem> {
+    match limits.get_or_default(Limit::Keys) {
+        Some(setting) if keys as u64 > setting.max => {
+            Err(Refusal::from(LimitExceeded::of_count(Limit::Keys, setting, id)).into())
+        }
+        _ => Ok(()),
+    }
 }
 
 /// The schemas in the form of the registry, once all of them have been compiled.

@@ -2,6 +2,7 @@
 
 use super::HttpFrontState;
 use super::credentials::Caller;
+use crate::auth::Grant;
 use crate::front::problem::Problem;
 use crate::processor::{run_usually, spawn_reading};
 
@@ -26,7 +27,16 @@ pub async fn run_in_turn<T: Send + 'static>(
     caller: &Caller,
     work: impl FnOnce() -> Result<T, Problem> + Send + 'static,
 ) -> Result<T, Problem> {
-    let turn = shared.parts.subscribers.shares.share(caller.0.datasource()).read_turn().await;
+    run_in_turn_of(shared, &caller.0, work).await
+}
+
+/// As [`run_in_turn`], for whom `grant` is of.
+pub async fn run_in_turn_of<T: Send + 'static>(
+    shared: &HttpFrontState,
+    grant: &Grant,
+    work: impl FnOnce() -> Result<T, Problem> + Send + 'static,
+) -> Result<T, Problem> {
+    let turn = shared.parts.subscribers.shares.share(grant.datasource()).read_turn().await;
     run_reading(move || {
         let _turn = turn;
         work()

@@ -128,6 +128,7 @@ impl From<RegistryError> for Problem {
             RegistryError::Exists(_) | RegistryError::KeyExists { .. } => Cause::Conflict,
             RegistryError::Rotation(_) => Cause::Rotation,
             RegistryError::LastAdmin => Cause::LastAdminKey,
+            RegistryError::Denied(denied) => return denied.into(),
             RegistryError::NoDatasource(_) => Cause::NotFound,
             RegistryError::InvalidName(_) => Cause::Malformed,
             RegistryError::NoSlug(_) => Cause::NotPossible,

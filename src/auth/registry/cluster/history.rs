@@ -17,7 +17,7 @@ use serde::{Deserialize, Serialize};
 use super::super::Registry;
 use super::super::error::RegistryError;
 use super::super::rows::{REGISTRY_ROWS_FORMAT, RegistryRow};
-use crate::message::{KeyId, Offset};
+use crate::message::{DatasourceId, KeyId, Offset};
 
 /// The row of the registry's bucket that says whose it is; it is no row of the registry.
 pub const HISTORY_ROW_NAME: &str = "history";
@@ -71,17 +71,33 @@ impl Registry {
             let database = self.lock_database();
             (database.applied(), database.rows_but_keys()?)
         };
+        let datasources: HashSet<_> = rows
+            .iter()
+            .filter_map(|row| match row {
+                RegistryRow::Datasource(id, _) => Some(id.clone()),
+                _ => None,
+            })
+            .collect();
+        // A datasource may be created meanwhile, and its keys are nothing without it.
+        let has_owner = |row: &RegistryRow| match row {
+            RegistryRow::Key(_, Some(key)) if key.revoked_at.is_none() => {
+                key.datasource == DatasourceId::all().as_str()
+                    || datasources.contains(key.datasource.as_str())
+            }
+            _ => true,
+        };
         rows.push(RegistryRow::Format(REGISTRY_ROWS_FORMAT));
         let mut copy = RegistryCopy { revision, rows: Vec::new() };
         copy.extend(&rows);
         let mut after = None;
         loop {
-            let page = self.lock_database().key_rows_after(after, COPIED_KEYS_PER_PAGE)?;
-            copy.extend(&page);
+            let mut page = self.lock_database().key_rows_after(after, COPIED_KEYS_PER_PAGE)?;
             after = match page.last() {
                 Some(RegistryRow::Key(digest, _)) => Some(*digest),
                 _ => return Ok(copy),
             };
+            page.retain(has_owner);
+            copy.extend(&page);
         }
     }
 

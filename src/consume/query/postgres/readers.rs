@@ -29,7 +29,7 @@ const READER_SETTINGS: &str = "SET default_transaction_read_only = on; SET state
 pub struct PostgresReaders {
     config: PostgresConfig,
     pool: Mutex<ReaderPool>,
-    /// Told when a connection is given back.
+    /// Told when a connection is given back, or may be opened.
     returned: Condvar,
 }
 
@@ -37,8 +37,8 @@ pub struct PostgresReaders {
 #[derive(Default)]
 struct ReaderPool {
     idle: Vec<PostgresConnection>,
-    /// All that there are, in use or idle, or being opened.
-    open: usize,
+    /// Those in use or being opened: one for each [`ReaderPlace`].
+    in_use: usize,
     waiting: usize,
     /// When the server was found to be away, until it is back.
     away_since: Option<Instant>,
@@ -46,10 +46,27 @@ struct ReaderPool {
     is_probing: bool,
 }
 
-/// What a reader may do next.
-enum ReaderTurn {
-    Use(PostgresConnection),
-    Open,
+impl ReaderPool {
+    fn has_room(&self) -> bool {
+        self.in_use + self.idle.len() < POSTGRES_READERS_MAX
+    }
+}
+
+/// The place of a reader among those that there may be. It is given back however the read ends, also with a panic.
+struct ReaderPlace<'a> {
+    readers: &'a PostgresReaders,
+    /// Whether it is finding out whether the server is back.
+    is_probe: bool,
+}
+
+impl Drop for ReaderPlace<'_> {
+    fn drop(&mut self) {
+        let mut pool = self.readers.pool.lock();
+        pool.in_use -= 1;
+        pool.is_probing &= !self.is_probe;
+        drop(pool);
+        self.readers.returned.notify_one();
+    }
 }
 
 impl PostgresReaders {
@@ -67,21 +84,21 @@ impl PostgresReaders {
         mut read: impl FnMut(&PostgresSnapshot<'_>) -> Result<T, PostgresFault>,
     ) -> Result<T, QueryError> {
         let mut run = |connection: &mut PostgresConnection| read(&connection.snapshot()?);
-        let (mut connection, is_new) = match self.take()? {
-            ReaderTurn::Use(connection) => (connection, false),
-            ReaderTurn::Open => (self.open()?, true),
+        let (mut place, idle) = self.take()?;
+        let is_new = idle.is_none();
+        let mut connection = match idle {
+            Some(connection) => connection,
+            None => self.open(&mut place)?,
         };
         let mut answer = run(&mut connection);
         if !is_new && answer.as_ref().err().is_some_and(|fault| fault.is_away() && !fault.is_late()) {
             // The server has ended it while it was idle, and the others with it.
             drop(connection);
-            let others = {
-                let mut pool = self.pool.lock();
-                pool.open -= pool.idle.len();
-                std::mem::take(&mut pool.idle)
-            };
+            let others = std::mem::take(&mut self.pool.lock().idle);
             drop(others);
-            connection = self.open()?;
+            // As many may be opened.
+            self.returned.notify_all();
+            connection = self.open(&mut place)?;
             answer = run(&mut connection);
         }
         match answer {
@@ -96,8 +113,8 @@ impl PostgresReaders {
         }
     }
 
-    /// Takes a connection, or the right to open one.
-    fn take(&self) -> Result<ReaderTurn, QueryError> {
+    /// Takes a place, with a connection if one is idle. Otherwise it is the right to open one.
+    fn take(&self) -> Result<(ReaderPlace<'_>, Option<PostgresConnection>), QueryError> {
         let deadline = Instant::now() + POSTGRES_READER_WAIT_MAX;
         let mut pool = self.pool.lock();
         loop {
@@ -105,18 +122,16 @@ impl PostgresReaders {
                 if pool.is_probing || since.elapsed() < POSTGRES_READER_AWAY_PAUSE {
                     return Err(QueryError::PostgresAway);
                 }
-                if pool.idle.is_empty() && pool.open < POSTGRES_READERS_MAX {
+                if pool.idle.is_empty() && pool.has_room() {
                     pool.is_probing = true;
-                    pool.open += 1;
-                    return Ok(ReaderTurn::Open);
+                    pool.in_use += 1;
+                    return Ok((ReaderPlace { readers: self, is_probe: true }, None));
                 }
             }
-            if let Some(connection) = pool.idle.pop() {
-                return Ok(ReaderTurn::Use(connection));
-            }
-            if pool.open < POSTGRES_READERS_MAX {
-                pool.open += 1;
-                return Ok(ReaderTurn::Open);
+            if !pool.idle.is_empty() || pool.has_room() {
+                let idle = pool.idle.pop();
+                pool.in_use += 1;
+                return Ok((ReaderPlace { readers: self, is_probe: false }, idle));
             }
             if pool.waiting >= POSTGRES_READERS_WAITING_MAX {
                 return Err(QueryError::PostgresBusy);
@@ -130,16 +145,16 @@ impl PostgresReaders {
         }
     }
 
-    /// Opens a connection, which is counted already.
-    fn open(&self) -> Result<PostgresConnection, QueryError> {
+    /// Opens a connection for a place.
+    fn open(&self, place: &mut ReaderPlace<'_>) -> Result<PostgresConnection, QueryError> {
         match self.connect() {
             Ok(connection) => {
                 let mut pool = self.pool.lock();
-                (pool.away_since, pool.is_probing) = (None, false);
+                (pool.away_since, pool.is_probing, place.is_probe) = (None, false, false);
                 Ok(connection)
             }
             Err(error) => {
-                self.forget_one(Some(&error));
+                self.note_away(&error);
                 Err(match error {
                     PostgresError::Database(fault) if fault.is_away() => QueryError::PostgresAway,
                     error => QueryError::PostgresUnfit(error.to_string()),
@@ -162,31 +177,58 @@ impl PostgresReaders {
         let mut pool = self.pool.lock();
         pool.idle.push(connection);
         pool.away_since = None;
-        drop(pool);
-        self.returned.notify_one();
     }
 
-    /// Notes that a connection is no more, and what the server was found to be `away` with. It is closed, so that no
-    /// statement goes on in it.
-    fn forget_one(&self, away: Option<&dyn std::error::Error>) {
-        let mut pool = self.pool.lock();
-        pool.open = pool.open.saturating_sub(1);
-        if let Some(error) = away {
-            if pool.away_since.replace(Instant::now()).is_none() {
-                tracing::warn!(%error, "PostgreSQL cannot be read");
-            }
-            pool.is_probing = false;
+    /// Notes what the server was found to be away with.
+    fn note_away(&self, error: &dyn std::error::Error) {
+        if self.pool.lock().away_since.replace(Instant::now()).is_none() {
+            tracing::warn!(%error, "PostgreSQL cannot be read");
         }
-        drop(pool);
-        self.returned.notify_one();
     }
 
     fn note_fault(&self, fault: PostgresFault) -> QueryError {
         if fault.is_away() {
-            self.forget_one(Some(&fault));
+            self.note_away(&fault);
             return QueryError::PostgresAway;
         }
-        self.forget_one(None);
         QueryError::Postgres(fault)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::panic::{AssertUnwindSafe, catch_unwind};
+
+    use super::*;
+
+    #[test]
+    fn a_read_that_panics_gives_its_place_back() {
+        let readers = PostgresReaders::new(&PostgresConfig::default());
+        let panicked = |readers: &PostgresReaders| {
+            let read = || {
+                let (_place, idle) = readers.take().expect("there is room");
+                assert!(idle.is_some(), "nothing is idle, so this panics");
+            };
+            catch_unwind(AssertUnwindSafe(read)).expect_err("it panics");
+        };
+        for _ in 0..=POSTGRES_READERS_MAX {
+            panicked(&readers);
+        }
+        // Also that of the one who finds out whether the server is back.
+        readers.pool.lock().away_since = Instant::now().checked_sub(2 * POSTGRES_READER_AWAY_PAUSE);
+        for _ in 0..2 {
+            panicked(&readers);
+        }
+        assert_eq!(readers.pool.lock().in_use, 0);
+    }
+
+    #[test]
+    fn one_at_a_time_finds_out_whether_the_server_is_back() {
+        let readers = PostgresReaders::new(&PostgresConfig::default());
+        readers.pool.lock().away_since = Instant::now().checked_sub(2 * POSTGRES_READER_AWAY_PAUSE);
+        let probe = readers.take().expect("it looks");
+        assert!(matches!(readers.take(), Err(QueryError::PostgresAway)));
+        drop(probe);
+        assert!(readers.take().is_ok(), "the next one looks");
     }
 }
