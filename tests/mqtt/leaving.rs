@@ -649,6 +649,28 @@ fn a_will_of_a_dead_key_or_of_a_datasource_that_was_made_again_is_never_publishe
     assert_eq!(gateway.records("other"), Vec::<Value>::new());
 }
 
+/// It was dropped with its copy.
+#[test]
+fn a_will_that_is_held_back_for_too_long_is_published_later_by_this_run_or_the_next() {
+    let dir = scratch();
+    let setup = Setup::on(dir.path()).set("intake.hold_back_ms_max", 300);
+    let gateway = setup.start();
+    let key = create(&gateway, json!({ "messages_per_s": { "max": 1, "burst": 1 } }));
+    let refused = "headgate_refused_total{transport=\"mqtt\",cause=\"limit_messages_per_s\"}";
+    let lose = |gateway: &Gateway, ids: [&str; 3]| {
+        let before = gateway.metric(refused);
+        let wires = ids.map(|id| Wire::connect(gateway.mqtt, &willing(&key, id, 0, 3600)).0);
+        drop(wires);
+        wait_for("one to be refused", || (gateway.metric(refused) > before).then_some(()));
+    };
+    lose(&gateway, ["0", "1", "2"]);
+    assert_eq!(KilledGateway::wills(&gateway, 3), ["0", "1", "2"]);
+    lose(&gateway, ["3", "4", "5"]);
+    gateway.stop();
+    let gateway = setup.start();
+    assert_eq!(KilledGateway::wills(&gateway, 6), ["0", "1", "2", "3", "4", "5"]);
+}
+
 #[test]
 fn a_will_that_waits_goes_on_waiting_when_its_client_is_not_let_in_again() {
     let dir = scratch();

@@ -417,7 +417,7 @@ impl Handshake<'_> {
             drop(entered);
             // It is not back: the will that waits goes on waiting.
             if let Some(will) = client.present.leave(client.session, client.earlier_will) {
-                will.publish(&front.intake).await;
+                front.sessions.publish_will(will).await;
             }
             return Err((self.told(&refusal), refusal.to_string()));
         }

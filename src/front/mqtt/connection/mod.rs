@@ -83,7 +83,7 @@ pub(super) async fn run(
             }
             let publishing = async {
                 if let Some(will) = will {
-                    will.publish(&front.intake).await;
+                    front.sessions.publish_will(will).await;
                 }
             };
             let last = async { tokio::join!(say_goodbye(&mut stream, &goodbye), publishing) };

@@ -9,6 +9,7 @@
 
 use parking_lot::{Mutex, MutexGuard};
 use std::collections::HashMap;
+use std::future::Future;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -21,6 +22,7 @@ use self::claims::{ClaimStamp, ClaimedSession, ClientClaims};
 pub(super) use self::client_guard::ClientGuard;
 use self::due::{DueEntry, DueTimes};
 use self::queue::ClientQueue;
+use self::refused_wills::RefusedWills;
 use self::takeovers::TakeoverTally;
 use super::session::{MqttSession, SubscriptionFilter};
 use super::wills::MqttWill;
@@ -39,6 +41,7 @@ mod client_guard;
 mod due;
 mod heirs;
 mod queue;
+mod refused_wills;
 pub(super) mod standing;
 mod takeovers;
 #[cfg(test)]
@@ -60,6 +63,8 @@ pub(super) struct Sessions {
     intake: Intake,
     /// Wills on their way into the log, and clients whose end is being written.
     wills: TaskTracker,
+    /// Wills that are published again after a pause.
+    refused_wills: Arc<RefusedWills>,
     /// `Some` if the clients are shared with other nodes.
     claims: Option<ClientClaims>,
     /// How long a subscriber may neither take nor acknowledge anything before it is said to stand still.
@@ -146,8 +151,9 @@ impl Sessions {
         claims: Option<ClientClaims>,
         still_after: Duration,
     ) -> Self {
+        let (clients, refused_wills) = (Mutex::default(), Arc::default());
         let wills = TaskTracker::new();
-        let sessions = Self { clients: Mutex::default(), subscribers, intake, wills, claims, still_after };
+        let sessions = Self { clients, subscribers, intake, wills, refused_wills, claims, still_after };
         let groups: HashMap<ShareGroupKey, Offset> = stored
             .groups
             .into_iter()
@@ -418,11 +424,24 @@ impl Sessions {
         })
     }
 
+    /// Publishes a will. One that is refused for a cause that passes is published again later.
+    pub(super) fn publish_will(
+        &self,
+        will: Box<MqttWill>,
+    ) -> impl Future<Output = ()> + Send + 'static + use<> {
+        let (intake, subscribers) = (self.intake.clone(), self.subscribers.clone());
+        let refused_wills = self.refused_wills.clone();
+        async move {
+            if let Some(refused) = will.publish(&intake).await {
+                refused_wills.keep(refused, &subscribers.shares);
+            }
+        }
+    }
+
     /// Publishes a will on a task of its own.
     fn spawn_will(&self, will: Box<MqttWill>) {
-        let intake = self.intake.clone();
-        let usual = intake.processor().usual_runtime();
-        self.wills.spawn_on(async move { _ = will.publish(&intake).await }, &usual);
+        let usual = self.intake.processor().usual_runtime();
+        self.wills.spawn_on(self.publish_will(will), &usual);
     }
 
     /// Ends the sessions of clients that are away and whose datasource was deleted. Those of clients that are still
@@ -455,7 +474,7 @@ impl Sessions {
     }
 
     fn run_due(&self, now: Instant) {
-        let (mut wills, mut ended) = (Vec::new(), Vec::new());
+        let (mut wills, mut ended) = (self.refused_wills.take_due(now), Vec::new());
         let mut clients = self.lock_clients();
         clients.takeovers.forget_old(now);
         while let Some(key) = clients.due.take_due(now) {
@@ -513,8 +532,8 @@ impl Sessions {
         connected.for_each(|connected| connected.control.close(CloseReason::Drain));
     }
 
-    /// Runs after the last connection: leaves the delayed wills to the next run, publishes those that would be lost,
-    /// and writes the groups' cursors.
+    /// Runs after the last connection: leaves the delayed and the refused wills to the next run, publishes those that
+    /// would be lost, and writes the groups' cursors.
     pub(super) async fn finish(&self) {
         let waiting: Vec<Box<MqttWill>> = {
             let mut clients = self.lock_clients();
@@ -527,6 +546,7 @@ impl Sessions {
                 false => self.spawn_will(will),
             }
         }
+        self.refused_wills.close();
         self.wills.close();
         self.wills.wait().await;
         if let Some(written) = self.write_cursors() {
