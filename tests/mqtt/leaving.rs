@@ -689,3 +689,42 @@ fn a_will_that_waits_goes_on_waiting_when_its_client_is_not_let_in_again() {
     assert_eq!(knock("late", 2).1, 0x97, "one connection too many");
     assert_eq!(KilledGateway::wills(&gateway, 1), ["late"]);
 }
+
+/// Its session was removed or ended, its will was published, and each attempt put off what was due.
+#[test]
+fn a_client_that_is_not_let_in_is_away_as_before() {
+    let dir = scratch();
+    let gateway = Gateway::start(dir.path());
+    let key = create(&gateway, json!({ "connections": 1 }));
+    let knock = |hello: &Connect| {
+        let mut wire = Wire::open(gateway.mqtt);
+        wire.send(&hello.packet());
+        let connack = wire.packet(CONNACK);
+        (wire, connack.body[0], connack.body[1])
+    };
+    let let_in = |hello: &Connect| {
+        wait_for("the place to be free", || Some(knock(hello)).filter(|(.., code)| *code == 0))
+    };
+    let stays = willing(&key, "stays", 3600, 3600);
+    drop(let_in(&stays));
+    drop(let_in(&willing(&key, "late", 3, 3600)));
+    let (other, ..) = let_in(&willing(&key, "other", 3600, 3600));
+    // The CONNECTs that would end a session, one of which would end it with the connection.
+    for (clean, properties) in
+        [(true, four_bytes(SESSION_EXPIRY, 3600)), (false, Vec::new()), (true, Vec::new())]
+    {
+        let hello = Connect { clean, properties, ..willing(&key, "stays", 3600, 3600) };
+        assert_eq!(knock(&hello).2, 0x97, "one connection too many");
+    }
+    // Its will comes all the same, however often it knocks.
+    let late = willing(&key, "late", 3, 3600);
+    let came = || gateway.records("press-4").iter().any(|record| record["topic"] == "will/late");
+    wait_for("the will of who knocks", || {
+        assert_eq!(knock(&late).2, 0x97);
+        came().then_some(())
+    });
+    drop(other);
+    assert_eq!(let_in(&stays).1, 1, "its session is there");
+    gateway.settle();
+    assert_eq!(KilledGateway::wills(&gateway, 1), ["late"]);
+}

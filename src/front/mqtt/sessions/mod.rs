@@ -32,7 +32,7 @@ use crate::consume::subscriber::sessions::{
     SessionStoreChange, SessionStoreError, StoredGroup, StoredSessions,
 };
 use crate::consume::subscriber::{Mailbox, ShareGroupKey, Subscribers};
-use crate::intake::Intake;
+use crate::intake::{Intake, Refusal};
 use crate::message::{DatasourceId, Offset, now_micros};
 use crate::shares::ShareExceeded;
 
@@ -127,15 +127,17 @@ pub(super) struct EnteredClient {
     pub(super) session: MqttSession,
     /// Whether the session existed before.
     pub(super) resumed: bool,
-    /// The will of an earlier connection, which was not due yet. It is for nothing once the client is let in.
+    /// The will of an earlier connection, which was not due yet. It is for nothing now that the client is back.
     pub(super) earlier_will: Option<Box<MqttWill>>,
 }
 
 /// Why a client could not be let in.
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Debug)]
 pub(super) enum EnterError {
     /// The client's connection has to close.
     Closed(CloseReason),
+    /// It may not be let in now.
+    Refused(Box<Refusal>),
     /// A new session would be one too many of its datasource.
     TooMany(ShareExceeded),
     /// The session, or the log that it needs, cannot be read now; with the reason.
@@ -243,10 +245,12 @@ impl Sessions {
 
     /// Lets a client in, whose key has this scope: ends its earlier connection, and finds or makes its session. With `clean` an
     /// existing session ends. A client that `is_new` has an identifier that nobody had before, so no
-    /// session is looked for.
+    /// session is looked for. `may_enter` is asked when an earlier connection has left and no longer counts; if it refuses, the
+    /// client stays away as it is.
     ///
     /// # Errors
-    /// [`EnterError`], in a cluster.
+    /// [`EnterError`].
+    #[expect(clippy::too_many_arguments, reason = "what a CONNECT says, and who is asked about it")]
     pub(super) async fn enter(
         self: &Arc<Self>,
         scope: &DatasourceId,
@@ -255,9 +259,11 @@ impl Sessions {
         clean: bool,
         is_new: bool,
         expiry_s: u32,
+        may_enter: impl Fn() -> Result<(), Refusal>,
     ) -> Result<EnteredClient, EnterError> {
         let key = (scope.clone(), client_id);
         let mut place = None;
+        let mut is_asked = false;
         let (away, at) = loop {
             let left = {
                 let mut clients = self.lock_clients();
@@ -268,9 +274,12 @@ impl Sessions {
                 match &entry.connected {
                     Some(earlier) => {
                         earlier.control.close(CloseReason::TakenOver);
-                        self.wait_in_queue(&key, entry, &mut place)
+                        Some(self.wait_in_queue(&key, entry, &mut place))
                     }
-                    None if !entry.is_turn_of(place.as_ref()) => self.wait_in_queue(&key, entry, &mut place),
+                    None if !entry.is_turn_of(place.as_ref()) => {
+                        Some(self.wait_in_queue(&key, entry, &mut place))
+                    }
+                    None if !is_asked => None,
                     None => {
                         if entry.leave_queue(place.as_mut()) {
                             // Another one has come after it: this one only says what its client has sent.
@@ -290,10 +299,29 @@ impl Sessions {
                     }
                 }
             };
-            left.await;
+            is_asked = left.is_none();
+            match left {
+                Some(left) => left.await,
+                // Not under the lock: all connections of a datasource may have to be counted.
+                None => {
+                    if let Err(refusal) = may_enter() {
+                        drop(place);
+                        self.forget_unused(&key);
+                        return Err(EnterError::Refused(Box::new(refusal)));
+                    }
+                }
+            }
         };
         let present = ClientGuard { sessions: self.clone(), key, control };
         self.enter_after_earlier(present, at, away, clean, expiry_s).await
+    }
+
+    /// Removes the entry of a client that is neither there nor away.
+    fn forget_unused(&self, key: &ClientKey) {
+        let mut clients = self.lock_clients();
+        if clients.entries.get_mut(key).is_some_and(|entry| !entry.note_move()) {
+            clients.entries.remove(key);
+        }
     }
 
     /// Continues [`Sessions::enter`] once no earlier connection to this node is left.
