@@ -504,7 +504,10 @@ fn limit_of_count(what: ShareCount) -> Option<Limit> {
         ShareCount::SubscriptionBytes => Some(Limit::SubscriptionBytes),
         ShareCount::ShareGroups => Some(Limit::ShareGroups),
         ShareCount::Inflight => Some(Limit::Inflight),
-        ShareCount::StalledBytes | ShareCount::PlaceBytes | ShareCount::Replays => None,
+        ShareCount::StalledBytes
+        | ShareCount::PlaceBytes
+        | ShareCount::Replays
+        | ShareCount::RefusedWillBytes => None,
     }
 }
 

@@ -135,6 +135,17 @@ impl Refusal {
         }
     }
 
+    /// Whether the message may be taken later: its sender must not be told anything with which it forgets the message. A
+    /// rate whose policy is to reject, and a bad key, are a no for good.
+    pub fn is_transient(&self) -> bool {
+        match self {
+            Refusal::Denied(_) => false,
+            Refusal::Limited(limited) if limited.limit.is_rate() => limited.is_held_back(),
+            Refusal::Asked(asked) => asked.refusal.is_transient(),
+            _ => self.retry_after().is_some(),
+        }
+    }
+
     /// Why, for metrics, logs and the client.
     pub fn cause(&self) -> Cause {
         match self {

@@ -47,13 +47,15 @@ pub enum ShareCount {
     PlaceBytes,
     /// SUBSCRIBEs that search the log for their beginning, or wait to.
     Replays,
+    /// Bytes of wills that were refused and are published again later.
+    RefusedWillBytes,
 }
 
 const SHARE_COUNTS: usize = ShareCount::ALL.len();
 
 impl ShareCount {
     /// All of them.
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 9] = [
         Self::Sessions,
         Self::Subscriptions,
         Self::SubscriptionBytes,
@@ -62,6 +64,7 @@ impl ShareCount {
         Self::StalledBytes,
         Self::PlaceBytes,
         Self::Replays,
+        Self::RefusedWillBytes,
     ];
 }
 

@@ -649,6 +649,28 @@ fn a_will_of_a_dead_key_or_of_a_datasource_that_was_made_again_is_never_publishe
     assert_eq!(gateway.records("other"), Vec::<Value>::new());
 }
 
+/// It was dropped with its copy.
+#[test]
+fn a_will_that_is_held_back_for_too_long_is_published_later_by_this_run_or_the_next() {
+    let dir = scratch();
+    let setup = Setup::on(dir.path()).set("intake.hold_back_ms_max", 300);
+    let gateway = setup.start();
+    let key = create(&gateway, json!({ "messages_per_s": { "max": 1, "burst": 1 } }));
+    let refused = "headgate_refused_total{transport=\"mqtt\",cause=\"limit_messages_per_s\"}";
+    let lose = |gateway: &Gateway, ids: [&str; 3]| {
+        let before = gateway.metric(refused);
+        let wires = ids.map(|id| Wire::connect(gateway.mqtt, &willing(&key, id, 0, 3600)).0);
+        drop(wires);
+        wait_for("one to be refused", || (gateway.metric(refused) > before).then_some(()));
+    };
+    lose(&gateway, ["0", "1", "2"]);
+    assert_eq!(KilledGateway::wills(&gateway, 3), ["0", "1", "2"]);
+    lose(&gateway, ["3", "4", "5"]);
+    gateway.stop();
+    let gateway = setup.start();
+    assert_eq!(KilledGateway::wills(&gateway, 6), ["0", "1", "2", "3", "4", "5"]);
+}
+
 #[test]
 fn a_will_that_waits_goes_on_waiting_when_its_client_is_not_let_in_again() {
     let dir = scratch();
@@ -665,5 +687,44 @@ fn a_will_that_waits_goes_on_waiting_when_its_client_is_not_let_in_again() {
         wait_for("its connection to end", || Some(knock("other", 3600)).filter(|(_, code)| *code == 0));
     assert_eq!(code, 0);
     assert_eq!(knock("late", 2).1, 0x97, "one connection too many");
+    assert_eq!(KilledGateway::wills(&gateway, 1), ["late"]);
+}
+
+/// Its session was removed or ended, its will was published, and each attempt put off what was due.
+#[test]
+fn a_client_that_is_not_let_in_is_away_as_before() {
+    let dir = scratch();
+    let gateway = Gateway::start(dir.path());
+    let key = create(&gateway, json!({ "connections": 1 }));
+    let knock = |hello: &Connect| {
+        let mut wire = Wire::open(gateway.mqtt);
+        wire.send(&hello.packet());
+        let connack = wire.packet(CONNACK);
+        (wire, connack.body[0], connack.body[1])
+    };
+    let let_in = |hello: &Connect| {
+        wait_for("the place to be free", || Some(knock(hello)).filter(|(.., code)| *code == 0))
+    };
+    let stays = willing(&key, "stays", 3600, 3600);
+    drop(let_in(&stays));
+    drop(let_in(&willing(&key, "late", 3, 3600)));
+    let (other, ..) = let_in(&willing(&key, "other", 3600, 3600));
+    // The CONNECTs that would end a session, one of which would end it with the connection.
+    for (clean, properties) in
+        [(true, four_bytes(SESSION_EXPIRY, 3600)), (false, Vec::new()), (true, Vec::new())]
+    {
+        let hello = Connect { clean, properties, ..willing(&key, "stays", 3600, 3600) };
+        assert_eq!(knock(&hello).2, 0x97, "one connection too many");
+    }
+    // Its will comes all the same, however often it knocks.
+    let late = willing(&key, "late", 3, 3600);
+    let came = || gateway.records("press-4").iter().any(|record| record["topic"] == "will/late");
+    wait_for("the will of who knocks", || {
+        assert_eq!(knock(&late).2, 0x97);
+        came().then_some(())
+    });
+    drop(other);
+    assert_eq!(let_in(&stays).1, 1, "its session is there");
+    gateway.settle();
     assert_eq!(KilledGateway::wills(&gateway, 1), ["late"]);
 }

@@ -125,8 +125,14 @@ fn who_has_too_many_open_exchanges_is_told_no_and_nobody_else_notices() {
     (1..=3).for_each(|n| assert_eq!(pubrec(&mut first, &message(n), V5), 0));
     for round in 0..2 {
         let (mut second, _) = Wire::connect(gateway.mqtt, &staying(V5, &bad, "bad 2"));
-        let reasons: Vec<u8> = (4..=8).map(|n| pubrec(&mut second, &message(n), V5)).collect();
-        assert_eq!(reasons, [0, 0, QUOTA_EXCEEDED, QUOTA_EXCEEDED, QUOTA_EXCEEDED], "round {round}");
+        let reasons: Vec<u8> = (4..=5).map(|n| pubrec(&mut second, &message(n), V5)).collect();
+        assert_eq!(reasons, [0, 0], "round {round}");
+        for n in 6..=8 {
+            // No PUBREC: with that the client would forget the message. Nor one for what comes behind it.
+            second.send(&[message(n).packet(V5), message(4).again().packet(V5)].concat());
+            second.disconnected(QUOTA_EXCEEDED);
+            (second, _) = Wire::connect(gateway.mqtt, &staying(V5, &bad, "bad 2"));
+        }
         let mut old = Wire::login(gateway.mqtt, V311, &bad.key);
         old.send(&message(1).packet(V311));
         old.closed();
@@ -143,7 +149,8 @@ fn who_has_too_many_open_exchanges_is_told_no_and_nobody_else_notices() {
     first.send(&ack(PUBREL, 1));
     first.packet(PUBCOMP);
     assert_eq!(pubrec(&mut first, &message(9), V5), 0);
-    assert_eq!(pubrec(&mut first, &message(10), V5), QUOTA_EXCEEDED);
+    first.send(&message(10).packet(V5));
+    first.disconnected(QUOTA_EXCEEDED);
     gateway.stop();
     assert_eq!(payloads(dir.path()).len(), 5 + 5 + 1);
 }

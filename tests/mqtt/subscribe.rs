@@ -304,6 +304,40 @@ fn what_retention_removed_before_it_was_read_is_told_to_the_client() {
     gateway.says("retention has removed records before a subscriber read them");
 }
 
+/// It was given up, and its packet identifier with it.
+#[test]
+fn a_retained_message_in_flight_comes_again_although_its_record_has_left_the_log() {
+    let dir = scratch();
+    let setup = Setup::on(dir.path()).set("log.segment_bytes", 1 << 20).set("log.retention_bytes", 3 << 20);
+    let gateway = setup.start();
+    let source = gateway.create_open("press-4");
+    let mut publisher = Wire::login(gateway.mqtt, V5, &source.key);
+    for topic in ["kept/1", "kept/2", "kept/3"] {
+        publisher.send(&Message::new(topic, topic).at(1, 1).retained().packet(V5));
+        publisher.packet(PUBACK);
+    }
+    let hello = staying(V5, &source.key, "away for too long");
+    let (mut wire, _) = Wire::connect(gateway.mqtt, &hello);
+    subscribed(&mut wire, V5, &[("kept/+", 1)], &[]);
+    let mut sent: Vec<Message> = (0..3).map(|_| Message::read(V5, &wire.packet(PUBLISH))).collect();
+    wire.send(&ack(PUBACK, sent.remove(1).packet_id));
+    wire.send(&PINGREQ);
+    wire.packet(PINGRESP);
+    drop(wire);
+    // More than is kept in memory besides.
+    for _ in 0..250 {
+        publisher.send(&publish(V5, 1, "a", &vec![b'x'; 100_000]));
+        publisher.packet(PUBACK);
+    }
+    let (mut wire, _) = Wire::connect(gateway.mqtt, &hello);
+    for message in sent {
+        assert!(message.retain);
+        let again = Message::read(V5, &wire.packet(PUBLISH));
+        assert_eq!(Message { dup: false, ..again }, message);
+        wire.send(&ack(PUBACK, message.packet_id));
+    }
+}
+
 #[test]
 fn a_subscriber_is_sent_nothing_more_once_its_key_is_dead() {
     let (_dir, gateway, source) = scene();

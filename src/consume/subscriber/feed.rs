@@ -45,7 +45,7 @@ pub struct SubscriberFeed {
     route: SubscriberRoute,
     /// Those filters for matching, once that was needed.
     filters: Option<Arc<FilterSet>>,
-    /// Everything below this is given out.
+    /// Everything below this is given out. In a live feed so is what the router has passed over since.
     position: Offset,
     mode: FeedMode,
 }
@@ -163,6 +163,7 @@ impl SubscriberFeed {
     /// on. If it is in the past, the whole feed goes back there, and the other filters do not give out their
     /// records again. Returns the offset at which the filter begins.
     pub fn set_filter(&mut self, slot: u32, filter: &str, from: Option<Offset>) -> Offset {
+        self.settle_position();
         self.remove_filter(slot);
         let filter: Box<str> = match self.datasource.is_all() {
             true => filter.into(),
@@ -188,9 +189,20 @@ impl SubscriberFeed {
                 }
             }
             self.rewind(from);
+        } else if from < end && matches!(self.mode, FeedMode::Live) {
+            // What was appended before the filter is not routed for it, and the mailbox has some of that for others.
+            self.rewind(self.position);
         }
         self.filters = None;
         from
+    }
+
+    /// Brings the position of a live feed up to date: what was routed since its last record matches no filter.
+    fn settle_position(&mut self) {
+        if matches!(self.mode, FeedMode::Live) {
+            let routed = self.router.routed_offset();
+            self.position = self.position.max(self.mailbox.taken_until(routed).unwrap_or_default());
+        }
     }
 
     /// Goes back to a record that was given out, which is then given out again.

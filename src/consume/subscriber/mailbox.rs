@@ -205,6 +205,14 @@ impl Mailbox {
         self.state().queue.is_empty()
     }
 
+    /// Everything below this offset was taken out or is not for the subscriber; `None` if it is behind. `routed` is the
+    /// router's offset from before this call.
+    pub(super) fn taken_until(&self, routed: Offset) -> Option<Offset> {
+        let state = self.state();
+        let first = state.queue.front().and_then(|oldest| oldest.places.first());
+        state.live.then(|| first.map_or(routed, |place| place.offset.min(routed)))
+    }
+
     /// Sets how far the subscriber is: everything below `cursor` is dealt with. With `all`, so is
     /// everything that it was given.
     pub fn set_progress(&self, cursor: Offset, all: bool) {

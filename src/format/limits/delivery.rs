@@ -49,6 +49,8 @@ pub const REPLAYS_RUNNING_MAX: usize = 8;
 pub const REPLAYS_RUNNING_PER_TENANT_MAX: usize = 2;
 /// SUBSCRIBEs of one datasource that search the log for their beginning, or wait for their turn to.
 pub const REPLAYS_PER_TENANT_MAX: u64 = 64;
+/// Wills of one datasource that were refused for a cause that passes, and wait to be published again.
+pub const REFUSED_WILL_BYTES_PER_TENANT_MAX: u64 = 8 << 20;
 /// Bytes that the router reads from the log at a time.
 pub const ROUTE_BYTES: usize = 4 << 20;
 /// Bytes in memory anyway that a subscriber that is behind takes at a time.

@@ -272,6 +272,9 @@ impl ReadAcks {
                 // that, and gets no answer: the key's connections close.
                 Some(RefusedAck::Refusal(Refusal::Denied(_))) if form.version != MqttVersion::V5 => continue,
                 Some(RefusedAck::Refusal(Refusal::Denied(_))) => (ReasonCode::NotAuthorized, None),
+                // A client forgets a message that is refused in an answer: one that may be taken later gets none, and
+                // neither does what comes behind it.
+                Some(RefusedAck::Refusal(refusal)) if refusal.is_transient() => return Err(refusal.clone()),
                 Some(RefusedAck::Refusal(refusal)) => match refusal_reason_code(refusal) {
                     reason if form.version != MqttVersion::V5 || reason == ReasonCode::PacketTooLarge => {
                         return Err(refusal.clone());
@@ -388,8 +391,7 @@ impl PendingAcks {
     /// Writes the answers that are due to `to`, and settles their exchanges. Ready when no answer waits.
     ///
     /// # Errors
-    /// Why the connection has to end: the transient refusal of a draft, or one that MQTT 3.1.1 has no answer for.
-    /// Neither its messages nor any later ones may be answered.
+    /// Why the connection has to end: a transient refusal, or one that MQTT 3.1.1 has no answer for. Neither its messages nor any later ones may be answered.
     pub(super) fn poll_write(
         &mut self,
         form: PacketForm,
@@ -445,5 +447,25 @@ mod tests {
         let states = [1, 2, 3].map(|packet_id| exchanges.state(packet_id));
         assert_eq!(states, [Some(ExchangeState::Open), None, Some(ExchangeState::Open)]);
         assert_eq!(exchanges.unreleased(), 2);
+    }
+
+    #[test]
+    fn what_may_be_taken_later_is_not_answered_and_neither_is_what_comes_behind_it() {
+        let full = [SectionOutcome::ExchangesFull, SectionOutcome::IdsFull];
+        for (version, outcome) in
+            [MqttVersion::V5, MqttVersion::V311].into_iter().flat_map(|v| full.clone().map(|f| (v, f)))
+        {
+            let form = PacketForm { version, reasons: true, packet_bytes_max: u32::MAX };
+            let (mut exchanges, mut acks) = (ExchangeTable::default(), ReadAcks::default());
+            for (origin, packet_id) in [1, 2, 3].into_iter().enumerate() {
+                exchanges.begin_open(packet_id);
+                acks.push_admitted(AckKind::Pubrec, packet_id, origin);
+            }
+            let kept = |offset| SectionOutcome::Kept(Offsets::consecutive(offset, 1));
+            let mut answers = Vec::new();
+            let refusal = acks.write(&[kept(0), outcome, kept(1)], form, &mut exchanges, &mut answers);
+            assert_eq!(refusal_reason_code(&refusal.expect_err("no answer")), ReasonCode::QuotaExceeded);
+            assert_eq!(answers, [0x50, 2, 0, 1]);
+        }
     }
 }

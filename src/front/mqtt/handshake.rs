@@ -394,11 +394,16 @@ impl Handshake<'_> {
             let (reason, words) = close_reason(CloseReason::KeyDead);
             return Err((reason, words.to_owned()));
         };
-        let entering = front.sessions.enter(&scope, client, control, clean, is_new, expiry_s);
+        let may_enter = || front.intake.check_connections(grant);
+        let entering = front.sessions.enter(&scope, client, control, clean, is_new, expiry_s, may_enter);
         let client = entering.await.map_err(|not_entered| match not_entered {
             EnterError::Closed(why) => {
                 let (reason, words) = close_reason(why);
                 (reason, words.to_owned())
+            }
+            EnterError::Refused(refusal) => {
+                self.report_of_key(grant, refusal.note(Transport::Mqtt));
+                (self.told(&refusal), refusal.to_string())
             }
             EnterError::TooMany(exceeded) => {
                 let refusal = front.intake.share_refusal(grant.datasource(), exceeded);
@@ -411,16 +416,6 @@ impl Handshake<'_> {
                 (ReasonCode::ServerUnavailable, words)
             }
         })?;
-        // Checked last, because an earlier connection of this client has left by now and no longer counts.
-        if let Err(refusal) = front.intake.check_connections(grant) {
-            self.report_of_key(grant, refusal.note(Transport::Mqtt));
-            drop(entered);
-            // It is not back: the will that waits goes on waiting.
-            if let Some(will) = client.present.leave(client.session, client.earlier_will) {
-                will.publish(&front.intake).await;
-            }
-            return Err((self.told(&refusal), refusal.to_string()));
-        }
         Ok((entered, client))
     }
 

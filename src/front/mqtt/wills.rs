@@ -20,12 +20,16 @@ use crate::auth::usage::KeyClient;
 use crate::auth::{Grant, GrantDenial};
 use crate::consume::subscriber::sessions::{SessionStore, SessionStoreChange, StoredWill};
 use crate::intake::{Draft, IncomingMessage, Intake, Refusal};
+use crate::limits::REFUSED_WILL_BYTES_PER_TENANT_MAX;
 use crate::memory::MemoryCharge;
 use crate::message::{DatasourceId, RecordFlags, TimeMicros, Transport};
-use crate::observe::cause::Cause;
+use crate::shares::{ShareCharge, ShareCount, ShareExceeded, TenantShares};
 
 /// What a will takes beside its texts.
 const WILL_BYTES: usize = 256;
+/// The pause before a will that was refused is published again, which doubles each time.
+const WILL_RETRY_PAUSE_MIN: Duration = Duration::from_secs(1);
+const WILL_RETRY_PAUSE_MAX: Duration = Duration::from_secs(60);
 
 /// A will that has passed intake's checks.
 pub(super) struct MqttWill {
@@ -40,6 +44,10 @@ pub(super) struct MqttWill {
     copy: Option<WillCopy>,
     /// There is or was a copy, here or in another gateway's store: it is kept in the log once.
     has_copies: bool,
+    /// How often it was refused, for causes that pass.
+    refused: u32,
+    /// What it takes of its tenant's share since then.
+    refused_charge: Option<ShareCharge>,
 }
 
 /// The copy of a will in the store. It goes with the will, however that ends; a gateway that is killed leaves it.
@@ -104,6 +112,8 @@ impl MqttWill {
             delay_s,
             copy: None,
             has_copies: false,
+            refused: 0,
+            refused_charge: None,
         };
         will.draft(intake, true)?;
         Ok(will)
@@ -130,8 +140,17 @@ impl MqttWill {
         let who = Arc::new(ClientIdentity { address: content.address, client, user, is_bridge: false });
         let bytes = content.topic.len() + content.payload.len() + content.properties.len() + WILL_BYTES;
         let memory = intake.memory_account(&grant).charge_held(bytes);
-        let (delay_s, has_copies) = (content.delay_s, true);
-        Ok(Self { grant, who, content, _memory: memory, delay_s, copy, has_copies })
+        Ok(Self {
+            grant,
+            who,
+            delay_s: content.delay_s,
+            content,
+            _memory: memory,
+            copy,
+            has_copies: true,
+            refused: 0,
+            refused_charge: None,
+        })
     }
 
     /// About how many bytes its copy in the store takes.
@@ -198,18 +217,56 @@ impl MqttWill {
         }
     }
 
-    /// Publishes the will. Returns when it is durable or refused: whether that is the end of it. What a gateway that
-    /// shuts down refuses stays in the store.
-    pub(super) async fn publish(mut self, intake: &Intake) -> bool {
-        let Err(refusal) = self.submit(intake).await else { return true };
-        intake.refusals().note(self.who.note(&self.grant, refusal.note(Transport::Mqtt)));
-        info!(key_id = %self.grant.key_id(), cause = refusal.cause().name(), %refusal, "a will was refused");
-        if refusal.cause() == Cause::ShuttingDown
-            && let Some(copy) = &mut self.copy
-        {
-            copy.id = None;
+    /// The datasource of the client's key, or `*`.
+    pub(super) fn datasource(&self) -> &DatasourceId {
+        self.grant.datasource()
+    }
+
+    /// Counts it among the refused wills of its tenant.
+    ///
+    /// # Errors
+    /// [`ShareExceeded`], if too many of them wait.
+    pub(super) fn charge_refused(&mut self, shares: &TenantShares) -> Result<(), ShareExceeded> {
+        if self.refused_charge.is_none() {
+            let mut charge = shares.share(self.datasource()).charge();
+            let bytes = self.stored_bytes() as u64;
+            charge.try_add(ShareCount::RefusedWillBytes, bytes, REFUSED_WILL_BYTES_PER_TENANT_MAX)?;
+            self.refused_charge = Some(charge);
         }
-        refusal.retry_after().is_none()
+        Ok(())
+    }
+
+    /// Notes in its copy that it is due: it waits for no session any more, whether its client is back or not.
+    pub(super) fn note_due(&mut self) {
+        let Some(copy) = self.copy.as_ref().filter(|_| self.delay_s > 0 && self.content.session.is_some())
+        else {
+            return;
+        };
+        Arc::make_mut(&mut self.content).session = None;
+        drop(copy.store.write(vec![SessionStoreChange::PutWill(self.content.clone())]));
+    }
+
+    /// How long to wait before it is published again.
+    pub(super) fn retry_pause(&self) -> Duration {
+        let doublings = self.refused.saturating_sub(1).min(16);
+        (WILL_RETRY_PAUSE_MIN * (1 << doublings)).min(WILL_RETRY_PAUSE_MAX)
+    }
+
+    /// Publishes the will. Returns when it is durable or refused: the will, with its copy, if what refuses it may pass.
+    #[must_use]
+    pub(super) async fn publish(mut self: Box<Self>, intake: &Intake) -> Option<Box<Self>> {
+        let Err(refusal) = self.submit(intake).await else { return None };
+        let may_pass = refusal.retry_after().is_some();
+        // What is tried again and again is told once.
+        if !may_pass || self.refused == 0 {
+            intake.refusals().note(self.who.note(&self.grant, refusal.note(Transport::Mqtt)));
+            info!(
+                key_id = %self.grant.key_id(), cause = refusal.cause().name(), %refusal, may_pass,
+                "a will was refused"
+            );
+        }
+        self.refused = self.refused.saturating_add(1);
+        may_pass.then_some(self)
     }
 
     async fn submit(&self, intake: &Intake) -> Result<(), Refusal> {

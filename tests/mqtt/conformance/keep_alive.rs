@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use super::stage::Stage;
-use crate::common::wire::{Connect, SERVER_KEEP_ALIVE, VERSIONS, Version::V5};
+use crate::common::wire::{Connect, PUBACK, SERVER_KEEP_ALIVE, VERSIONS, Version::V5, publish};
 
 #[test]
 fn a_ping_is_answered() {
@@ -60,4 +60,30 @@ fn a_keep_alive_that_the_server_sets_counts_instead_of_the_clients() {
             "{silence:?}"
         );
     }
+}
+
+#[test]
+fn a_packet_may_take_longer_than_that_as_long_as_some_of_it_comes() {
+    let stage = &Stage::new();
+    std::thread::scope(|scope| {
+        for version in VERSIONS {
+            scope.spawn(move || {
+                let hello = Connect { keep_alive: 1, ..stage.hello(version, &format!("slow {version:?}")) };
+                let mut client = stage.connect(&hello);
+                let packet = publish(version, 7, "a", &[b'x'; 1000]);
+                for part in packet.chunks(packet.len().div_ceil(6)) {
+                    std::thread::sleep(Duration::from_millis(500));
+                    client.wire.send(part);
+                }
+                assert_eq!(client.wire.packet(PUBACK).packet_id(), 7);
+                // Half of one, and nothing more, is silence.
+                client.wire.send(&packet[..500]);
+                let silent_since = Instant::now();
+                client.ended(0x8D);
+                let silence = silent_since.elapsed();
+                assert!(silence >= Duration::from_millis(1400), "{version:?}: closed after {silence:?}");
+                assert!(silence < Duration::from_millis(3500), "{version:?}: closed after {silence:?}");
+            });
+        }
+    });
 }

@@ -117,6 +117,8 @@ enum Step {
     Append { records: Vec<(usize, usize)>, commits: usize, large: bool },
     /// The feed is polled this often.
     Read(usize),
+    /// The feed gives out everything and goes live.
+    Settle,
     /// A filter is added, from here on or from an earlier record.
     Subscribe { filter: usize, from: Option<u64> },
     /// The first filter is removed.
@@ -133,6 +135,7 @@ fn step() -> impl Strategy<Value = Step> {
         4 => (prop::collection::vec(record, 1..5), 1..6_usize, prop::bool::weighted(0.2))
             .prop_map(|(records, commits, large)| Step::Append { records, commits, large }),
         3 => (1..4_usize).prop_map(Step::Read),
+        2 => Just(Step::Settle),
         2 => (0..FILTERS.len(), prop::option::weighted(0.3, 0..40_u64))
             .prop_map(|(filter, from)| Step::Subscribe { filter, from }),
         1 => Just(Step::Unsubscribe),
@@ -162,6 +165,19 @@ impl Model {
         });
         matching.collect()
     }
+
+    /// Has the feed give out what comes next, and compares it. Returns whether there was anything.
+    async fn read_next(&mut self, feed: &mut SubscriberFeed) -> bool {
+        let expected = self.rest();
+        if expected.is_empty() {
+            return false;
+        }
+        let records = next(feed, SOON).await;
+        assert!(!records.is_empty(), "{} records did not come", expected.len());
+        assert_eq!(records, expected[..records.len()]);
+        self.position = records.last().expect("not empty").0 + 1;
+        true
+    }
 }
 
 async fn run(steps: Vec<Step>) {
@@ -181,14 +197,18 @@ async fn run(steps: Vec<Step>) {
             }
             Step::Read(times) => {
                 for _ in 0..times {
-                    let expected = model.rest();
-                    if expected.is_empty() {
+                    if !model.read_next(&mut feed).await {
                         break;
                     }
-                    let records = next(&mut feed, SOON).await;
-                    assert!(!records.is_empty(), "{} records did not come", expected.len());
-                    assert_eq!(records, expected[..records.len()]);
-                    model.position = records.last().expect("not empty").0 + 1;
+                }
+            }
+            Step::Settle => {
+                while model.read_next(&mut feed).await {}
+                until_routed(&scene).await;
+                let deadline = Instant::now() + SOON;
+                while !feed.has_reached(Offset::MAX) {
+                    assert!(Instant::now() < deadline, "a feed with nothing to give out goes live");
+                    assert_eq!(next(&mut feed, Duration::from_millis(1)).await, []);
                 }
             }
             Step::Subscribe { filter, from } => {
@@ -216,16 +236,7 @@ async fn run(steps: Vec<Step>) {
         }
     }
     // Whatever the steps were, the feed gives out the rest and then nothing more.
-    loop {
-        let expected = model.rest();
-        if expected.is_empty() {
-            break;
-        }
-        let records = next(&mut feed, SOON).await;
-        assert_eq!(records, expected[..records.len()]);
-        assert!(!records.is_empty(), "{} records did not come", expected.len());
-        model.position = records.last().expect("not empty").0 + 1;
-    }
+    while model.read_next(&mut feed).await {}
     assert_eq!(next(&mut feed, Duration::from_millis(1)).await, []);
 }
 
@@ -239,6 +250,31 @@ proptest! {
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();
         runtime.expect("a runtime").block_on(run(steps));
     }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_filter_that_begins_in_the_past_gets_it_on_a_live_feed_too() {
+    let scene = Scene::new();
+    let mut feed = scene.feed("a", 0);
+    feed.set_filter(0, "x", None);
+    go_live(&mut feed).await;
+    // Nothing of that is for the filter, but one record, which waits in the mailbox.
+    for topic in [2, 2, 0, 2] {
+        scene.append(&[(0, topic)], b"x").await;
+    }
+    until_routed(&scene).await;
+    assert_eq!(feed.set_filter(1, "z", Some(3)), 3);
+    for expected in [(2, vec![0]), (3, vec![1])] {
+        assert_eq!(next(&mut feed, SOON).await, [expected]);
+    }
+    // The same after a while without any filter.
+    (0..2).for_each(|slot| feed.remove_filter(slot));
+    go_live(&mut feed).await;
+    scene.append(&[(0, 2)], b"x").await;
+    until_routed(&scene).await;
+    feed.set_filter(0, "z", Some(4));
+    assert_eq!(next(&mut feed, SOON).await, [(4, vec![0])]);
+    go_live(&mut feed).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -83,7 +83,7 @@ pub(super) async fn run(
             }
             let publishing = async {
                 if let Some(will) = will {
-                    will.publish(&front.intake).await;
+                    front.sessions.publish_will(will).await;
                 }
             };
             let last = async { tokio::join!(say_goodbye(&mut stream, &goodbye), publishing) };
@@ -340,6 +340,10 @@ impl<'a> MqttConnection<'a> {
         let memory = draft.as_ref().map_or(0, Draft::memory_bytes) + batch.acks.memory_bytes();
         let memory = (memory > 0).then(|| self.inbound.account.charge_held(memory));
         let needed = self.inbound.charge_held();
+        if !bytes.is_empty() && self.inbound.holds_packet() {
+            // Who sends a large packet over a slow link is not silent. How long it may take is another deadline.
+            self.heard_at = Instant::now();
+        }
         let admitted = draft.map(|draft| intake.try_admit(draft));
         match admitted {
             Some(Ok(admitted)) => {

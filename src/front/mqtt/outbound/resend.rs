@@ -1,24 +1,34 @@
 //! The messages that were in flight when the last connection ended: read from the log again, and sent with
-//! the packet identifiers that they had.
+//! the packet identifiers that they had. Retained messages may have left the log since: they are looked for among those
+//! that are retained now.
 
-use std::collections::VecDeque;
+use std::collections::{HashMap, VecDeque};
 use std::future::Future;
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
+
+use tracing::debug;
 
 use super::super::delivery::Delivery;
 use super::super::flights::MqttFlight;
 use super::super::session::{MqttSession, Subscription, SubscriptionFilter};
 use super::{Outbound, OutboundError};
 use crate::consume::subscriber::feed::fetch_in_turn;
+use crate::consume::subscriber::retained::{RetainedError, RetainedMessage, RetainedStore};
 use crate::consume::subscriber::sessions::FlightOrigin;
-use crate::limits::{BATCH_BYTES_MAX, REFETCH_BYTES, REFETCH_RECORDS};
-use crate::log::{Batch, LogReadError, RecordPlace};
-use crate::message::{Offset, RecordRef};
+use crate::filter::TopicFilter;
+use crate::limits::{BATCH_BYTES_MAX, REFETCH_BYTES, REFETCH_RECORDS, RETAINED_PAGE_BYTES};
+use crate::log::{Batch, RecordPlace};
+use crate::message::{DatasourceId, Offset, RecordRef};
 
-/// Reads records in flight again.
-type RefetchTask =
-    Pin<Box<dyn Future<Output = Result<Vec<Option<(Batch, RecordPlace)>>, LogReadError>> + Send>>;
+/// Reads messages in flight again: the first ones, in their order. `None` for one that is nowhere any more.
+type RefetchTask = Pin<Box<dyn Future<Output = Result<Vec<Option<FoundMessage>>, OutboundError>> + Send>>;
+
+/// A message that was found again.
+enum FoundMessage {
+    Logged(Batch, RecordPlace),
+    Retained(Box<RetainedMessage>),
+}
 
 /// The messages that are not sent again yet.
 pub(super) struct PendingResend {
@@ -42,7 +52,7 @@ impl Outbound {
         cx: &mut Context<'_>,
     ) -> Poll<Result<(), OutboundError>> {
         // What one read brings is written at once: some messages, the last of any size.
-        let most = REFETCH_BYTES + BATCH_BYTES_MAX / 2;
+        let most = 2 * REFETCH_BYTES + BATCH_BYTES_MAX / 2;
         if self.resending.is_some() && self.room.poll(out.len(), most, cx).is_pending() {
             self.is_stalled = true;
             return Poll::Pending;
@@ -59,15 +69,15 @@ impl Outbound {
                 // The client has acknowledged it after all.
                 continue;
             }
-            let is_written = found.as_ref().is_some_and(|(batch, place)| {
-                let record = batch.reader().read(*place);
-                let mut delivery =
-                    Delivery { packet_id: Some(packet_id), ..self.redelivery(&record, flight) };
-                if flight.qos == 2 {
-                    self.packets.begin(out);
+            let is_written = match &found {
+                Some(FoundMessage::Logged(batch, place)) => {
+                    self.write_again(packet_id, flight, &batch.reader().read(*place), out)
                 }
-                self.writer.write(&record, &mut delivery, out, || packet_id)
-            });
+                Some(FoundMessage::Retained(message)) => {
+                    self.write_again(packet_id, flight, &message.as_record(), out)
+                }
+                None => false,
+            };
             if !is_written && self.session.flights.give_up(packet_id) {
                 // The client may have it, and has to forget the identifier before another message gets that.
                 self.releases.push(packet_id);
@@ -102,11 +112,44 @@ impl Outbound {
             self.is_stalled = true;
             return Poll::Pending;
         }
-        let offsets: Vec<Offset> =
-            resending.flights.iter().take(room).map(|(_, flight)| flight.offset).collect();
-        let share = self.feed.mailbox().share();
-        resending.fetching = Some(Box::pin(fetch_in_turn(share, &self.subscribers.log, offsets)));
+        let wanted: Vec<MqttFlight> =
+            resending.flights.iter().take(room).map(|(_, flight)| *flight).collect();
+        let offsets: Vec<Offset> = wanted.iter().map(|flight| flight.offset).collect();
+        let filters =
+            session.subscriptions.iter().flatten().filter_map(|s| SubscriptionFilter::parse(&s.filter));
+        let search = RetainedSearch {
+            store: self.subscribers.retained.clone(),
+            datasource: (!self.datasource.is_all()).then(|| self.datasource.clone()),
+            filters: match wanted.iter().any(|flight| flight.origin == FlightOrigin::Retained) {
+                true => filters.filter(|wanted| wanted.group.is_none()).map(|wanted| wanted.filter).collect(),
+                false => Vec::new(),
+            },
+        };
+        let fetching = fetch_in_turn(self.feed.mailbox().share(), &self.subscribers.log, offsets);
+        resending.fetching = Some(Box::pin(async move {
+            let logged = |found: Option<(Batch, RecordPlace)>| {
+                found.map(|(batch, place)| FoundMessage::Logged(batch, place))
+            };
+            let mut found = fetching.await?.into_iter().map(logged).collect();
+            search.find(&wanted, &mut found).await?;
+            Ok(found)
+        }));
         Poll::Ready(Ok(()))
+    }
+
+    /// Writes a message again. Returns whether it was.
+    fn write_again(
+        &mut self,
+        packet_id: u16,
+        flight: MqttFlight,
+        record: &RecordRef<'_>,
+        out: &mut Vec<u8>,
+    ) -> bool {
+        let mut delivery = Delivery { packet_id: Some(packet_id), ..self.redelivery(record, flight) };
+        if flight.qos == 2 {
+            self.packets.begin(out);
+        }
+        self.writer.write(record, &mut delivery, out, || packet_id)
     }
 
     /// How a record is delivered again.
@@ -125,4 +168,80 @@ impl Outbound {
         let retain = delivery.retain || flight.origin == FlightOrigin::Retained;
         Delivery { qos: flight.qos, dup: true, retain, ..delivery }
     }
+}
+
+/// Looks for retained messages whose records have left the log.
+struct RetainedSearch {
+    store: RetainedStore,
+    /// `None` for a key of all datasources.
+    datasource: Option<DatasourceId>,
+    /// The filters that they may have come by.
+    filters: Vec<TopicFilter>,
+}
+
+impl RetainedSearch {
+    /// Adds what is retained still of the `wanted` messages that are not among `found`. Cuts `found` behind the first of
+    /// them that take about [`REFETCH_BYTES`].
+    ///
+    /// # Errors
+    /// [`RetainedError::Closed`]. Where the messages cannot be read for another reason, none are added.
+    async fn find(
+        self,
+        wanted: &[MqttFlight],
+        found: &mut Vec<Option<FoundMessage>>,
+    ) -> Result<(), RetainedError> {
+        let mut missing: HashMap<Offset, Vec<usize>> = HashMap::new();
+        for (at, flight) in wanted.iter().enumerate().take(found.len()) {
+            if found[at].is_none() && flight.origin == FlightOrigin::Retained {
+                missing.entry(flight.offset).or_default().push(at);
+            }
+        }
+        let Some(newest) = missing.keys().max().copied() else { return Ok(()) };
+        for filter in &self.filters {
+            let mut after = None;
+            loop {
+                let (store, datasource) = (&self.store, self.datasource.as_ref());
+                let page = store.page(datasource, filter, newest + 1, after, RETAINED_PAGE_BYTES).await;
+                let page = match page {
+                    Ok(page) => page,
+                    Err(RetainedError::Closed) => return Err(RetainedError::Closed),
+                    Err(error) => {
+                        debug!(%error, "retained messages in flight cannot be read again");
+                        return Ok(());
+                    }
+                };
+                for message in page.messages {
+                    for at in missing.remove(&message.offset).into_iter().flatten() {
+                        // Those behind a cut are asked for again.
+                        if let Some(place) = found.get_mut(at) {
+                            *place = Some(FoundMessage::Retained(Box::new(message.clone())));
+                        }
+                    }
+                }
+                cut_retained(found);
+                missing.retain(|_, places| places[0] < found.len());
+                if missing.is_empty() {
+                    return Ok(());
+                }
+                after = page.next;
+                if after.is_none() {
+                    break;
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Cuts what was found behind the first retained messages that take about [`REFETCH_BYTES`].
+fn cut_retained(found: &mut Vec<Option<FoundMessage>>) {
+    let mut bytes = 0;
+    let over = found.iter().position(|found| {
+        let is_over = bytes >= REFETCH_BYTES;
+        if let Some(FoundMessage::Retained(message)) = found {
+            bytes += message.payload.len();
+        }
+        is_over
+    });
+    found.truncate(over.unwrap_or(found.len()));
 }

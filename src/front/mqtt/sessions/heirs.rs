@@ -124,7 +124,8 @@ impl Sessions {
             }
         }
         match MqttWill::from_stored(Arc::new(will), None, &self.intake) {
-            Ok(will) => Ok(will.publish(&self.intake).await),
+            // Its copy stays in the bucket until it is published.
+            Ok(will) => Ok(Box::new(will).publish(&self.intake).await.is_none()),
             Err(denied) => {
                 debug!(%denied, "a will of a gateway that is gone is dropped");
                 Ok(true)

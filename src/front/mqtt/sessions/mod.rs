@@ -9,6 +9,7 @@
 
 use parking_lot::{Mutex, MutexGuard};
 use std::collections::HashMap;
+use std::future::Future;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -21,6 +22,7 @@ use self::claims::{ClaimStamp, ClaimedSession, ClientClaims};
 pub(super) use self::client_guard::ClientGuard;
 use self::due::{DueEntry, DueTimes};
 use self::queue::ClientQueue;
+use self::refused_wills::RefusedWills;
 use self::takeovers::TakeoverTally;
 use super::session::{MqttSession, SubscriptionFilter};
 use super::wills::MqttWill;
@@ -30,7 +32,7 @@ use crate::consume::subscriber::sessions::{
     SessionStoreChange, SessionStoreError, StoredGroup, StoredSessions,
 };
 use crate::consume::subscriber::{Mailbox, ShareGroupKey, Subscribers};
-use crate::intake::Intake;
+use crate::intake::{Intake, Refusal};
 use crate::message::{DatasourceId, Offset, now_micros};
 use crate::shares::ShareExceeded;
 
@@ -39,6 +41,7 @@ mod client_guard;
 mod due;
 mod heirs;
 mod queue;
+mod refused_wills;
 pub(super) mod standing;
 mod takeovers;
 #[cfg(test)]
@@ -60,6 +63,8 @@ pub(super) struct Sessions {
     intake: Intake,
     /// Wills on their way into the log, and clients whose end is being written.
     wills: TaskTracker,
+    /// Wills that are published again after a pause.
+    refused_wills: Arc<RefusedWills>,
     /// `Some` if the clients are shared with other nodes.
     claims: Option<ClientClaims>,
     /// How long a subscriber may neither take nor acknowledge anything before it is said to stand still.
@@ -122,15 +127,17 @@ pub(super) struct EnteredClient {
     pub(super) session: MqttSession,
     /// Whether the session existed before.
     pub(super) resumed: bool,
-    /// The will of an earlier connection, which was not due yet. It is for nothing once the client is let in.
+    /// The will of an earlier connection, which was not due yet. It is for nothing now that the client is back.
     pub(super) earlier_will: Option<Box<MqttWill>>,
 }
 
 /// Why a client could not be let in.
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Debug)]
 pub(super) enum EnterError {
     /// The client's connection has to close.
     Closed(CloseReason),
+    /// It may not be let in now.
+    Refused(Box<Refusal>),
     /// A new session would be one too many of its datasource.
     TooMany(ShareExceeded),
     /// The session, or the log that it needs, cannot be read now; with the reason.
@@ -146,8 +153,9 @@ impl Sessions {
         claims: Option<ClientClaims>,
         still_after: Duration,
     ) -> Self {
+        let (clients, refused_wills) = (Mutex::default(), Arc::default());
         let wills = TaskTracker::new();
-        let sessions = Self { clients: Mutex::default(), subscribers, intake, wills, claims, still_after };
+        let sessions = Self { clients, subscribers, intake, wills, refused_wills, claims, still_after };
         let groups: HashMap<ShareGroupKey, Offset> = stored
             .groups
             .into_iter()
@@ -237,10 +245,12 @@ impl Sessions {
 
     /// Lets a client in, whose key has this scope: ends its earlier connection, and finds or makes its session. With `clean` an
     /// existing session ends. A client that `is_new` has an identifier that nobody had before, so no
-    /// session is looked for.
+    /// session is looked for. `may_enter` is asked when an earlier connection has left and no longer counts; if it refuses, the
+    /// client stays away as it is.
     ///
     /// # Errors
-    /// [`EnterError`], in a cluster.
+    /// [`EnterError`].
+    #[expect(clippy::too_many_arguments, reason = "what a CONNECT says, and who is asked about it")]
     pub(super) async fn enter(
         self: &Arc<Self>,
         scope: &DatasourceId,
@@ -249,9 +259,11 @@ impl Sessions {
         clean: bool,
         is_new: bool,
         expiry_s: u32,
+        may_enter: impl Fn() -> Result<(), Refusal>,
     ) -> Result<EnteredClient, EnterError> {
         let key = (scope.clone(), client_id);
         let mut place = None;
+        let mut is_asked = false;
         let (away, at) = loop {
             let left = {
                 let mut clients = self.lock_clients();
@@ -262,9 +274,12 @@ impl Sessions {
                 match &entry.connected {
                     Some(earlier) => {
                         earlier.control.close(CloseReason::TakenOver);
-                        self.wait_in_queue(&key, entry, &mut place)
+                        Some(self.wait_in_queue(&key, entry, &mut place))
                     }
-                    None if !entry.is_turn_of(place.as_ref()) => self.wait_in_queue(&key, entry, &mut place),
+                    None if !entry.is_turn_of(place.as_ref()) => {
+                        Some(self.wait_in_queue(&key, entry, &mut place))
+                    }
+                    None if !is_asked => None,
                     None => {
                         if entry.leave_queue(place.as_mut()) {
                             // Another one has come after it: this one only says what its client has sent.
@@ -284,10 +299,29 @@ impl Sessions {
                     }
                 }
             };
-            left.await;
+            is_asked = left.is_none();
+            match left {
+                Some(left) => left.await,
+                // Not under the lock: all connections of a datasource may have to be counted.
+                None => {
+                    if let Err(refusal) = may_enter() {
+                        drop(place);
+                        self.forget_unused(&key);
+                        return Err(EnterError::Refused(Box::new(refusal)));
+                    }
+                }
+            }
         };
         let present = ClientGuard { sessions: self.clone(), key, control };
         self.enter_after_earlier(present, at, away, clean, expiry_s).await
+    }
+
+    /// Removes the entry of a client that is neither there nor away.
+    fn forget_unused(&self, key: &ClientKey) {
+        let mut clients = self.lock_clients();
+        if clients.entries.get_mut(key).is_some_and(|entry| !entry.note_move()) {
+            clients.entries.remove(key);
+        }
     }
 
     /// Continues [`Sessions::enter`] once no earlier connection to this node is left.
@@ -418,11 +452,24 @@ impl Sessions {
         })
     }
 
+    /// Publishes a will. One that is refused for a cause that passes is published again later.
+    pub(super) fn publish_will(
+        &self,
+        will: Box<MqttWill>,
+    ) -> impl Future<Output = ()> + Send + 'static + use<> {
+        let (intake, subscribers) = (self.intake.clone(), self.subscribers.clone());
+        let refused_wills = self.refused_wills.clone();
+        async move {
+            if let Some(refused) = will.publish(&intake).await {
+                refused_wills.keep(refused, &subscribers.shares);
+            }
+        }
+    }
+
     /// Publishes a will on a task of its own.
     fn spawn_will(&self, will: Box<MqttWill>) {
-        let intake = self.intake.clone();
-        let usual = intake.processor().usual_runtime();
-        self.wills.spawn_on(async move { _ = will.publish(&intake).await }, &usual);
+        let usual = self.intake.processor().usual_runtime();
+        self.wills.spawn_on(self.publish_will(will), &usual);
     }
 
     /// Ends the sessions of clients that are away and whose datasource was deleted. Those of clients that are still
@@ -455,7 +502,7 @@ impl Sessions {
     }
 
     fn run_due(&self, now: Instant) {
-        let (mut wills, mut ended) = (Vec::new(), Vec::new());
+        let (mut wills, mut ended) = (self.refused_wills.take_due(now), Vec::new());
         let mut clients = self.lock_clients();
         clients.takeovers.forget_old(now);
         while let Some(key) = clients.due.take_due(now) {
@@ -513,8 +560,8 @@ impl Sessions {
         connected.for_each(|connected| connected.control.close(CloseReason::Drain));
     }
 
-    /// Runs after the last connection: leaves the delayed wills to the next run, publishes those that would be lost,
-    /// and writes the groups' cursors.
+    /// Runs after the last connection: leaves the delayed and the refused wills to the next run, publishes those that
+    /// would be lost, and writes the groups' cursors.
     pub(super) async fn finish(&self) {
         let waiting: Vec<Box<MqttWill>> = {
             let mut clients = self.lock_clients();
@@ -527,6 +574,7 @@ impl Sessions {
                 false => self.spawn_will(will),
             }
         }
+        self.refused_wills.close();
         self.wills.close();
         self.wills.wait().await;
         if let Some(written) = self.write_cursors() {

@@ -19,7 +19,8 @@ async fn a_session_is_watched_until_its_connection_leaves_however_it_ends() {
     let sessions = Arc::new(Sessions::new(subscribers.clone(), intake, stored, None, still_after));
     // By a DISCONNECT with the Session Expiry Interval 0, or not.
     for expiry_s in [0, 60] {
-        let entered = sessions.enter(&press_4(), "c".into(), Arc::default(), true, false, 60).await;
+        let client = "c".into();
+        let entered = sessions.enter(&press_4(), client, Arc::default(), true, false, 60, || Ok(())).await;
         let EnteredClient { present, mut session, .. } = entered.expect("let in");
         let Subscribers { router, log, shares, .. } = &*subscribers;
         let feed = SubscriberFeed::new(router.clone(), log.clone(), shares, &press_4(), 0);
