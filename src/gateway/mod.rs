@@ -41,7 +41,7 @@ use directory::ADMIN_KEY_FILE;
 pub(crate) use directory::write_secret;
 use fronts::RunningFronts;
 pub use history::{AdoptionOrder, AdoptionReport, ClusterCommandError, adopt_cluster};
-pub use keep::{back_up_stopped, restore_backup};
+pub use keep::{back_up_stopped, restore_backup, undo_restore};
 use listeners::Listeners;
 use member::{ClusterMember, JoiningMember};
 use opened::{OpenedGateway, OpenedLog};
