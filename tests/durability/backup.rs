@@ -368,9 +368,14 @@ fn what_was_set_aside_is_in_the_backup_and_so_is_every_secret_at_its_owners_alon
     let gateway = Setup::embedded_on(dir.path()).start();
     gateway.settle();
     let [lost] = &aside(dir.path(), "records")[..] else { panic!("one is set aside") };
+    // Somebody has made a copy of it, and a backup with such a name could not be restored.
+    let copy = format!("{} (copy).db", lost.to_str().expect("text").trim_end_matches(".db"));
+    std::fs::copy(lost, &copy).expect("copied");
     made_paced(&gateway, &to);
+    assert!(gateway.output().contains("(copy).db"), "it is left out, and that is said: {}", gateway.output());
     let data = scratch();
     restored(&to, data.path());
+    assert!(names(data.path()).iter().all(|name| !name.contains("copy")));
     let again = data.path().join(lost.file_name().expect("a name"));
     assert!(std::fs::read(again).expect("there") == std::fs::read(lost).expect("there"));
     assert_eq!(in_storage(data.path()), in_storage(dir.path()));
