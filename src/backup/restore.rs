@@ -396,3 +396,87 @@ fn read_checked(
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+    use std::os::unix::ffi::OsStringExt;
+
+    use tempfile::TempDir;
+
+    use super::*;
+
+    /// A backup with a registry of so many bytes, by its manifest.
+    fn backup(bytes: u64, blake3: &str) -> (TempDir, BackupManifest) {
+        let dir = TempDir::new().expect("temporary directory");
+        fs::write(dir.path().join(REGISTRY_FILE_NAME), "after").expect("written");
+        let (path, blake3) = (REGISTRY_FILE_NAME.to_owned(), blake3.to_owned());
+        let file = BackupFile { path, bytes, blake3, format: None };
+        (dir, BackupManifest::new(0, 0, vec![file]).expect("a plain name"))
+    }
+
+    /// The files of a directory, those of the directories in it too, with their content.
+    fn content(dir: &Path) -> BTreeMap<PathBuf, String> {
+        let mut found = BTreeMap::new();
+        for entry in fs::read_dir(dir).expect("readable") {
+            let path = entry.expect("an entry").path();
+            match path.is_dir() {
+                true => found.extend(content(&path)),
+                false => _ = found.insert(path.clone(), fs::read_to_string(path).expect("text")),
+            }
+        }
+        found
+    }
+
+    #[test]
+    fn what_was_there_is_not_moved_without_room_and_comes_back_from_wherever_a_restore_was_interrupted() {
+        let data = TempDir::new().expect("temporary directory");
+        let dir = data.path();
+        fs::create_dir(dir.join("log")).expect("made");
+        fs::write(dir.join("log/0.log"), "before").expect("written");
+        fs::write(dir.join(REGISTRY_FILE_NAME), "before").expect("written");
+        fs::write(dir.join(OsString::from_vec(b"\xff".to_vec())), "no text").expect("written");
+        let before = content(dir);
+        let is_no_room = |done| matches!(done, Err(RestoreError::Copy(BackupError::NoRoom { .. })));
+
+        let (large, of_large) = backup(u64::MAX / 2, "");
+        assert!(is_no_room(restore_files(large.path(), &of_large, dir, true)));
+        assert_eq!(content(dir), before, "nothing is moved, and there is no mark");
+        assert!(matches!(undo(dir), Err(RestoreError::NotInterrupted { .. })));
+
+        // While it copies.
+        let (damaged, of_damaged) = backup(5, "00");
+        let failed = restore_files(damaged.path(), &of_damaged, dir, true);
+        assert!(matches!(failed, Err(RestoreError::Damaged { .. })), "{failed:?}");
+        let mark = RestoreMark::read(dir);
+        assert!(matches!(mark, Some(RestoreMark::Copying { aside: Some(_) })), "{mark:?}");
+        assert!(describe_unusable(dir).is_some_and(|words| words.contains("headgate restore --undo")));
+        assert!(is_no_room(restore_files(large.path(), &of_large, dir, true)));
+        assert_eq!(RestoreMark::read(dir), mark, "and so it can still be undone");
+        undo(dir).expect("undone");
+        assert_eq!((content(dir), describe_unusable(dir)), (before.clone(), None));
+
+        // While it moves, and while it moves back.
+        let aside = free_aside_name(dir);
+        RestoreMark::Moving { aside: aside.clone() }.write(dir).expect("written");
+        undo(dir).expect("nothing was moved yet");
+        assert_eq!(content(dir), before);
+        RestoreMark::Moving { aside: aside.clone() }.write(dir).expect("written");
+        fs::create_dir(dir.join(&aside)).expect("made");
+        fs::rename(dir.join("log"), dir.join(&aside).join("log")).expect("moved");
+        undo(dir).expect("undone");
+        assert_eq!(content(dir), before);
+
+        // What was copied is removed once more if nothing was there.
+        let empty = TempDir::new().expect("temporary directory");
+        assert!(restore_files(damaged.path(), &of_damaged, empty.path(), false).is_err());
+        undo(empty.path()).expect("undone");
+        assert!(entries(empty.path()).expect("readable").is_empty());
+        let digest = blake3::hash(b"after").to_hex();
+        let (whole, of_whole) = backup(5, digest.as_str());
+        let restored = restore_files(whole.path(), &of_whole, dir, true).expect("restored");
+        assert!(restored.is_some_and(|aside| aside.join("log/0.log").exists()));
+        finish(dir).expect("done");
+        assert_eq!(fs::read_to_string(dir.join(REGISTRY_FILE_NAME)).expect("there"), "after");
+    }
+}
