@@ -1,6 +1,6 @@
 //! Retained topics: how many topics of each datasource have a retained message, and how many bytes those have.
-//! Intake enters a topic when it lets its first retained message in, so that a flood stops at the limit; the
-//! consumer that keeps retained messages confirms each, and takes out what was cleared.
+//! Intake enters a topic when it lets its first retained message in, and what a larger one takes beyond that, so that a
+//! flood stops at the limit; the consumer that keeps retained messages confirms each, and takes out what was cleared.
 
 use std::collections::HashMap;
 use std::hash::{BuildHasher, RandomState};
@@ -10,10 +10,9 @@ use parking_lot::{Mutex, MutexGuard};
 
 use crate::scheduler::polite_lock;
 
-/// How long a message may be on its way from intake to the consumer before its topic counts no more: it was
-/// refused further on.
+/// How long a message may be on its way from intake to the consumer before it counts no more: it was refused further on.
 const UNCONFIRMED_MAX: Duration = Duration::from_secs(60);
-/// How often a full table is looked through for such topics.
+/// How often a full table is looked through for such messages.
 const CLEAR_UP_INTERVAL: Duration = Duration::from_secs(10);
 
 /// Locks for the datasources: nobody waits for the one that another one's flood holds, or seldom.
@@ -43,8 +42,11 @@ struct TopicTable {
 
 #[derive(Debug)]
 struct RetainedTopic {
+    /// What it counts for.
     bytes: u64,
-    /// When intake let it in; `None` once the consumer has it.
+    /// What of that the consumer has.
+    confirmed_bytes: u64,
+    /// When intake let in what it has not; `None` once it has all.
     unconfirmed: Option<Instant>,
 }
 
@@ -74,13 +76,10 @@ impl RetainedTopics {
             let mut tables = polite_lock(shard);
             let before = std::mem::replace(&mut *tables, counted.into_inner());
             for (datasource, table) in before {
-                let unconfirmed = table.topics.into_iter().filter(|(_, topic)| topic.unconfirmed.is_some());
-                for (hash, topic) in unconfirmed {
-                    let table = tables.entry(datasource.clone()).or_default();
-                    table.topics.entry(hash).or_insert_with(|| {
-                        table.bytes += topic.bytes;
-                        topic
-                    });
+                for (hash, topic) in table.topics {
+                    if let Some(since) = topic.unconfirmed {
+                        tables.entry(datasource.clone()).or_default().enter(hash, topic.bytes, since);
+                    }
                 }
             }
         }
@@ -123,10 +122,7 @@ impl RetainedTopics {
             table.clear_up();
         }
         fits(table)?;
-        table.topics.entry(hash).or_insert_with(|| {
-            table.bytes += bytes;
-            RetainedTopic { bytes, unconfirmed: Some(Instant::now()) }
-        });
+        table.enter(hash, bytes, Instant::now());
         Ok(())
     }
 
@@ -146,12 +142,26 @@ impl RetainedTopics {
             Some(table) => table,
             None => tables.entry(datasource.into()).or_default(),
         };
-        let before = table.topics.insert(hash, RetainedTopic { bytes, unconfirmed: None });
+        let confirmed = RetainedTopic { bytes, confirmed_bytes: bytes, unconfirmed: None };
+        let before = table.topics.insert(hash, confirmed);
         table.bytes = table.bytes + bytes - before.map_or(0, |topic| topic.bytes);
     }
 }
 
 impl TopicTable {
+    /// Enters a message of `bytes` that was let in at a time. A smaller one than there is counts once it is confirmed.
+    fn enter(&mut self, hash: u64, bytes: u64, at: Instant) {
+        let topic = self.topics.entry(hash).or_insert(RetainedTopic {
+            bytes: 0,
+            confirmed_bytes: 0,
+            unconfirmed: None,
+        });
+        if bytes > topic.bytes {
+            self.bytes += bytes - topic.bytes;
+            (topic.bytes, topic.unconfirmed) = (bytes, Some(at));
+        }
+    }
+
     /// Takes out what was let in and never reached the consumer.
     fn clear_up(&mut self) {
         if self.cleared_up.is_some_and(|at| at.elapsed() < CLEAR_UP_INTERVAL) {
@@ -160,9 +170,11 @@ impl TopicTable {
         self.cleared_up = Some(Instant::now());
         let Self { topics, bytes, .. } = self;
         topics.retain(|_, topic| {
-            let lost = topic.unconfirmed.is_some_and(|since| since.elapsed() > UNCONFIRMED_MAX);
-            *bytes -= if lost { topic.bytes } else { 0 };
-            !lost
+            if topic.unconfirmed.is_some_and(|since| since.elapsed() > UNCONFIRMED_MAX) {
+                *bytes -= topic.bytes - topic.confirmed_bytes;
+                (topic.bytes, topic.unconfirmed) = (topic.confirmed_bytes, None);
+            }
+            topic.bytes > 0
         });
     }
 }
@@ -192,6 +204,33 @@ mod tests {
         assert!(topics.shards.iter().all(|shard| shard.lock().is_empty()));
     }
 
+    /// Each topic began with a byte, and all of them grew before the consumer had the first.
+    #[test]
+    fn what_a_topic_grows_by_counts_at_once_and_no_more_if_it_never_reaches_the_consumer() {
+        let topics = RetainedTopics::default();
+        let enter = |topic: &str, bytes| topics.try_enter("a", topic, bytes, 9, 100);
+        for topic in ["x", "y", "z"] {
+            assert_eq!(enter(topic, 1), Ok(()));
+            topics.confirm("a", topic, 1);
+        }
+        assert_eq!((enter("x", 60), enter("y", 39)), (Ok(()), Ok(())));
+        assert_eq!(enter("z", 2), Err(RetainedFull::Bytes));
+        assert_eq!(enter("y", 38), Ok(()), "a smaller one counts once it is there");
+        topics.confirm("a", "y", 38);
+        assert_eq!(enter("z", 2), Ok(()));
+        // The one of 60 bytes is lost.
+        let since = Instant::now().checked_sub(2 * UNCONFIRMED_MAX).expect("the machine has run for so long");
+        if let Some(table) = topics.tables_of("a").get_mut("a") {
+            for topic in table.topics.values_mut().filter(|topic| topic.bytes == 60) {
+                topic.unconfirmed = Some(since);
+            }
+            table.cleared_up = None;
+        }
+        assert_eq!(enter("new", 59), Ok(()), "what it was before counts: 1, 38 and 2");
+        assert_eq!(enter("x", 2), Err(RetainedFull::Bytes));
+        assert_eq!(enter("x", 1), Ok(()));
+    }
+
     #[test]
     fn what_is_let_in_while_all_is_counted_anew_counts() {
         let topics = RetainedTopics::default();
@@ -206,8 +245,8 @@ mod tests {
         assert_eq!(counted, Ok(()));
         assert_eq!(enter("new", 1), Err(RetainedFull::Topics));
         topics.confirm("a", "x", 0);
-        assert_eq!(enter("new", 61), Err(RetainedFull::Bytes));
-        assert_eq!(enter("new", 60), Ok(()));
+        assert_eq!(enter("new", 51), Err(RetainedFull::Bytes), "what has grown counts too");
+        assert_eq!(enter("new", 50), Ok(()));
         assert_eq!(topics.recount(|_| Err(())), Err(()));
         assert_eq!(enter("newer", 1), Err(RetainedFull::Topics), "a count that fails changes nothing");
     }

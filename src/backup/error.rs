@@ -45,6 +45,14 @@ pub enum BackupError {
         /// What it needs, and leaves free, in bytes.
         needed: u64,
     },
+    /// A file has a name with which the backup could not be restored.
+    #[error(
+        "{path:?} has a name that no file of a backup may have: rename it, with letters, digits and .-_ alone"
+    )]
+    Name {
+        /// Relative to the data directory.
+        path: String,
+    },
     /// The registry could not be copied.
     #[error(transparent)]
     Registry(#[from] RegistryError),

@@ -16,6 +16,7 @@ use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
+use super::BackupError;
 use crate::limits::BACKUP_MANIFEST_BYTES_MAX;
 use crate::message::{Offset, now_micros};
 use crate::time::Rfc3339;
@@ -75,7 +76,17 @@ pub enum ManifestError {
 
 impl BackupManifest {
     /// That of a backup that is made now.
-    pub(super) fn new(first_offset: Offset, next_offset: Offset, files: Vec<BackupFile>) -> Self {
+    ///
+    /// # Errors
+    /// [`BackupError::Name`]: a file has a name that [`BackupManifest::read`] would refuse.
+    pub(super) fn new(
+        first_offset: Offset,
+        next_offset: Offset,
+        files: Vec<BackupFile>,
+    ) -> Result<Self, BackupError> {
+        if let Some(file) = files.iter().find(|file| !is_plain_path(&file.path)) {
+            return Err(BackupError::Name { path: file.path.clone() });
+        }
         let mut manifest = Self {
             headgate_backup: MANIFEST_FORMAT,
             headgate: env!("CARGO_PKG_VERSION").to_owned(),
@@ -86,7 +97,7 @@ impl BackupManifest {
             check: String::new(),
         };
         manifest.check = manifest.digest();
-        manifest
+        Ok(manifest)
     }
 
     /// The digest that `check` has to be.
@@ -139,7 +150,7 @@ impl BackupManifest {
 }
 
 /// Whether a path stays in its directory: a name, or one in `log/`, of letters, digits and `.-_` alone.
-fn is_plain_path(path: &str) -> bool {
+pub(super) fn is_plain_path(path: &str) -> bool {
     let name = path.strip_prefix("log/").unwrap_or(path);
     let is_plain = |byte: u8| byte.is_ascii_alphanumeric() || b".-_".contains(&byte);
     name.bytes().all(is_plain) && name.starts_with(|first: char| first.is_ascii_alphanumeric())
@@ -161,6 +172,7 @@ mod tests {
             9,
             vec![file("registry.db", Some(4)), file("log/00000000000000000003.log", None)],
         )
+        .expect("plain names")
     }
 
     #[test]
@@ -187,6 +199,8 @@ mod tests {
             elsewhere.check = elsewhere.digest();
             let read = BackupManifest::decode(&elsewhere.encode());
             assert!(matches!(read, Err(ManifestError::Damaged(_))), "{path:?}");
+            let made = BackupManifest::new(3, 9, elsewhere.files);
+            assert!(matches!(made, Err(BackupError::Name { .. })), "{path:?}");
         }
     }
 }

@@ -257,7 +257,7 @@ fn make_backup(
     let mut writer = BackupWriter::new(place.unfinished(), sources.data_dir(), progress, pace)?;
     let (first_offset, next_offset) = sources.write(&mut writer)?;
     let linked_bytes = writer.linked_bytes();
-    let manifest = BackupManifest::new(first_offset, next_offset, writer.finish());
+    let manifest = BackupManifest::new(first_offset, next_offset, writer.finish())?;
     let summary = BackupSummary {
         files: manifest.files.len(),
         bytes: manifest.files.iter().map(|file| file.bytes).sum(),

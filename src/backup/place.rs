@@ -206,7 +206,7 @@ mod tests {
         fs::create_dir(dir.path().join("empty")).expect("made");
         for name in ["new", "empty"] {
             let place = BackupPlace::prepare(&dir.path().join(name), &data).expect("nothing is there");
-            place.finish(&BackupManifest::new(0, 0, Vec::new())).expect("finished");
+            place.finish(&BackupManifest::new(0, 0, Vec::new()).expect("no names")).expect("finished");
             let entries: Vec<_> = fs::read_dir(dir.path().join(name)).expect("there").flatten().collect();
             assert!(entries.len() == 1 && entries[0].file_name() == MANIFEST_FILE_NAME);
         }
@@ -224,8 +224,10 @@ mod tests {
         fs::create_dir(&foreign).expect("made");
         let second = BackupPlace::prepare(&to, &data).expect("nothing is there");
         assert!(!left.exists() && foreign.exists() && place.unfinished().exists());
-        place.finish(&BackupManifest::new(0, 0, Vec::new())).expect("finished");
-        let late = second.finish(&BackupManifest::new(0, 0, Vec::new())).expect_err("there is one");
+        place.finish(&BackupManifest::new(0, 0, Vec::new()).expect("no names")).expect("finished");
+        let late = second
+            .finish(&BackupManifest::new(0, 0, Vec::new()).expect("no names"))
+            .expect_err("there is one");
         assert!(late.to_string().contains("not empty"), "{late}");
     }
 }

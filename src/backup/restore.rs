@@ -1,9 +1,16 @@
 //! Restoring: the files of a backup, checked, in a data directory that is new or empty, or whose content is moved aside.
 //!
 //! Until all is there, a mark in the directory says that it is not: no gateway starts on it, and another restore goes on
-//! where this one was interrupted. The mark says what is being done: first what was there is moved aside, and only once
-//! that is done may what is there be removed.
+//! where this one was interrupted, or [`undo`] puts back what was there. The mark says what is being done, and where what
+//! was there is moved aside:
+//!
+//! | mark | what is in the directory |
+//! |---|---|
+//! | `before-restore-TIME` | what was there, or a part of it, and nothing else |
+//! | `copying before-restore-TIME` | what was copied, which may be removed: all that was there is aside |
+//! | `copying` | the same; nothing was there |
 
+use std::ffi::OsString;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
@@ -75,7 +82,25 @@ pub enum RestoreError {
         /// The data directory.
         dir: PathBuf,
     },
-    /// There is too little room.
+    /// Something that is there cannot be moved. It is all as it was.
+    #[error(
+        "{} cannot be moved aside ({error}), and nothing is changed: restore into a new data directory. A mount point cannot be \
+         moved, mount the data directory as a whole",
+        path.display()
+    )]
+    Immovable {
+        /// What.
+        path: PathBuf,
+        /// Why.
+        error: io::Error,
+    },
+    /// There is nothing to undo.
+    #[error("no restore into {} was interrupted: there is nothing to undo", dir.display())]
+    NotInterrupted {
+        /// The data directory.
+        dir: PathBuf,
+    },
+    /// There is too little room, or the operating system reported an error.
     #[error(transparent)]
     Copy(#[from] BackupError),
 }
@@ -92,7 +117,7 @@ pub fn describe_unusable(dir: &Path) -> Option<String> {
     dir.join(RESTORE_MARK).exists().then(|| {
         format!(
             "a restore into {shown} was interrupted, and a part of it is missing: restore into it again, which goes on \
-             with it"
+             with it, or put back what was there with `headgate restore --undo --data-dir {shown}`"
         )
     })
 }
@@ -133,33 +158,30 @@ pub fn restore_files(
     replace: bool,
 ) -> Result<Option<PathBuf>, RestoreError> {
     check_apart(backup, data_dir)?;
-    let aside = match read_mark(data_dir).as_deref() {
-        Some(COPYING) => {
-            remove_entries(data_dir)?;
-            None
-        }
-        Some(aside) => Some(data_dir.join(aside)),
-        None => match entries(data_dir)?.first() {
-            Some(name) if !replace => {
-                return Err(RestoreError::NotEmpty { dir: data_dir.to_owned(), name: name.clone() });
-            }
-            Some(_) => {
-                let aside = free_aside_name(data_dir);
-                write_mark(data_dir, &aside)?;
-                Some(data_dir.join(aside))
-            }
-            None => None,
-        },
-    };
-    if let Some(aside) = &aside {
-        move_entries(data_dir, aside)?;
-    }
-    write_mark(data_dir, COPYING)?;
     let needed: u64 = manifest.files.iter().map(|file| file.bytes).sum();
-    let free = free_bytes(data_dir).name_path(data_dir)?;
-    if free < needed {
-        return Err(BackupError::NoRoom { dir: data_dir.to_owned(), free, needed }.into());
-    }
+    let aside = match RestoreMark::read(data_dir) {
+        Some(RestoreMark::Copying { aside }) => {
+            remove_entries(data_dir)?;
+            check_room(data_dir, needed)?;
+            aside
+        }
+        Some(RestoreMark::Moving { aside }) => {
+            check_room(data_dir, needed)?;
+            move_entries(data_dir, &data_dir.join(&aside))?;
+            Some(aside)
+        }
+        None => {
+            let first = entries(data_dir)?.into_iter().next();
+            if let Some(name) = first.as_ref().filter(|_| !replace) {
+                let name = name.to_string_lossy().into_owned();
+                return Err(RestoreError::NotEmpty { dir: data_dir.to_owned(), name });
+            }
+            // Nothing is moved for a restore that cannot be.
+            check_room(data_dir, needed)?;
+            first.map(|_| move_aside(data_dir)).transpose()?
+        }
+    };
+    RestoreMark::Copying { aside: aside.clone() }.write(data_dir)?;
     let log = data_dir.join("log");
     fs::DirBuilder::new().mode(0o700).create(&log).name_path(&log)?;
     for file in &manifest.files {
@@ -167,7 +189,28 @@ pub fn restore_files(
     }
     sync_dir(&log)?;
     sync_dir(data_dir)?;
-    Ok(aside)
+    Ok(aside.map(|aside| data_dir.join(aside)))
+}
+
+/// Puts back what was in a data directory, which the caller has locked, before a restore into it was interrupted. It can be
+/// interrupted too, and called again.
+///
+/// # Errors
+/// [`RestoreError::NotInterrupted`], or [`RestoreError::Copy`].
+pub fn undo(data_dir: &Path) -> Result<(), RestoreError> {
+    match RestoreMark::read(data_dir) {
+        None => return Err(RestoreError::NotInterrupted { dir: data_dir.to_owned() }),
+        Some(RestoreMark::Copying { aside: None }) => remove_entries(data_dir)?,
+        Some(RestoreMark::Copying { aside: Some(aside) }) => {
+            remove_entries(data_dir)?;
+            sync_dir(data_dir)?;
+            // From here on what is in the directory is what was there.
+            RestoreMark::Moving { aside: aside.clone() }.write(data_dir)?;
+            put_back(data_dir, &data_dir.join(aside))?;
+        }
+        Some(RestoreMark::Moving { aside }) => put_back(data_dir, &data_dir.join(aside))?,
+    }
+    Ok(finish(data_dir)?)
 }
 
 /// Takes the mark away: the data directory is whole.
@@ -189,13 +232,23 @@ fn check_apart(backup: &Path, data_dir: &Path) -> Result<(), RestoreError> {
     Ok(())
 }
 
+/// Checks that the disk has room for what a backup has.
+fn check_room(data_dir: &Path, needed: u64) -> Result<(), BackupError> {
+    let free = free_bytes(data_dir).name_path(data_dir)?;
+    match free < needed {
+        true => Err(BackupError::NoRoom { dir: data_dir.to_owned(), free, needed }),
+        false => Ok(()),
+    }
+}
+
 /// What is in a data directory beside what restoring has put there for itself.
-fn entries(dir: &Path) -> Result<Vec<String>, BackupError> {
+fn entries(dir: &Path) -> Result<Vec<OsString>, BackupError> {
     let mut names = Vec::new();
     for entry in fs::read_dir(dir).name_path(dir)? {
-        let name = entry.name_path(dir)?.file_name().to_string_lossy().into_owned();
-        let is_ours = matches!(name.as_str(), "LOCK" | "lost+found" | RESTORE_MARK | NEW_RESTORE_MARK);
-        if !is_ours && !name.starts_with(ASIDE_BEGIN) {
+        let name = entry.name_path(dir)?.file_name();
+        let text = name.to_string_lossy();
+        let is_ours = matches!(&*text, "LOCK" | "lost+found" | RESTORE_MARK | NEW_RESTORE_MARK);
+        if !is_ours && !text.starts_with(ASIDE_BEGIN) {
             names.push(name);
         }
     }
@@ -203,20 +256,59 @@ fn entries(dir: &Path) -> Result<Vec<String>, BackupError> {
     Ok(names)
 }
 
-fn read_mark(dir: &Path) -> Option<String> {
-    let text = fs::read_to_string(dir.join(RESTORE_MARK)).ok()?.trim().to_owned();
-    (text == COPYING || text.starts_with(ASIDE_BEGIN) && !text.contains('/')).then_some(text)
+/// What an unfinished restore is doing.
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum RestoreMark {
+    /// It moves what was there to the directory of this name, or back.
+    Moving { aside: String },
+    /// It copies. What was there, if anything was, is in the directory of this name.
+    Copying { aside: Option<String> },
 }
 
-fn write_mark(dir: &Path, text: &str) -> Result<(), BackupError> {
-    let (new, mark) = (dir.join(NEW_RESTORE_MARK), dir.join(RESTORE_MARK));
-    let written = File::create(&new).and_then(|mut file| {
-        writeln!(file, "{text}")?;
-        file.sync_all()
-    });
-    written.name_path(&new)?;
-    fs::rename(&new, &mark).name_path(&mark)?;
-    sync_dir(dir)
+impl RestoreMark {
+    fn read(dir: &Path) -> Option<Self> {
+        let text = fs::read_to_string(dir.join(RESTORE_MARK)).ok()?;
+        let is_aside = |name: &&str| name.starts_with(ASIDE_BEGIN) && !name.contains('/');
+        match text.trim().split_once(' ') {
+            None if text.trim() == COPYING => Some(Self::Copying { aside: None }),
+            None => Some(text.trim()).filter(is_aside).map(|name| Self::Moving { aside: name.to_owned() }),
+            Some((COPYING, name)) => {
+                Some(name).filter(is_aside).map(|name| Self::Copying { aside: Some(name.to_owned()) })
+            }
+            Some(_) => None,
+        }
+    }
+
+    fn write(&self, dir: &Path) -> Result<(), BackupError> {
+        let (new, mark) = (dir.join(NEW_RESTORE_MARK), dir.join(RESTORE_MARK));
+        let text = match self {
+            Self::Moving { aside } => aside.clone(),
+            Self::Copying { aside: None } => COPYING.to_owned(),
+            Self::Copying { aside: Some(aside) } => format!("{COPYING} {aside}"),
+        };
+        let written = File::create(&new).and_then(|mut file| {
+            writeln!(file, "{text}")?;
+            file.sync_all()
+        });
+        written.name_path(&new)?;
+        fs::rename(&new, &mark).name_path(&mark)?;
+        sync_dir(dir)
+    }
+}
+
+/// Moves what is there aside, all of it or nothing. Returns the name of where it is.
+fn move_aside(data_dir: &Path) -> Result<String, RestoreError> {
+    let name = free_aside_name(data_dir);
+    let aside = data_dir.join(&name);
+    RestoreMark::Moving { aside: name.clone() }.write(data_dir)?;
+    let moved = move_entries(data_dir, &aside);
+    if let Err(BackupError::Io { path, error }) = moved {
+        put_back(data_dir, &aside)?;
+        finish(data_dir)?;
+        return Err(RestoreError::Immovable { path, error });
+    }
+    moved?;
+    Ok(name)
 }
 
 fn free_aside_name(dir: &Path) -> String {
@@ -235,6 +327,22 @@ fn move_entries(dir: &Path, aside: &Path) -> Result<(), BackupError> {
         fs::rename(&from, aside.join(&name)).name_path(&from)?;
     }
     sync_dir(aside)?;
+    sync_dir(dir)
+}
+
+/// Moves back what was moved aside, and removes the directory that had it.
+fn put_back(dir: &Path, aside: &Path) -> Result<(), BackupError> {
+    let moved = match fs::read_dir(aside) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        moved => moved.name_path(aside)?,
+    };
+    for entry in moved {
+        let from = entry.name_path(aside)?.path();
+        let to = dir.join(from.file_name().expect("an entry of a directory has a name"));
+        fs::rename(&from, &to).name_path(&from)?;
+    }
+    sync_dir(dir)?;
+    fs::remove_dir(aside).name_path(aside)?;
     sync_dir(dir)
 }
 
@@ -287,4 +395,88 @@ fn read_checked(
         return Err(damaged("its content is not what was written"));
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+    use std::os::unix::ffi::OsStringExt;
+
+    use tempfile::TempDir;
+
+    use super::*;
+
+    /// A backup with a registry of so many bytes, by its manifest.
+    fn backup(bytes: u64, blake3: &str) -> (TempDir, BackupManifest) {
+        let dir = TempDir::new().expect("temporary directory");
+        fs::write(dir.path().join(REGISTRY_FILE_NAME), "after").expect("written");
+        let (path, blake3) = (REGISTRY_FILE_NAME.to_owned(), blake3.to_owned());
+        let file = BackupFile { path, bytes, blake3, format: None };
+        (dir, BackupManifest::new(0, 0, vec![file]).expect("a plain name"))
+    }
+
+    /// The files of a directory, those of the directories in it too, with their content.
+    fn content(dir: &Path) -> BTreeMap<PathBuf, String> {
+        let mut found = BTreeMap::new();
+        for entry in fs::read_dir(dir).expect("readable") {
+            let path = entry.expect("an entry").path();
+            match path.is_dir() {
+                true => found.extend(content(&path)),
+                false => _ = found.insert(path.clone(), fs::read_to_string(path).expect("text")),
+            }
+        }
+        found
+    }
+
+    #[test]
+    fn what_was_there_is_not_moved_without_room_and_comes_back_from_wherever_a_restore_was_interrupted() {
+        let data = TempDir::new().expect("temporary directory");
+        let dir = data.path();
+        fs::create_dir(dir.join("log")).expect("made");
+        fs::write(dir.join("log/0.log"), "before").expect("written");
+        fs::write(dir.join(REGISTRY_FILE_NAME), "before").expect("written");
+        fs::write(dir.join(OsString::from_vec(b"\xff".to_vec())), "no text").expect("written");
+        let before = content(dir);
+        let is_no_room = |done| matches!(done, Err(RestoreError::Copy(BackupError::NoRoom { .. })));
+
+        let (large, of_large) = backup(u64::MAX / 2, "");
+        assert!(is_no_room(restore_files(large.path(), &of_large, dir, true)));
+        assert_eq!(content(dir), before, "nothing is moved, and there is no mark");
+        assert!(matches!(undo(dir), Err(RestoreError::NotInterrupted { .. })));
+
+        // While it copies.
+        let (damaged, of_damaged) = backup(5, "00");
+        let failed = restore_files(damaged.path(), &of_damaged, dir, true);
+        assert!(matches!(failed, Err(RestoreError::Damaged { .. })), "{failed:?}");
+        let mark = RestoreMark::read(dir);
+        assert!(matches!(mark, Some(RestoreMark::Copying { aside: Some(_) })), "{mark:?}");
+        assert!(describe_unusable(dir).is_some_and(|words| words.contains("headgate restore --undo")));
+        assert!(is_no_room(restore_files(large.path(), &of_large, dir, true)));
+        assert_eq!(RestoreMark::read(dir), mark, "and so it can still be undone");
+        undo(dir).expect("undone");
+        assert_eq!((content(dir), describe_unusable(dir)), (before.clone(), None));
+
+        // While it moves, and while it moves back.
+        let aside = free_aside_name(dir);
+        RestoreMark::Moving { aside: aside.clone() }.write(dir).expect("written");
+        undo(dir).expect("nothing was moved yet");
+        assert_eq!(content(dir), before);
+        RestoreMark::Moving { aside: aside.clone() }.write(dir).expect("written");
+        fs::create_dir(dir.join(&aside)).expect("made");
+        fs::rename(dir.join("log"), dir.join(&aside).join("log")).expect("moved");
+        undo(dir).expect("undone");
+        assert_eq!(content(dir), before);
+
+        // What was copied is removed once more if nothing was there.
+        let empty = TempDir::new().expect("temporary directory");
+        assert!(restore_files(damaged.path(), &of_damaged, empty.path(), false).is_err());
+        undo(empty.path()).expect("undone");
+        assert!(entries(empty.path()).expect("readable").is_empty());
+        let digest = blake3::hash(b"after").to_hex();
+        let (whole, of_whole) = backup(5, digest.as_str());
+        let restored = restore_files(whole.path(), &of_whole, dir, true).expect("restored");
+        assert!(restored.is_some_and(|aside| aside.join("log/0.log").exists()));
+        finish(dir).expect("done");
+        assert_eq!(fs::read_to_string(dir.join(REGISTRY_FILE_NAME)).expect("there"), "after");
+    }
 }

@@ -7,6 +7,7 @@ use tracing::warn;
 
 use super::BackupError;
 use super::error::NamePath;
+use super::manifest::is_plain_path;
 use super::near_copy::NearCopy;
 use super::writer::BackupWriter;
 use crate::auth::Registry;
@@ -97,16 +98,22 @@ impl BackupSources {
         Ok((first_offset, next_offset))
     }
 
-    /// What else there is to copy: the path and the name of each.
+    /// What else there is to copy: the path and the name of each. What has a name that no backup can be restored with is
+    /// left out: Headgate gives none such.
     fn other_files(&self) -> Result<Vec<(PathBuf, String)>, BackupError> {
         let mut files = Vec::new();
         for entry in std::fs::read_dir(&self.data_dir).name_path(&self.data_dir)? {
             let entry = entry.name_path(&self.data_dir)?;
-            let Ok(name) = entry.file_name().into_string() else { continue };
+            let name = entry.file_name().to_string_lossy().into_owned();
             let is_file = std::fs::metadata(entry.path()).is_ok_and(|file| file.is_file());
-            if is_file && (STEADY_FILES.contains(&name.as_str()) || is_set_aside(&name)) {
-                files.push((entry.path(), name));
+            if !is_file || !STEADY_FILES.contains(&name.as_str()) && !is_set_aside(&name) {
+                continue;
             }
+            if !is_plain_path(&name) {
+                warn!(?name, "a file is not in the backup: its name has more than letters, digits and .-_");
+                continue;
+            }
+            files.push((entry.path(), name));
         }
         files.sort();
         Ok(files)

@@ -14,7 +14,7 @@ use super::client::ApiClient;
 use super::out::{CommandOutput, grouped, print_json, progress_style};
 use super::serve;
 use crate::config::Config;
-use crate::gateway::{back_up_stopped, restore_backup};
+use crate::gateway::{back_up_stopped, restore_backup, undo_restore};
 use crate::observe::trace;
 
 /// How often the gateway is asked how far it is.
@@ -42,7 +42,8 @@ pub(super) struct BackupArgs {
 #[derive(Debug, clap::Args)]
 pub(super) struct RestoreArgs {
     /// The backup
-    dir: PathBuf,
+    #[arg(required_unless_present = "undo")]
+    dir: Option<PathBuf>,
     /// The data directory to make of it; no gateway may be using it
     #[arg(long, value_name = "DIR")]
     data_dir: PathBuf,
@@ -52,6 +53,9 @@ pub(super) struct RestoreArgs {
     /// If the data directory is not empty, move what is there to before-restore-TIME in it
     #[arg(long)]
     replace: bool,
+    /// Put back what was in the data directory before a restore into it was interrupted
+    #[arg(long, conflicts_with_all = ["dir", "replace"])]
+    undo: bool,
     /// Print what was done as JSON
     #[arg(long)]
     json: bool,
@@ -93,7 +97,15 @@ pub(super) fn run(args: BackupArgs, out: &mut CommandOutput) -> anyhow::Result<(
 
 pub(super) fn run_restore(args: RestoreArgs, out: &mut CommandOutput) -> anyhow::Result<()> {
     let config = config_of(args.config, args.data_dir)?;
-    let restored = restore_backup(&config, &args.dir, args.replace)?;
+    let Some(backup) = args.dir else {
+        undo_restore(&config.data_dir)?;
+        let dir = config.data_dir.display();
+        return match args.json {
+            true => print_json(&json!({ "data_dir": config.data_dir, "undone": true }), out),
+            false => Ok(writeln!(out, "{dir} is what it was before the restore")?),
+        };
+    };
+    let restored = restore_backup(&config, &backup, args.replace)?;
     if args.json {
         let done = json!({
             "data_dir": config.data_dir, "aside": restored.aside, "files": restored.files,

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use anyhow::bail;
+use anyhow::{anyhow, bail};
 
 use super::directory::{LOG_DIRECTORY, check_is_whole, check_log_backend, lock_existing, make_and_lock};
 use super::start_advice::{explain_log_error, explain_registry_error};
@@ -65,18 +65,37 @@ pub fn restore_backup(config: &Config, backup: &Path, replace: bool) -> anyhow::
     }
     let manifest = restore::check_backup(backup)?;
     let _lock = make_and_lock(data_dir)?;
-    let aside = restore::restore_files(backup, &manifest, data_dir, replace)?;
-    begin_history(data_dir, manifest.next_offset)?;
-    let next_offset = open_once(config)?;
-    if next_offset != manifest.next_offset {
-        bail!(
-            "the log that was restored ends at offset {next_offset}, and the backup says {}: use another backup",
-            manifest.next_offset
-        );
+    let restored = (|| {
+        let aside = restore::restore_files(backup, &manifest, data_dir, replace)?;
+        begin_history(data_dir, manifest.next_offset)?;
+        let next_offset = open_once(config)?;
+        if next_offset != manifest.next_offset {
+            bail!(
+                "the log that was restored ends at offset {next_offset}, and the backup says {}: use another backup",
+                manifest.next_offset
+            );
+        }
+        restore::finish(data_dir)?;
+        let bytes = manifest.files.iter().map(|file| file.bytes).sum();
+        Ok(RestoredDirectory { files: manifest.files.len(), bytes, next_offset, aside })
+    })();
+    // The data directory may be one that no gateway starts on: how to get out of that belongs to what has gone wrong.
+    restored.map_err(|error| match restore::describe_unusable(data_dir) {
+        Some(unusable) => anyhow!("{error:#}. {unusable}"),
+        None => error,
+    })
+}
+
+/// Puts back what was in a data directory before a restore into it was interrupted.
+///
+/// # Errors
+/// A gateway uses the directory, no restore was interrupted, or something cannot be moved; worded for an operator.
+pub fn undo_restore(data_dir: &Path) -> anyhow::Result<()> {
+    if !data_dir.is_dir() {
+        bail!("there is no directory {}", data_dir.display());
     }
-    restore::finish(data_dir)?;
-    let bytes = manifest.files.iter().map(|file| file.bytes).sum();
-    Ok(RestoredDirectory { files: manifest.files.len(), bytes, next_offset, aside })
+    let _lock = lock_existing(data_dir)?;
+    Ok(restore::undo(data_dir)?)
 }
 
 /// Opens the log and the registry, without which nothing is served. Returns the offset that the next record gets.

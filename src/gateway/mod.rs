@@ -41,7 +41,7 @@ use directory::ADMIN_KEY_FILE;
 pub(crate) use directory::write_secret;
 use fronts::RunningFronts;
 pub use history::{AdoptionOrder, AdoptionReport, ClusterCommandError, adopt_cluster};
-pub use keep::{back_up_stopped, restore_backup};
+pub use keep::{back_up_stopped, restore_backup, undo_restore};
 use listeners::Listeners;
 use member::{ClusterMember, JoiningMember};
 use opened::{OpenedGateway, OpenedLog};
@@ -66,6 +66,7 @@ pub struct Gateway {
     /// The file with the first admin key.
     pub admin_key_path: PathBuf,
     log: Arc<dyn Log>,
+    intake: Intake,
     consumers: Consumers,
     drain: CancellationToken,
     drain_max: Duration,
@@ -129,6 +130,7 @@ impl Gateway {
         let member = opened.member.take();
         consumers.subscribers.router.set_processor(opened.intake.processor().clone());
         opened.intake.set_retained_topics(consumers.subscribers.retained.topics().clone());
+        let intake = opened.intake.clone();
         let drain = CancellationToken::new();
         // Started before anything can end a key, so that it disconnects the NATS clients of every dead key.
         let callout = match &config.nats {
@@ -157,6 +159,7 @@ impl Gateway {
             admin_addr: addrs.admin,
             admin_key_path: config.data_dir.join(ADMIN_KEY_FILE),
             log,
+            intake,
             consumers,
             drain,
             drain_max: config.drain_max(),
@@ -248,6 +251,10 @@ impl Gateway {
             warn!("group members' records were not handed over; other members get them later");
         }
         self.log.close().await;
+        // Each has its answer now.
+        if tokio::time::timeout_at(deadline.into(), self.intake.settle_unattended()).await.is_err() {
+            warn!("what clients brought that did not wait for the answer is not counted");
+        }
         if let Some(member) = self.member.take() {
             member.leave().await;
         }

@@ -1,27 +1,33 @@
-//! An admitted draft: on its way into the log, with what is counted and answered when it is durable.
+//! An admitted draft: on its way into the log, with what is counted and answered when it is durable. Its messages are in
+//! the log's queue whether or not anybody waits for the answer. So a draft that is dropped before that, with the request or
+//! connection that brought it, goes on as a task of its own: it keeps its room and memory until the log has answered, and
+//! what it has brought is counted.
 
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::task::{Context, Poll, ready};
+use std::task::{Context, Poll, Waker, ready};
 use std::time::Instant;
 
 use tokio::sync::{OwnedSemaphorePermit, oneshot};
 
 use crate::auth::usage::KeyClient;
-use crate::auth::{GrantDenial, Key, Registry};
+use crate::auth::{GrantDenial, Key};
 use crate::log::{AppendError, CommitOutcome, Offsets, Section, SectionOutcome};
+use crate::memory::MemoryCharge;
 use crate::message::{DatasourceId, Offset, TimeMicros, Transport};
-use crate::observe::metrics::Metrics;
-use crate::observe::refusals::{RefusalNote, Refusals};
+use crate::observe::refusals::RefusalNote;
 use crate::observe::spans::DraftSpans;
 use crate::processor::DiskTurn;
 
-use super::Refusal;
 use super::payer::DraftPayer;
+use super::{Intake, IntakeInner, Refusal};
 
 /// A draft on its way into the log. Resolves when it is durable, or known not to be kept.
-pub struct AdmittedDraft {
+pub struct AdmittedDraft(Option<DraftInFlight>);
+
+/// What there is of a draft until the log has answered.
+pub(super) struct DraftInFlight {
     pub(super) committed: oneshot::Receiver<Result<CommitOutcome, AppendError>>,
     pub(super) started: Instant,
     /// What each section holds.
@@ -32,14 +38,14 @@ pub struct AdmittedDraft {
     pub(super) asked: Vec<(usize, Refusal)>,
     pub(super) client: Option<Arc<KeyClient>>,
     pub(super) received_at: TimeMicros,
-    pub(super) registry: Arc<Registry>,
     pub(super) transport: Transport,
-    pub(super) metrics: Arc<Metrics>,
-    pub(super) refusals: Arc<Refusals>,
+    pub(super) intake: Intake,
     /// The spans of its messages.
     pub(super) spans: DraftSpans,
     /// What it takes in memory, until it is durable.
     pub(super) _payers: Vec<DraftPayer>,
+    /// What its front has charged for it, if that is gone.
+    pub(super) front_charge: Option<MemoryCharge>,
     pub(super) _room: DraftRoom,
 }
 
@@ -79,18 +85,32 @@ struct KeptRun<'a> {
 }
 
 impl AdmittedDraft {
+    pub(super) fn new(in_flight: DraftInFlight) -> Self {
+        Self(Some(in_flight))
+    }
+
+    /// Keeps what its front has charged for its memory, until it is durable: for a front that drops it.
+    pub fn keep_charge(&mut self, charge: Option<MemoryCharge>) {
+        if let Some(in_flight) = &mut self.0 {
+            in_flight.front_charge = charge;
+        }
+    }
+}
+
+impl DraftInFlight {
     /// Reports the use of a key to the registry, and what its datasource has sent.
     fn report_use(&self, kept: Option<KeptRun<'_>>) {
         if let Some(KeptRun { key, datasource, accepted, last_offset }) = kept {
             let (at, came_in) = (self.received_at, Some((accepted.0, last_offset)));
-            self.registry.note_use(key, self.client.as_ref(), at, came_in);
-            self.registry.count_traffic(key, datasource, accepted, at);
+            let registry = self.intake.0.authorizer.registry();
+            registry.note_use(key, self.client.as_ref(), at, came_in);
+            registry.count_traffic(key, datasource, accepted, at);
         }
     }
 
     /// Reports that `messages` of a key are refused, which only the log could tell.
     fn report_refusal(&self, key: &Arc<Key>, messages: u32, refusal: &Refusal) {
-        self.registry.note_refusal(key);
+        self.intake.0.authorizer.registry().note_refusal(key);
         let client = self.client.as_deref();
         let note = RefusalNote {
             address: client.and_then(|client| client.address),
@@ -99,7 +119,7 @@ impl AdmittedDraft {
             key_id: Some(key.id),
             ..refusal.note(self.transport)
         };
-        (0..messages).for_each(|_| self.refusals.note(note));
+        (0..messages).for_each(|_| self.intake.0.refusals.note(note));
     }
 }
 
@@ -123,9 +143,31 @@ impl Future for AdmittedDraft {
     type Output = Result<DurableDraft, Refusal>;
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        let Some(in_flight) = &mut self.0 else { return Poll::Pending };
+        let resolved = ready!(Pin::new(in_flight).poll(cx));
+        self.0 = None;
+        Poll::Ready(resolved)
+    }
+}
+
+impl Drop for AdmittedDraft {
+    fn drop(&mut self) {
+        let Some(mut in_flight) = self.0.take() else { return };
+        if Pin::new(&mut in_flight).poll(&mut Context::from_waker(Waker::noop())).is_pending() {
+            let intake = in_flight.intake.clone();
+            intake.go_on_unattended(async move { drop(in_flight.await) });
+        }
+    }
+}
+
+impl Future for DraftInFlight {
+    type Output = Result<DurableDraft, Refusal>;
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         // A writer that is gone without an answer ended because the gateway is shutting down.
         let committed = ready!(Pin::new(&mut self.committed).poll(cx)).unwrap_or(Err(AppendError::Closed))?;
-        self.metrics.commit_seconds.record(self.started.elapsed());
+        let IntakeInner { metrics, refusals, .. } = &*self.intake.0;
+        metrics.commit_seconds.record(self.started.elapsed());
         let (mut records, mut bytes, mut duplicates, mut quarantined) = (0, 0, 0, 0);
         let mut kept: Option<KeptRun<'_>> = None;
         let sections = self.records.iter().zip(&self.keys).zip(&committed.outcomes);
@@ -152,7 +194,7 @@ impl Future for AdmittedDraft {
                 SectionOutcome::KeyDead => {
                     let note =
                         RefusalNote::new(self.transport, GrantDenial::Revoked.cause(), &GrantDenial::Revoked);
-                    (0..n + m).for_each(|_| self.refusals.note(note));
+                    (0..n + m).for_each(|_| refusals.note(note));
                 }
                 other => {
                     let asked = self.asked.iter().find(|(asked, _)| *asked == origin);
@@ -164,11 +206,11 @@ impl Future for AdmittedDraft {
             }
         }
         self.report_use(kept);
-        self.metrics.count_accepted(self.transport, records, bytes);
+        metrics.count_accepted(self.transport, records, bytes);
         if quarantined > 0 {
-            self.metrics.count_quarantined(self.transport, quarantined);
+            metrics.count_quarantined(self.transport, quarantined);
         }
-        self.metrics.count_duplicates(self.transport, duplicates);
+        metrics.count_duplicates(self.transport, duplicates);
         self.spans.note_outcomes(&committed.outcomes);
         Poll::Ready(Ok(DurableDraft { outcomes: committed.outcomes }))
     }

@@ -23,6 +23,7 @@ use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use tokio::sync::{AcquireError, OwnedSemaphorePermit, Semaphore};
+use tokio_util::task::TaskTracker;
 use tracing::{info, warn};
 
 use crate::auth::setting::JsonSetting;
@@ -41,7 +42,7 @@ use crate::quota::{Limit, LimitExceeded, LimitOwner, LimitPolicy, LimitSetting, 
 use crate::retained_topics::{RetainedFull, RetainedTopics};
 use crate::shares::{ShareCount, ShareExceeded, TenantShare};
 
-use admitted::{DraftRoom, SectionCounts};
+use admitted::{DraftInFlight, DraftRoom, SectionCounts};
 use payer::DraftPayer;
 
 pub use admitted::{AdmittedDraft, DurableDraft, DurableOffsets, PendingRelease};
@@ -74,6 +75,8 @@ struct IntakeInner {
     processor: ProcessorTime,
     /// A permit for each byte that may be on its way into the log.
     room: Arc<Semaphore>,
+    /// Drafts on their way into the log for which nobody waits any more.
+    unattended: TaskTracker,
     /// Closes connections of dead keys that are not in the registry, such as those to a NATS server.
     closer: OnceLock<RemoteConnectionCloser>,
     /// The topics with a retained message, once there is a consumer of them.
@@ -116,6 +119,7 @@ impl Intake {
             memory,
             processor: ProcessorTime::new(),
             room,
+            unattended: TaskTracker::new(),
             closer,
             retained,
         }))
@@ -348,9 +352,7 @@ impl Intake {
         let give_up_at = started + self.hold_back(draft.transport);
         draft.spans.note_admitted();
         let committed = self.0.log.append(draft.sections, give_up_at);
-        let metrics = self.0.metrics.clone();
-        let refusals = self.0.refusals.clone();
-        AdmittedDraft {
+        AdmittedDraft::new(DraftInFlight {
             committed,
             started,
             records,
@@ -358,14 +360,28 @@ impl Intake {
             asked: draft.refusals,
             client: draft.client,
             received_at: draft.received_at,
-            registry: self.0.authorizer.registry().clone(),
             transport: draft.transport,
-            metrics,
-            refusals,
+            intake: draft.intake,
             spans: draft.spans,
             _payers: draft.payers,
+            front_charge: None,
             _room: room,
+        })
+    }
+
+    /// Has a draft wait for the log's answer as a task of its own: whoever waited for it is gone.
+    fn go_on_unattended(&self, in_flight: impl Future<Output = ()> + Send + 'static) {
+        // Without a runtime the process ends, or a test.
+        if let Some(runtime) = self.0.processor.lasting_runtime() {
+            self.0.unattended.spawn_on(in_flight, &runtime);
         }
+    }
+
+    /// Returns when every draft whose client did not wait for the answer is counted. Call it once no draft is admitted any
+    /// more and the log has answered all, which [`Log::close`] does.
+    pub async fn settle_unattended(&self) {
+        self.0.unattended.close();
+        self.0.unattended.wait().await;
     }
 
     /// Releases QoS 2 exchanges. Once it resolves `Ok`, the release is durable, and a message that opens

@@ -1,24 +1,31 @@
 //! Intake: what becomes of the messages of a draft, and in which order.
 
+use std::path::Path;
+
 use tempfile::TempDir;
 
 use super::*;
 use crate::auth::{Actor, Registry, Scope, Scopes};
 use crate::config::Config;
 use crate::limits::MESSAGE_ID_BYTES_MAX;
+use crate::log::power_loss_disk::PowerLossDisk;
 use crate::log::{EmbeddedLog, Offsets};
 use crate::message::{Offset, RecordFlags};
 
 /// An intake with a log of its own, and a grant for datasource `press-4`.
 pub(super) fn intake() -> (TempDir, Intake, Grant) {
+    intake_on(|dir, config| EmbeddedLog::open(dir, &config.log, &config.intake).expect("opens"))
+}
+
+/// As [`intake`], with a log that `open` opens.
+fn intake_on(open: impl FnOnce(&Path, &Config) -> EmbeddedLog) -> (TempDir, Intake, Grant) {
     let dir = TempDir::new().expect("temporary directory");
     let registry = Arc::new(Registry::open(dir.path()).expect("opens"));
     let scopes = Scopes::from_slice(&[Scope::Ingest]);
     let (_, _, secret) =
         registry.create_datasource(&Actor::SYSTEM, None, "press-4", scopes).expect("created");
     let config = Config::default();
-    let log = EmbeddedLog::open(dir.path(), &config.log, &config.intake).expect("opens");
-    let log = Arc::new(log);
+    let log = Arc::new(open(dir.path(), &config));
     let authorizer = Authorizer::new(registry);
     let grant = authorizer.identify(secret.expose().as_bytes()).expect("a valid key");
     (dir, Intake::new(authorizer, log, Arc::new(Metrics::new()), &config.intake), grant)
@@ -45,6 +52,61 @@ pub(super) async fn publish(
     let origins: Vec<usize> = messages.iter().map(push).collect();
     let accepted = intake.admit(draft).await.expect("room").await.expect("kept");
     origins.into_iter().map(|origin| accepted.outcomes[origin].clone()).collect()
+}
+
+/// A client that reset its requests as soon as they were admitted had the log's queue grow without a bound, and nothing of
+/// what it brought was counted.
+#[tokio::test]
+async fn a_draft_that_nobody_waits_for_keeps_its_room_until_the_log_has_answered_and_is_counted() {
+    let disk = Arc::new(PowerLossDisk::default());
+    let (_dir, intake, grant) =
+        intake_on(|dir, config| disk.open_log(dir, &config.log, &config.intake).expect("opens"));
+    let room = || intake.0.room.available_permits();
+    let accepted = || {
+        let metrics = intake.metrics().render();
+        let of_mqtt = metrics.lines().find_map(|line| {
+            line.strip_prefix("headgate_accepted_total{transport=\"mqtt\"} ").map(str::to_owned)
+        });
+        of_mqtt.map_or(0, |count| count.parse::<u64>().expect("a number"))
+    };
+    let all_room = room();
+    let account = intake.memory_account(&grant);
+    // The log waits for the disk. MQTT charges for a read, and the others for each message.
+    let leave = async |is_charged_by_front: bool| {
+        disk.set_full(true);
+        let mut draft = intake.draft(Transport::Mqtt, 7);
+        if !is_charged_by_front {
+            draft.charge_to(&account, grant.key_id());
+        }
+        draft.push(&grant, None, message(None, None)).expect("let in");
+        let mut admitted = intake.admit(draft).await.expect("room");
+        if is_charged_by_front {
+            admitted.keep_charge(Some(account.charge_held(100)));
+        }
+        drop(admitted);
+        tokio::task::yield_now().await;
+        assert!(room() < all_room && intake.memory().held_bytes() > 0, "its bytes are in the log's queue");
+    };
+    leave(false).await;
+    disk.set_full(false);
+    let settled = async {
+        while room() < all_room || intake.memory().held_bytes() > 0 {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(20), settled).await.expect("the log answers");
+    assert_eq!((intake.0.log.next_offset(), accepted()), (1, 1));
+    let used = intake.authorizer().registry().usage(std::slice::from_ref(grant.key())).expect("readable");
+    assert_eq!(used[0].accepted, 1, "its key was used");
+    leave(true).await;
+    disk.set_full(false);
+    let drained = async {
+        intake.0.log.close().await;
+        intake.settle_unattended().await;
+    };
+    tokio::time::timeout(Duration::from_secs(20), drained).await.expect("a drain does not hang");
+    assert_eq!((intake.0.log.next_offset(), accepted(), room()), (2, 2, all_room));
+    assert_eq!(intake.memory().held_bytes(), 0);
 }
 
 #[tokio::test]

@@ -47,6 +47,7 @@
 //! damage clears the exchanges from before it, because a release may be missing: keeping a message
 //! twice is better than taking it for another and losing it.
 
+mod age;
 mod assembly;
 mod commit_thread;
 mod cut;

@@ -7,6 +7,8 @@
 //! | firm | storage, retained messages | a log that is full of records under it takes no more |
 //! | yielding | egress | age alone removes nothing under it; lack of room does |
 //!
+//! A step of the wall clock while Headgate runs ages no segment (`age.rs`).
+//!
 //! Nothing is removed before the consumers of this start have their holds: until then the log holds
 //! everything.
 
@@ -15,9 +17,10 @@ use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 
+use super::age::ClockReading;
 use super::segment::Segment;
 use crate::config;
-use crate::message::{Offset, TimeMicros};
+use crate::message::Offset;
 
 /// Keeps what a consumer has not consumed yet: retention removes nothing at or above the lowest firm
 /// hold, and nothing at or above the lowest yielding one for its age alone. Dropping it ends it.
@@ -105,7 +108,7 @@ pub(super) fn removable(
     config: &config::LogConfig,
     stay_s: u64,
     held: LowestHolds,
-    now: TimeMicros,
+    now: ClockReading,
     incoming_bytes: u64,
 ) -> usize {
     let mut bytes: u64 = segments.values().map(|segment| segment.disk_bytes()).sum::<u64>() + incoming_bytes;
@@ -117,7 +120,7 @@ pub(super) fn removable(
         .zip(segments.values().skip(1))
         .take_while(|(segment, next)| {
             let over_size = bytes > config.retention_bytes;
-            let over_age = config.retention_s > 0 && now.saturating_sub(next.created_at) > age_max;
+            let over_age = config.retention_s > 0 && next.age(now) > age_max;
             bytes -= segment.disk_bytes();
             let over_age = over_age && next.first_offset <= held.with_room;
             next.first_offset <= held.firmly && (over_size || over_age)
@@ -132,14 +135,20 @@ mod tests {
     use super::super::disk::FileSystem;
     use super::*;
     use crate::config::Config;
+    use crate::message::TimeMicros;
 
     const SECOND: TimeMicros = 1_000_000;
+
+    fn at(wall: TimeMicros, running: i64) -> ClockReading {
+        ClockReading { wall, running }
+    }
 
     /// Three segments, of which each ended, in offsets and seconds, at the next multiple of ten.
     fn segments(dir: &TempDir) -> BTreeMap<Offset, Arc<Segment>> {
         let segment = |first_offset: Offset| {
             let mut segment = Segment::create(&FileSystem, dir.path(), first_offset).expect("made");
             segment.created_at = TimeMicros::try_from(first_offset).expect("small") * SECOND;
+            segment.found_at = at(segment.created_at, segment.created_at);
             (first_offset, Arc::new(segment))
         };
         [0, 10, 20].map(segment).into()
@@ -152,7 +161,7 @@ mod tests {
         let removable = |retention_s, stay_s, held, now| {
             let config = config::LogConfig { retention_s, ..Config::default().log };
             let held = LowestHolds { firmly: held, with_room: held };
-            super::removable(&segments, &config, stay_s, held, now * SECOND, 0)
+            super::removable(&segments, &config, stay_s, held, at(now * SECOND, now * SECOND), 0)
         };
         assert_eq!(removable(5, 1, Offset::MAX, 15), 0);
         assert_eq!(removable(5, 1, Offset::MAX, 16), 1);
@@ -163,6 +172,27 @@ mod tests {
         assert_eq!(removable(0, 1, Offset::MAX, 1_000), 0, "no age");
     }
 
+    /// A minute of a wrong time from NTP, or the first right one of a board without a clock, removed every ended segment.
+    #[test]
+    fn a_step_of_the_wall_clock_while_the_log_is_open_removes_nothing() {
+        let dir = TempDir::new().expect("temporary directory");
+        let mut segments = segments(&dir);
+        let config = config::LogConfig { retention_s: 60, ..Config::default().log };
+        let held = LowestHolds { firmly: Offset::MAX, with_room: Offset::MAX };
+        let removable = |segments: &BTreeMap<Offset, Arc<Segment>>, wall, running| {
+            super::removable(segments, &config, 1, held, at(wall * SECOND, running * SECOND), 0)
+        };
+        assert_eq!(removable(&segments, 1_000_000, 30), 0, "they were made in this run");
+        assert_eq!(removable(&segments, 1_000_000, 71), 1, "after their time they go");
+        // The same after a start at 40 seconds.
+        for segment in segments.values_mut() {
+            let segment = Arc::get_mut(segment).expect("nobody else has it");
+            segment.found_at = at(40 * SECOND, 0);
+        }
+        assert_eq!(removable(&segments, 1_000_000, 30), 0, "30 seconds and 30 seconds");
+        assert_eq!(removable(&segments, 1_000_000, 31), 1);
+    }
+
     #[test]
     fn what_is_held_with_room_stays_over_its_age_and_goes_when_there_is_no_room() {
         let dir = TempDir::new().expect("temporary directory");
@@ -170,7 +200,8 @@ mod tests {
         let bytes: u64 = segments.values().map(|segment| segment.disk_bytes()).sum();
         let removable = |retention_bytes, firmly, with_room| {
             let config = config::LogConfig { retention_s: 5, retention_bytes, ..Config::default().log };
-            super::removable(&segments, &config, 1, LowestHolds { firmly, with_room }, 1_000 * SECOND, 0)
+            let (held, now) = (LowestHolds { firmly, with_room }, at(1_000 * SECOND, 1_000 * SECOND));
+            super::removable(&segments, &config, 1, held, now, 0)
         };
         assert_eq!(removable(bytes, Offset::MAX, 10), 1, "over its age, and the second is held");
         assert_eq!(removable(bytes - 1, Offset::MAX, 0), 1, "no room for one of them");

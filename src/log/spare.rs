@@ -140,14 +140,19 @@ impl SpareSegments {
         Ok(true)
     }
 
-    /// Removes those that a backup has linked since they were kept.
-    fn remove_linked(&mut self, disk: &dyn Disk) {
-        let is_linked = |spare: &mut SpareSegment| spare.is_free() && is_linked(&*spare.file);
-        for spare in self.files.extract_if(.., is_linked) {
+    /// Takes one that nobody reads, and no backup has linked since it was kept. Whoever links it reads it meanwhile, so the
+    /// links are looked at once nobody does. Those that are linked are removed.
+    fn take_free(&mut self, disk: &dyn Disk) -> Option<SpareSegment> {
+        while let Some(free) = self.files.iter().position(SpareSegment::is_free) {
+            let spare = self.files.remove(free);
+            if !is_linked(&*spare.file) {
+                return Some(spare);
+            }
             if let Err(error) = disk.remove(&spare.path) {
                 debug!(%error, path = %spare.path.display(), "a linked spare segment could not be removed");
             }
         }
+        None
     }
 
     /// Gives the room of one back.
@@ -166,14 +171,16 @@ impl SpareSegments {
         dir: &Path,
         first_offset: Offset,
     ) -> io::Result<Segment> {
-        self.remove_linked(disk);
-        let Some(free) = self.files.iter().position(SpareSegment::is_free) else {
+        let Some(spare) = self.take_free(disk) else {
             return Segment::create(disk, dir, first_offset);
         };
-        if self.is_dir_unsynced {
-            self.sync_dir(disk, dir)?;
+        if self.is_dir_unsynced
+            && let Err(error) = self.sync_dir(disk, dir)
+        {
+            self.files.push(spare);
+            return Err(error);
         }
-        let SpareSegment { path, file, bytes, .. } = self.files.remove(free);
+        let SpareSegment { path, file, bytes, .. } = spare;
         let made = Segment::create_over(disk, dir, first_offset, (&path, file, bytes));
         if let Err(error) = &made {
             // The next try makes a new file; this one may be in no order.
@@ -215,6 +222,7 @@ pub(super) fn is_linked(file: &dyn SegmentFile) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use parking_lot::Mutex;
     use tempfile::TempDir;
 
     use super::super::disk::FileSystem;
@@ -266,6 +274,50 @@ mod tests {
         for (name, bytes) in [("early", before), ("late", late_before)] {
             assert!(std::fs::read(dir.path().join(name)).expect("there") == bytes, "{name}");
         }
+    }
+
+    /// A disk on which a reader is done with a segment while another file is removed.
+    struct LastReaderDisk(Mutex<Option<Arc<Segment>>>);
+
+    impl Disk for LastReaderDisk {
+        fn open(&self, path: &Path, create: bool) -> io::Result<Arc<dyn SegmentFile>> {
+            FileSystem.open(path, create)
+        }
+
+        fn remove(&self, path: &Path) -> io::Result<()> {
+            self.0.lock().take();
+            FileSystem.remove(path)
+        }
+
+        fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
+            FileSystem.rename(from, to)
+        }
+
+        fn sync_dir(&self, dir: &Path) -> io::Result<()> {
+            FileSystem.sync_dir(dir)
+        }
+
+        fn free_bytes(&self, dir: &Path) -> io::Result<u64> {
+            FileSystem.free_bytes(dir)
+        }
+    }
+
+    #[test]
+    fn a_linked_file_whose_last_reader_leaves_while_one_is_chosen_is_not_written_over() {
+        let dir = TempDir::new().expect("temporary directory");
+        let segment = |offset| Arc::new(Segment::create(&FileSystem, dir.path(), offset).expect("made"));
+        let (read, unread) = (segment(0), segment(10));
+        let disk = LastReaderDisk(Mutex::new(Some(read.clone())));
+        let mut spares = SpareSegments::default();
+        for (segment, name) in [(read, "read"), (unread, "unread")] {
+            let path = segment.path().with_extension("spare");
+            spares.keep(&disk, segment).expect("kept");
+            std::fs::hard_link(path, dir.path().join(name)).expect("linked");
+        }
+        let before = std::fs::read(dir.path().join("read")).expect("readable");
+        spares.create(&disk, dir.path(), 20).expect("made");
+        assert!(std::fs::read(dir.path().join("read")).expect("there") == before);
+        assert!(spares.is_empty() && disk.0.lock().is_none(), "both are removed");
     }
 
     #[test]

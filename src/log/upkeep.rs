@@ -5,11 +5,11 @@ use std::sync::atomic::Ordering;
 
 use tracing::{debug, info, warn};
 
+use super::age::ClockReading;
 use super::writer::LogWriter;
 use super::{AppendError, retention};
 use crate::config::Durability;
 use crate::limits::{SEGMENT_ALLOCATE_BYTES, WRITE_AHEAD_BYTES, WRITE_AHEAD_FREE_BYTES_MIN};
-use crate::message::now_micros;
 
 /// What is written ahead at a time.
 static WRITE_AHEAD_ZEROS: [u8; WRITE_AHEAD_BYTES] = [0; WRITE_AHEAD_BYTES];
@@ -52,7 +52,7 @@ impl LogWriter {
         let removable: Vec<_> = {
             let segments = self.shared.segments();
             let held = self.shared.holds.lowest();
-            let (config, stay_s, now) = (&self.config, self.stay_s, now_micros());
+            let (config, stay_s, now) = (&self.config, self.stay_s, ClockReading::now());
             let incoming_bytes = self.spares.bytes() + self.beside_spare(incoming_bytes);
             let count = retention::removable(&segments, config, stay_s, held, now, incoming_bytes);
             segments.values().take(count).cloned().collect()

@@ -100,47 +100,40 @@ impl MemoryAccount {
     }
 
     async fn wait_part(&self, parts: usize, kind: WaitKind) {
+        let mut turns = WaitTurns::default();
         while let Some(used_up) = self.used_up(parts) {
-            let queue = &used_up.queues[kind as usize];
-            let waiting = WaitingClient::new(queue);
-            // Counted first: what is freed between the check and the wait is seen by one of the two.
-            let freed = queue.freed.notified();
-            if self.used_up(parts).is_some() {
-                freed.await;
-            }
-            drop(waiting);
+            turns.wait(self, used_up, kind, || self.used_up(parts).is_none().then_some(())).await;
         }
         self.wake_next(kind);
     }
 
     /// Waits until `bytes` can be charged.
     pub async fn wait_for(self: &Arc<Self>, bytes: usize) -> MemoryCharge {
-        loop {
+        let mut turns = WaitTurns::default();
+        let charge = loop {
             let exceeded = match self.charge(bytes) {
-                Ok(charge) => {
-                    self.wake_next(WaitKind::Bytes);
-                    return charge;
-                }
+                Ok(charge) => break charge,
                 Err(exceeded) => exceeded,
             };
             let is_it = |owner: &&Arc<OwnerUse>| exceeded.owner.as_ref() == Some(&owner.owner);
             let used_up = self.owners().find(is_it).map_or(&self.budget.all, |owner| &owner.held);
-            let queue = &used_up.queues[WaitKind::Bytes as usize];
-            let waiting = WaitingClient::new(queue);
-            let freed = queue.freed.notified();
-            if let Ok(charge) = self.charge(bytes) {
-                return charge;
+            let charged = turns.wait(self, used_up, WaitKind::Bytes, || self.charge(bytes).ok()).await;
+            if let Some(charge) = charged {
+                break charge;
             }
-            freed.await;
-            drop(waiting);
-        }
+        };
+        self.wake_next(WaitKind::Bytes);
+        charge
+    }
+
+    /// All that is charged: its owners, and the whole.
+    fn uses(&self) -> impl Iterator<Item = &MemoryUse> {
+        self.owners().map(|owner| &owner.held).chain([&self.budget.all])
     }
 
     /// There may be room for one more of those that wait for the same.
     fn wake_next(&self, kind: WaitKind) {
-        for held in self.owners().map(|owner| &owner.held).chain([&self.budget.all]) {
-            held.queues[kind as usize].tell_one();
-        }
+        self.uses().for_each(|held| held.queues[kind as usize].tell_one());
     }
 
     /// Adds `bytes` to a charge of `charged`, if no more than one part in `parts` of the shares is held then.
@@ -235,6 +228,47 @@ impl Drop for MemoryCharge {
         if self.bytes > 0 {
             self.account.release(self.bytes);
         }
+    }
+}
+
+/// The turns of somebody who waits. One of those in a queue is told of what was freed, and may not be able to use it: it is
+/// too little, or something else is used up too. Then the next one is told, by each of them once for what was freed.
+#[derive(Default)]
+struct WaitTurns {
+    /// Where it was told last, as a place among [`MemoryAccount::uses`].
+    told_at: Option<usize>,
+    /// What it has told the next one of, at each place.
+    passed_on: [u64; USES_MAX],
+}
+
+/// An account charges a key or address, what that is a part of, and the whole.
+const USES_MAX: usize = 3;
+
+impl WaitTurns {
+    /// Waits until something of `used_up` is freed, or returns what `look` finds once this is in line.
+    async fn wait<T>(
+        &mut self,
+        account: &MemoryAccount,
+        used_up: &MemoryUse,
+        kind: WaitKind,
+        look: impl FnOnce() -> Option<T>,
+    ) -> Option<T> {
+        if let Some(place) = self.told_at.take()
+            && let Some(told) = account.uses().nth(place)
+        {
+            told.queues[kind as usize].pass_on(&mut self.passed_on[place]);
+        }
+        let queue = &used_up.queues[kind as usize];
+        let _waiting = WaitingClient::new(queue);
+        let mut freed = std::pin::pin!(queue.freed.notified());
+        // In line first: what is freed between the look and the wait is seen by one of the two.
+        freed.as_mut().enable();
+        let found = look();
+        if found.is_none() {
+            freed.await;
+            self.told_at = account.uses().position(|held| std::ptr::eq(held, used_up));
+        }
+        found
     }
 }
 

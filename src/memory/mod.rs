@@ -17,7 +17,7 @@ mod tests;
 use std::collections::HashMap;
 use std::fmt;
 use std::net::IpAddr;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Weak};
 
 use parking_lot::Mutex;
@@ -99,6 +99,8 @@ impl WaitKind {
 struct WaitingQueue {
     waiting: AtomicUsize,
     freed: Notify,
+    /// How often something was freed while anybody waited.
+    told: AtomicU64,
 }
 
 impl WaitingQueue {
@@ -109,6 +111,16 @@ impl WaitingQueue {
     /// Tells one of those that wait, if anybody does.
     fn tell_one(&self) {
         if self.has_waiting() {
+            self.told.fetch_add(1, Ordering::SeqCst);
+            self.freed.notify_one();
+        }
+    }
+
+    /// Tells the next one of what somebody was told of and cannot use, unless that one has done so before: `passed_on` is
+    /// what it has told of.
+    fn pass_on(&self, passed_on: &mut u64) {
+        let told = self.told.load(Ordering::SeqCst);
+        if std::mem::replace(passed_on, told) != told && self.has_waiting() {
             self.freed.notify_one();
         }
     }

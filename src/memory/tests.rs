@@ -104,6 +104,30 @@ async fn everybody_who_waits_goes_on_when_there_is_room() {
     }
 }
 
+/// The first in line needed more than was freed, and kept it from the second.
+#[tokio::test]
+async fn who_cannot_use_what_is_freed_leaves_it_to_the_next_in_line() {
+    let budget = MemoryBudget::new(100 * MIB, 10 * MIB);
+    let account = account(&budget, 1, "press-4");
+    let (large, small) = (account.charge_held(6 * MIB), account.charge_held(4 * MIB));
+    let wait_for = |bytes| {
+        let account = account.clone();
+        tokio::spawn(async move { account.wait_for(bytes).await })
+    };
+    let waiting = [8 * MIB, 9 * MIB, 3 * MIB, 1].map(wait_for);
+    tokio::task::yield_now().await;
+    drop(small);
+    let [first, second, third, fourth] = waiting;
+    let in_time = |task| tokio::time::timeout(std::time::Duration::from_secs(20), task);
+    let third = in_time(third).await.expect("there is room for it").expect("no panic");
+    let fourth = in_time(fourth).await.expect("and for the one behind it").expect("no panic");
+    assert!(!first.is_finished() && !second.is_finished());
+    drop((large, third, fourth));
+    drop(in_time(first).await.expect("there is room").expect("no panic"));
+    drop(in_time(second).await.expect("there is room").expect("no panic"));
+    assert_eq!(budget.held_bytes(), 0);
+}
+
 #[test]
 fn owners_without_an_account_are_forgotten() {
     let budget = MemoryBudget::new(100 * MIB, 10 * MIB);

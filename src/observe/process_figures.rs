@@ -4,9 +4,10 @@
 use std::fs;
 use std::path::Path;
 use std::sync::OnceLock;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use super::exposition::{ExpositionText, MetricKind};
+use crate::time::machine_uptime;
 
 /// Figures of this process.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -77,17 +78,8 @@ fn read_figures() -> Option<ProcessFigures> {
 fn boot_seconds() -> Option<f64> {
     static BOOT: OnceLock<Option<f64>> = OnceLock::new();
     *BOOT.get_or_init(|| {
-        let mut up = libc::timespec { tv_sec: 0, tv_nsec: 0 };
         // Other systems have no `/proc/self/stat` either.
-        #[cfg(target_os = "linux")]
-        // SAFETY: the call writes one `timespec`, which is there.
-        let failed = unsafe { libc::clock_gettime(libc::CLOCK_BOOTTIME, &raw mut up) } != 0;
-        #[cfg(not(target_os = "linux"))]
-        let failed = true;
-        if failed {
-            return None;
-        }
-        let up = Duration::new(up.tv_sec.unsigned_abs(), u32::try_from(up.tv_nsec).ok()?);
+        let up = machine_uptime()?;
         let now = SystemTime::now().duration_since(UNIX_EPOCH).ok()?;
         Some(now.checked_sub(up)?.as_secs_f64())
     })

@@ -151,6 +151,11 @@ impl ProcessorTime {
         self.0.usual.clone().unwrap_or_else(Handle::current)
     }
 
+    /// As [`ProcessorTime::usual_runtime`], for what may be called outside of any; `None` then.
+    pub fn lasting_runtime(&self) -> Option<Handle> {
+        self.0.usual.clone().or_else(|| Handle::try_current().ok())
+    }
+
     /// The time of a grant's tenant.
     pub fn of_grant(&self, grant: &Grant) -> Arc<TenantTime> {
         self.of_key(grant.key())
@@ -191,8 +196,7 @@ impl ProcessorTime {
 
     /// A turn that begins now for who has these permits of its tenant. They are away for so many times as long as it takes.
     pub fn disk_turn(&self, permits: OwnedSemaphorePermit, pauses: u32) -> DiskTurn {
-        let usual = self.0.usual.clone().or_else(|| Handle::try_current().ok());
-        DiskTurn::new(permits, pauses, usual)
+        DiskTurn::new(permits, pauses, self.lasting_runtime())
     }
 
     /// The time of all clients without a key.

@@ -190,6 +190,12 @@ pub(crate) fn check_write_ahead_log(path: &Path) -> Result<(), SqliteError> {
     Err(SqliteError::Damaged { path: path.to_owned(), detail })
 }
 
+/// Whether there is a write-ahead log with anything in it beside the database at `path`. One that was closed in order has
+/// none.
+pub(crate) fn has_write_ahead_log(path: &Path) -> bool {
+    std::fs::metadata(with_suffix(path, "-wal")).is_ok_and(|file| file.len() > 0)
+}
+
 /// Creates an empty file if there is none, so that others can never read it, not even for a moment.
 /// SQLite gives its WAL files the same mode.
 pub(super) fn create_private(path: &Path) -> io::Result<()> {

@@ -368,9 +368,14 @@ fn what_was_set_aside_is_in_the_backup_and_so_is_every_secret_at_its_owners_alon
     let gateway = Setup::embedded_on(dir.path()).start();
     gateway.settle();
     let [lost] = &aside(dir.path(), "records")[..] else { panic!("one is set aside") };
+    // Somebody has made a copy of it, and a backup with such a name could not be restored.
+    let copy = format!("{} (copy).db", lost.to_str().expect("text").trim_end_matches(".db"));
+    std::fs::copy(lost, &copy).expect("copied");
     made_paced(&gateway, &to);
+    assert!(gateway.output().contains("(copy).db"), "it is left out, and that is said: {}", gateway.output());
     let data = scratch();
     restored(&to, data.path());
+    assert!(names(data.path()).iter().all(|name| !name.contains("copy")));
     let again = data.path().join(lost.file_name().expect("a name"));
     assert!(std::fs::read(again).expect("there") == std::fs::read(lost).expect("there"));
     assert_eq!(in_storage(data.path()), in_storage(dir.path()));
@@ -475,6 +480,81 @@ fn a_restore_that_was_interrupted_starts_nothing_and_goes_on() {
     let moved = names(&data.join("before-restore-20261130T000000Z"));
     assert!(["records.db", "registry.db", "log"].iter().all(|name| moved.contains(&(*name).to_owned())));
     assert_eq!(in_log(&data), in_log(dir.path()));
+}
+
+/// Moves what is in a data directory aside, as a restore does, but for what `stays` says.
+fn move_aside(data: &Path, aside: &str, stays: &[&str]) {
+    let to = data.join(aside);
+    std::fs::create_dir(&to).expect("made");
+    for name in names(data).into_iter().filter(|name| name != aside && !stays.contains(&name.as_str())) {
+        std::fs::rename(data.join(&name), to.join(&name)).expect("moved");
+    }
+}
+
+/// What was there was moved aside before anybody looked for room, and nothing led back.
+#[test]
+fn a_restore_without_room_changes_nothing_and_an_interrupted_one_can_be_undone() {
+    if !is_root("backup::a_restore_without_room_changes_nothing_and_an_interrupted_one_can_be_undone") {
+        return;
+    }
+    let (dir, _) = used_directory(20);
+    let (backups, disk) = (scratch(), SmallDisk::mount());
+    let (to, data) = (backups.path().join("b"), disk.path());
+    prints(&["backup", text(&to), "--data-dir", text(dir.path())]);
+    restored(&to, &data);
+    let (before, records) = (names(&data), in_log(&data));
+    let replace = ["restore", text(&to), "--data-dir", text(&data), "--replace"];
+    let undo = ["restore", "--undo", "--data-dir", text(&data)];
+
+    disk.fill(16 << 10);
+    assert!(fails(&replace).contains("make room"));
+    assert_eq!(names(&data), before, "nothing has moved");
+    disk.empty();
+    assert!(fails(&undo).contains("nothing to undo"));
+
+    // As a kill leaves it: in the middle of moving, and in the middle of copying.
+    let aside = "before-restore-20261130T000000Z";
+    let marks = [(aside.to_owned(), &["LOCK", "registry.db"][..]), (format!("copying {aside}"), &["LOCK"])];
+    for (mark, stays) in marks {
+        move_aside(&data, aside, stays);
+        if mark != aside {
+            std::fs::create_dir(data.join("log")).expect("made");
+            std::fs::write(data.join("registry.db"), "half").expect("written");
+        }
+        std::fs::write(data.join("restore.unfinished"), format!("{mark}\n")).expect("written");
+        disk.fill(16 << 10);
+        let why = fails(&replace);
+        assert!(why.contains("make room") && why.contains("--undo"), "{mark}: {why}");
+        disk.empty();
+        let refused = Setup::embedded_on(&data).refused();
+        assert!(refused.output.contains("headgate restore --undo"), "{mark}: {}", refused.output);
+        assert!(prints(&undo).contains("what it was before"), "{mark}");
+        assert_eq!((names(&data), in_log(&data)), (before.clone(), records.clone()), "{mark}");
+    }
+    // One that was interrupted while it copied says where the old data is when it has gone on.
+    move_aside(&data, aside, &["LOCK"]);
+    std::fs::write(data.join("restore.unfinished"), format!("copying {aside}\n")).expect("written");
+    assert!(restored(&to, &data).contains(aside));
+    Setup::embedded_on(&data).start().stop();
+}
+
+#[test]
+fn what_cannot_be_moved_aside_leaves_the_data_directory_as_it_was() {
+    if !is_root("backup::what_cannot_be_moved_aside_leaves_the_data_directory_as_it_was") {
+        return;
+    }
+    let (dir, _) = used_directory(20);
+    let (backups, disk) = (scratch(), SmallDisk::mount());
+    let (to, data) = (backups.path().join("b"), disk.path());
+    prints(&["backup", text(&to), "--data-dir", text(dir.path())]);
+    std::fs::create_dir_all(data.join("log")).expect("made");
+    std::fs::write(data.join("admin.key"), "before").expect("written");
+    // In the mount namespace of this thread alone, which is gone with it.
+    let mounted = Command::new("mount").args(["-t", "tmpfs", "none"]).arg(data.join("log")).status();
+    assert!(mounted.expect("mount runs").success());
+    let why = fails(&["restore", text(&to), "--data-dir", text(&data), "--replace"]);
+    assert!(why.contains("cannot be moved aside") && why.contains("mount point"), "{why}");
+    assert_eq!(names(&data), ["LOCK", "admin.key", "log"], "no mark, and nothing aside");
 }
 
 #[test]

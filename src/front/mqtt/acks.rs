@@ -35,8 +35,17 @@ pub(super) struct AckWaits {
     /// The log has the releases of the exchanges whose messages it has refused: their packet identifiers may be used
     /// for other messages once the refusals are sent.
     ended: Option<PendingRelease>,
-    /// What the read holds in memory until it is answered.
-    _memory: Option<MemoryCharge>,
+    /// What the read holds in memory until it is answered, its messages with it.
+    memory: Option<MemoryCharge>,
+}
+
+impl Drop for AckWaits {
+    /// The log has the messages for longer than the connection waits.
+    fn drop(&mut self) {
+        if let Some(admitted) = &mut self.admitted {
+            admitted.keep_charge(self.memory.take());
+        }
+    }
 }
 
 impl AckWaits {
@@ -46,7 +55,7 @@ impl AckWaits {
         stored: Option<SessionStoreWait>,
         memory: Option<MemoryCharge>,
     ) -> Self {
-        Self { admitted, released, stored, accepted: None, ended: None, _memory: memory }
+        Self { admitted, released, stored, accepted: None, ended: None, memory }
     }
 
     fn poll(

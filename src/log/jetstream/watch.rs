@@ -8,8 +8,8 @@ use headgate_bridge_nats::stream::StreamReport;
 use headgate_bridge_nats::{ManagedStream, Nats, StreamError};
 
 use super::JetstreamLogShared;
-use crate::message::now_micros;
-use crate::time::{Rfc3339, parse_time, set_cluster_ahead};
+use crate::message::{TimeMicros, now_micros};
+use crate::time::{Rfc3339, parse_time, running_micros, set_cluster_time};
 
 /// How often to check that the stream is there, and how large it is.
 pub(super) const STREAM_CHECK_INTERVAL: Duration = Duration::from_secs(1);
@@ -71,35 +71,42 @@ pub struct TimedReport {
     pub clock: Option<ServersClock>,
 }
 
-/// How far the servers' clock is ahead of this machine's, in microseconds.
+/// What the servers' clock said, and how far it is ahead of this machine's.
 #[derive(Debug, Clone, Copy)]
-pub struct ServersClock(i64);
+pub struct ServersClock {
+    time: TimeMicros,
+    ahead_micros: i64,
+    /// By the clock that nobody can set.
+    running: i64,
+}
 
 /// Asks for a report of a stream; `None` if there is no such stream.
 ///
 /// # Errors
 /// Those of [`ManagedStream::report`].
 pub async fn timed_report(stream: &ManagedStream, nats: &Nats) -> Result<Option<TimedReport>, StreamError> {
-    let (asked, asked_at) = (Instant::now(), now_micros());
+    let (asked, asked_at, running) = (Instant::now(), now_micros(), running_micros());
     let Some(report) = stream.report(nats).await? else { return Ok(None) };
     let waited = asked.elapsed();
-    let middle = asked_at.saturating_add(i64::try_from(waited.as_micros() / 2).unwrap_or(0));
+    let half = i64::try_from(waited.as_micros() / 2).unwrap_or(0);
+    let (middle, running) = (asked_at.saturating_add(half), running.saturating_add(half));
     let time = report.time.as_deref().and_then(parse_time).filter(|_| waited <= CLOCK_ANSWER_WAIT_MAX);
-    let clock = time.map(|time| ServersClock(time.saturating_sub(middle)));
+    let clock = time.map(|time| ServersClock { time, ahead_micros: time.saturating_sub(middle), running });
     Ok(Some(TimedReport { report, clock }))
 }
 
 impl ServersClock {
     /// How far it is ahead of this machine's, in microseconds.
     pub fn ahead_micros(self) -> i64 {
-        self.0
+        self.ahead_micros
     }
 
     /// Takes the servers' time over for whatever is judged by it. Returns what is wrong with this machine's clock, if
     /// anything is.
     pub fn note(self) -> Option<String> {
-        let ahead = self.0;
-        set_cluster_ahead(if ahead.unsigned_abs() < CLOCK_CORRECTION_MICROS_MIN { 0 } else { ahead });
+        let ahead = self.ahead_micros;
+        let is_right = ahead.unsigned_abs() < CLOCK_CORRECTION_MICROS_MIN;
+        set_cluster_time(if is_right { self.time.saturating_sub(ahead) } else { self.time }, self.running);
         (ahead.unsigned_abs() > CLOCK_ERROR_MICROS_MAX).then(|| {
             let (seconds, order) = (ahead.unsigned_abs() / 1_000_000, if ahead < 0 { "ahead of" } else { "behind" });
             let now = Rfc3339(now_micros().saturating_add(ahead));

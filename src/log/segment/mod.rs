@@ -15,6 +15,7 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use headgate_format::log::segment::SegmentHeaderError;
 
+use super::age::ClockReading;
 use super::disk::{Disk, SegmentFile};
 use super::frame::{FrameFormat, FrameHeader, LogFormatVersion};
 use super::queue::COMMITTERS;
@@ -48,6 +49,8 @@ pub(super) struct Segment {
     pub(super) first_offset: Offset,
     /// When it was made, which is when the segment before it ended.
     pub(super) created_at: TimeMicros,
+    /// When this process made or found it.
+    pub(super) found_at: ClockReading,
     format: FrameFormat,
     path: PathBuf,
     file: Arc<dyn SegmentFile>,
@@ -183,6 +186,7 @@ impl Segment {
         Self {
             first_offset: header.first_offset,
             created_at: header.created_at,
+            found_at: ClockReading::now(),
             format: FrameFormat::of_segment(header),
             path,
             file,
@@ -204,6 +208,11 @@ impl Segment {
         self.file.sync_data()?;
         let (path, file) = (self.path.clone(), self.file.clone());
         Ok(Self::with_header(&header, path, file, SEGMENT_HEADER_BYTES as u64, Some(Vec::new())))
+    }
+
+    /// How long ago, in microseconds, the segment before it ended.
+    pub(super) fn age(&self, now: ClockReading) -> i64 {
+        now.age(self.created_at, self.found_at)
     }
 
     pub(super) fn path(&self) -> &Path {

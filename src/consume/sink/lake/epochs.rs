@@ -117,4 +117,36 @@ mod tests {
         assert!(matches!(late.reconcile(&rules(3)), Err(LakeFault::LaterEpoch { .. })));
         assert_eq!(opened(dir.path(), &next).withheld_version(), 1);
     }
+
+    /// It sorted all rows by the rules that it knew, and moved the mark back.
+    #[test]
+    fn a_gateway_that_has_not_heard_of_a_rule_yet_does_not_undo_it() {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let history = LogHistory { epoch: 1, set_backs: Vec::new() };
+        let with_leak = |rules: WithheldRules| {
+            let leaked = record(0, "press-4", "a", b"1").key_id;
+            let datasource = DatasourceId::new("press-4").expect("slug");
+            rules.push(WithheldChange::Withhold(WithheldRule {
+                datasource,
+                key_id: leaked,
+                since: 0,
+                below: 100,
+            }));
+            rules
+        };
+        let mut slow = opened(dir.path(), &history);
+        slow.reconcile(&rules(1)).expect("follows");
+        store(&mut slow, 10);
+        let mut fast = opened(dir.path(), &history);
+        fast.reconcile(&with_leak(rules(2))).expect("follows");
+        assert!(fast.newest_row().expect("readable").is_none(), "all rows are withheld");
+
+        let late = slow.reconcile(&rules(2));
+        assert!(matches!(late, Err(LakeFault::Table(LakeError::Superseded { .. }))), "{late:?}");
+        let mut again = opened(dir.path(), &history);
+        assert_eq!(again.withheld_version(), 3);
+        assert!(again.newest_row().expect("readable").is_none());
+        again.reconcile(&rules(2)).expect("it waits for the third");
+        assert_eq!(again.withheld_version(), 3);
+    }
 }

@@ -384,6 +384,8 @@ impl LakeSink {
         if self.epoch.is_some() && self.table.mark(EPOCH_MARK) != self.epoch {
             return Err(LakeFault::LaterEpoch { place: self.place().to_string() });
         }
+        // A rule that another gateway has brought in since is not undone: the mark is still there, or nothing is done.
+        let expected = self.expected_marks(WITHHELD_MARK);
         let followed = self.withheld_version();
         let is_ahead = followed > withheld.version();
         if is_ahead && self.settings.is_shared {
@@ -402,26 +404,26 @@ impl LakeSink {
         // Also without changes: the mark of another registry has to go, or no commit fits it.
         if !changes.is_empty() || is_ahead {
             self.commit()?;
-            self.runtime.block_on(rules::follow(
-                &mut self.table,
-                self.epoch,
-                &changes,
-                &left_out,
-                version,
-            ))?;
+            self.runtime.block_on(rules::follow(&mut self.table, &expected, &changes, &left_out, version))?;
         }
         self.left_out = Some((left_out, version));
         self.erase_purged(withheld)
     }
 
+    /// What a commit depends on that moves this mark: where that was last seen, and the epoch.
+    fn expected_marks(&self, moved: &'static str) -> Vec<(&'static str, i64)> {
+        let seen = (moved, self.table.mark(moved).unwrap_or_default());
+        self.epoch.map(|epoch| (EPOCH_MARK, epoch)).into_iter().chain([seen]).collect()
+    }
+
     /// Erases what was purged from earlier versions of the table as well.
     fn erase_purged(&mut self, withheld: &WithheldRules) -> Result<(), LakeFault> {
+        let expected = self.expected_marks(ERASED_MARK);
         let erased = self.table.mark(ERASED_MARK).map_or(0, offset_of);
         let erased = if erased > withheld.version() { 0 } else { erased };
         let (changes, _) = withheld.changes_and_rules(erased);
         if self.runtime.block_on(rules::erase_purged(&mut self.table, &changes))? {
             let version = cursor_of(erased + changes.len() as u64);
-            let expected: Vec<_> = self.epoch.map(|epoch| (EPOCH_MARK, epoch)).into_iter().collect();
             self.runtime.block_on(self.table.set_mark(ERASED_MARK, version, &expected))?;
         }
         Ok(())

@@ -9,7 +9,7 @@ use headgate_bridge_delta::array::{Array, RecordBatch};
 use headgate_bridge_delta::{AddFile, LakeError, LakeTable, PartitionValues, RowTarget, RowTargets};
 
 use super::columns::{DATASOURCE, DAY, KEY_ID, OFFSET, RECEIVED_AT, partition};
-use super::{EPOCH_MARK, WITHHELD_MARK, cursor_of, offset_of};
+use super::{WITHHELD_MARK, cursor_of, offset_of};
 use crate::consume::sink::incarnations::shown_name;
 use crate::log::{IncarnationStep, WithheldChange, WithheldSnapshot};
 use crate::message::{KeyId, Offset, TimeMicros};
@@ -66,20 +66,23 @@ impl ConcernedRows {
 }
 
 /// Makes the rows that are in the table, and those aside, follow the rules, whose version is `version` from now on.
-/// `changes` are those since the version that they followed. Rows of a later epoch than `epoch` follow other rules.
+/// `changes` are those since the version that they followed, which is at `expected` among the marks. Rows of a later epoch
+/// follow other rules, and those that another gateway has made follow newer rules are not sorted by older ones.
+///
+/// # Errors
+/// The table's, and [`LakeError::Superseded`] when one of the marks is elsewhere by now: nothing has changed then.
 pub(super) async fn follow(
     table: &mut LakeTable,
-    epoch: Option<i64>,
+    expected: &[(&str, i64)],
     changes: &[WithheldChange],
     left_out: &WithheldSnapshot,
     version: u64,
 ) -> Result<(), LakeError> {
     let concerned = ConcernedRows::of(changes);
-    let expected: Vec<_> = epoch.map(|epoch| (EPOCH_MARK, epoch)).into_iter().collect();
     table
         .rewrite_with_mark(
             Some((WITHHELD_MARK, cursor_of(version))),
-            &expected,
+            expected,
             |file| concerned.are_in(file),
             |partition, rows| Ok(targets_of(partition, rows, left_out)),
         )

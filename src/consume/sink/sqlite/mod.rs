@@ -8,6 +8,10 @@
 //! may be back at an earlier one, its cursor included. The log still has what came after, because it is
 //! told only [durable](SqliteSink::durable_cursor) cursors. So storage costs the disk that
 //! acknowledgements wait for one sync a second, not one per transaction.
+//!
+//! After a sync that failed, a later one that succeeds says nothing about the pages that the kernel gave up on, and a loss of
+//! power leaves a hole in the write-ahead log. So a sink that finds one when it is opened calls nothing durable before it
+//! has been copied into the database, and begun anew.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -23,7 +27,7 @@ use super::retention::{self, StoredSizes};
 use super::schema::{RECORDS_DATABASE, offset_from_sql, sql_offset};
 use crate::log::{IncarnationHistory, IncarnationStep, WithheldChange, WithheldRules, WithheldSnapshot};
 use crate::message::{DatasourceId, Offset, RecordRef};
-use crate::sqlite::{SqliteError, checkpoint};
+use crate::sqlite::{SqliteError, checkpoint, has_write_ahead_log};
 
 /// The file's name in the data directory.
 pub const RECORDS_FILE_NAME: &str = "records.db";
@@ -62,6 +66,8 @@ pub struct SqliteSink {
     sizes: StoredSizes,
     cursor: Offset,
     durable_cursor: Offset,
+    /// The write-ahead log is from before it was opened: a sync may have failed, and left a part of it in memory alone.
+    is_wal_in_doubt: bool,
     /// The version of the rules about leaked keys that the tables follow.
     withheld_version: u64,
     /// Those rules, once [`SqliteSink::reconcile`] has got them.
@@ -89,11 +95,14 @@ impl SqliteSink {
     /// # Errors
     /// [`SinkError::Database`], also for a database that this Headgate must not write.
     pub fn open(path: &Path) -> Result<Self, SinkError> {
+        // Looked at first: to open it makes one.
+        let is_wal_in_doubt = has_write_ahead_log(path);
         let connection = RECORDS_DATABASE.open(path)?;
-        Ok(Self::from_connection(connection, path).map_err(|error| SqliteError::from_sqlite(&error, path))?)
+        let opened = Self::from_connection(connection, path, is_wal_in_doubt);
+        Ok(opened.map_err(|error| SqliteError::from_sqlite(&error, path))?)
     }
 
-    fn from_connection(connection: Connection, path: &Path) -> rusqlite::Result<Self> {
+    fn from_connection(connection: Connection, path: &Path, is_wal_in_doubt: bool) -> rusqlite::Result<Self> {
         connection.set_prepared_statement_cache_capacity(32);
         let cursor = connection.query_row("SELECT next_offset FROM cursor", [], |row| row.get(0))?;
         let withheld_version = quarantined::stored_withheld_version(&connection)?;
@@ -106,6 +115,7 @@ impl SqliteSink {
             // The stored records may be in the operating system's memory only. Until the first synced
             // transaction the durable cursor stays 0, so that the log keeps everything.
             durable_cursor: 0,
+            is_wal_in_doubt,
             withheld_version,
             left_out: None,
             purging: None,
@@ -164,10 +174,10 @@ impl SqliteSink {
         }
     }
 
-    /// Notes that the database was brought back to `end`, and is on the disk so.
+    /// Notes that the database was brought back to `end`, and synced.
     pub(super) fn set_back(&mut self, end: Offset) {
         self.clear_remembered();
-        (self.cursor, self.durable_cursor) = (end, end);
+        (self.cursor, self.durable_cursor) = (end, if self.is_wal_in_doubt { 0 } else { end });
         (self.withheld_version, self.left_out) = (0, None);
     }
 
@@ -188,7 +198,9 @@ impl SqliteSink {
         self.cursor
     }
 
-    /// The cursor as a loss of power would leave it: the sink never needs the log below this.
+    /// The cursor as a loss of power would leave it: the sink never needs the log below this. 0 until the first synced
+    /// transaction; where a write-ahead log was found, the first one since that was copied into the database, which a
+    /// process that reads prevents.
     pub fn durable_cursor(&self) -> Offset {
         self.durable_cursor
     }
@@ -292,7 +304,8 @@ impl SqliteSink {
     /// Stores `records`, which are in order and below `next`, and moves the cursor to `next`, all or
     /// nothing. Skips records below the cursor: they are stored already. Those of a leaked key go
     /// into quarantine, by the rules of the last [`SqliteSink::reconcile`].
-    /// With `sync`, this transaction and all before it are on the disk afterwards.
+    /// With `sync`, this transaction and all before it are on the disk afterwards, unless the write-ahead log is in doubt: see
+    /// [`SqliteSink::durable_cursor`].
     ///
     /// # Errors
     /// [`SqliteError::Busy`] after a quarter of a second, [`SqliteError::Full`], and other errors of
@@ -305,6 +318,10 @@ impl SqliteSink {
         sync: bool,
     ) -> Result<(), SinkError> {
         self.forget_uncertain();
+        if sync && self.is_wal_in_doubt {
+            // Before the transaction: it begins the new write-ahead log, durably, so that nothing is read of the one before.
+            self.checkpoint()?;
+        }
         self.ids_uncertain = true;
         let moved = self.write(records, next, sync).map_err(|error| {
             // The transaction may have been committed after all.
@@ -316,7 +333,7 @@ impl SqliteSink {
         }
         self.ids_uncertain = false;
         self.cursor = next;
-        if sync {
+        if sync && !self.is_wal_in_doubt {
             self.durable_cursor = next;
         }
         Ok(())
@@ -363,7 +380,8 @@ impl SqliteSink {
     /// SQLite's.
     pub fn checkpoint(&mut self) -> Result<bool, SinkError> {
         let is_copied = checkpoint(&self.connection).map_err(|error| self.database_error(&error))?;
-        if is_copied {
+        // Where the old one was in doubt, only the next synced transaction puts another one in its place.
+        if is_copied && !std::mem::take(&mut self.is_wal_in_doubt) {
             self.durable_cursor = self.cursor;
         }
         Ok(is_copied)

@@ -241,3 +241,35 @@ fn a_second_writer_is_noticed_before_anything_is_stored_twice() {
     assert!(matches!(error, SinkError::CursorMoved { expected: 0 }), "{error}");
     assert_eq!(content(dir.path()), (vec![0], 1));
 }
+
+/// A sync had failed, the next one succeeded, and the log removed what only the kernel's memory had.
+#[test]
+fn a_write_ahead_log_that_was_found_makes_nothing_durable_until_it_is_copied() {
+    let dir = tempfile::tempdir().expect("temporary directory");
+    let path = dir.path().join(RECORDS_FILE_NAME);
+    let mut sink = open(dir.path());
+    let mut next = 0;
+    let mut store = |sink: &mut SqliteSink, sync| {
+        sink.store([record(next, "press-4", "a", PAYLOAD)].into_iter(), next + 1, sync).expect("stored");
+        next += 1;
+        (sink.cursor(), sink.durable_cursor())
+    };
+    assert_eq!((store(&mut sink, true), store(&mut sink, false)), ((1, 1), (2, 1)));
+    // It keeps the write-ahead log from being copied when the sink is closed.
+    let reader = Connection::open(&path).expect("opens");
+    reader.execute_batch("BEGIN; SELECT count(*) FROM records").expect("reads");
+    drop(sink);
+    let mut sink = open(dir.path());
+    assert_eq!(store(&mut sink, true), (3, 0), "nobody knows what the disk has of the first two");
+    assert!(!sink.checkpoint().expect("no error"));
+    assert_eq!(store(&mut sink, true), (4, 0));
+    reader.execute_batch("COMMIT").expect("ends");
+    assert_eq!(store(&mut sink, false), (5, 0), "only a sync asks");
+    assert_eq!(store(&mut sink, true), (6, 6));
+    assert_eq!(store(&mut sink, true), (7, 7));
+    drop((reader, sink));
+    // Closed in order, it leaves none.
+    let mut sink = open(dir.path());
+    assert_eq!(store(&mut sink, true), (8, 8));
+    assert_eq!(content(dir.path()), ((0..8).collect(), 8));
+}

@@ -40,6 +40,7 @@ use crate::consume::subscriber::sessions::SessionStoreChange;
 use crate::consume::subscriber::sessions::bucket::{FoundSession, LostSession, SessionLookup};
 use crate::limits::MQTT_EXIT_WAIT_MAX;
 use crate::message::{DatasourceId, now_micros};
+use crate::time::cluster_micros;
 
 /// The subject on which nodes receive claims.
 const CLAIM_SUBJECT: &str = "headgate.claim";
@@ -236,7 +237,7 @@ impl Sessions {
             }
         }
         let found = claims.lookup.find(&key.0, &key.1).await.map_err(enter_unavailable)?;
-        let kept = found.session.clone().filter(|session| !clean && !session.has_expired(now_micros()));
+        let kept = found.session.clone().filter(|session| !clean && !session.has_expired(cluster_micros()));
         if let Some(over) = found.session.as_ref().filter(|_| kept.is_none()) {
             // The session's node is gone; otherwise it would have ended the session itself.
             for group in over.subscriptions.iter().filter_map(|s| shared_group_key(&key.0, &s.filter)) {

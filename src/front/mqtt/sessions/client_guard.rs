@@ -11,7 +11,8 @@ use super::{ClientKey, Sessions, shared_group_key};
 use crate::auth::connections::ConnectionControl;
 use crate::consume::subscriber::Mailbox;
 use crate::consume::subscriber::sessions::SessionStoreChange;
-use crate::message::{DatasourceId, now_micros};
+use crate::message::DatasourceId;
+use crate::time::cluster_micros;
 
 /// A connected client's entry in [`Sessions`]; dropping it lets the next connection in.
 pub(in super::super) struct ClientGuard {
@@ -116,7 +117,7 @@ impl ClientGuard {
         }
         let changes = vec![
             session.moved(),
-            SessionStoreChange::SetEnded { uid, ended_at: Some(now_micros()), expiry_s },
+            SessionStoreChange::SetEnded { uid, ended_at: Some(cluster_micros()), expiry_s },
         ];
         drop(self.sessions.subscribers.store.write(changes));
         let mut clients = self.sessions.lock_clients();
@@ -133,7 +134,7 @@ impl ClientGuard {
             will => (None, will),
         };
         let later = later.map(|mut will| {
-            will.note_loss(now_micros());
+            will.note_loss(cluster_micros());
             let due = now + Duration::from_secs(u64::from(will.delay_s));
             (will, due)
         });

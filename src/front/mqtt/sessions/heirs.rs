@@ -11,7 +11,8 @@ use super::super::wills::MqttWill;
 use super::Sessions;
 use super::claims::ClientClaims;
 use crate::consume::subscriber::sessions::{SessionStoreError, StoredWill};
-use crate::message::{TimeMicros, now_micros};
+use crate::message::TimeMicros;
+use crate::time::cluster_micros;
 
 /// How often the bucket is searched for wills of gateways that are gone.
 const ORPHANED_WILLS_INTERVAL: Duration = Duration::from_secs(1);
@@ -61,7 +62,7 @@ impl Sessions {
                     missing.remove(&node);
                     continue;
                 }
-                let now = MissingNode { since: Instant::now(), lost_at: now_micros() };
+                let now = MissingNode { since: Instant::now(), lost_at: cluster_micros() };
                 let gone = *missing.entry(node.clone()).or_insert(now);
                 if gone.since.elapsed() < ORPHANED_WILLS_WAIT_MIN {
                     continue;
@@ -117,7 +118,7 @@ impl Sessions {
                 if found.owner != node {
                     return Ok(true);
                 }
-                let now = now_micros();
+                let now = cluster_micros();
                 if will.due_at(session.expiry_s, now) > now {
                     return Ok(false);
                 }
