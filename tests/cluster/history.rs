@@ -299,6 +299,33 @@ fn missing_records_are_published_again_where_they_were() {
     assert_eq!(a.post("/v1/ingest/press-4/t", &dead, &json!({ "n": 0 })).status, 401);
 }
 
+/// The bucket that is put back has the mark of a deletion in the place of what was made again.
+#[test]
+fn what_was_deleted_before_a_backup_and_made_again_after_it_is_restored() {
+    let (mut server, dir) = (NatsServer::start(), scratch());
+    let gateway = setup(dir.path(), &server).start();
+    let admin = gateway.admin_key();
+    let source = gateway.create("press-4");
+    gateway.create("press-9");
+    gateway.delete("press-9");
+    send(&gateway, &source, 0..3);
+    let kept = server.keep_store();
+    comes_back(&gateway);
+    let again = gateway.create("press-9");
+    send(&gateway, &source, 3..5);
+    wait_for("the copy of the registry", || {
+        let copy = std::fs::read_to_string(dir.path().join("registry-copy.json")).unwrap_or_default();
+        copy.contains(&again.key_id).then_some(())
+    });
+    server.put_back_store(kept.path());
+    refusal(&gateway);
+    decide(&setup(dir.path(), &server), &["cluster", "restore", "--yes"]);
+    comes_back(&gateway);
+    let sent = gateway.post("/v1/ingest/press-9/t", &again.key, &json!({ "n": 1 }));
+    assert_eq!(sent.status, 200, "{}", sent.text());
+    ends_keys(&gateway, &admin);
+}
+
 #[test]
 fn a_stream_that_is_gone_has_its_records_again_where_they_were() {
     let (server, first, second) = (NatsServer::start(), scratch(), scratch());
