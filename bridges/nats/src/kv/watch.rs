@@ -20,9 +20,9 @@ use super::{KV_RETRY_PAUSE, KvBucket, KvError, KvRevision, KvRow, is_deleted};
 use crate::presence::{self, PRESENCE_BEAT_INTERVAL};
 use crate::pushed::{AckPlace, PushEvent, PushFeed};
 
-/// A watch that is silent for longer may be behind. Other nodes wait longer than this for a silent node, so
+/// A watch that JetStream is silent to for longer may be behind. Other nodes wait longer than this for a silent node, so
 /// that "all nodes know of a change" includes a node that is cut off.
-const KV_WATCH_SILENCE_MAX: Duration = Duration::from_secs(2);
+pub const KV_WATCH_SILENCE_MAX: Duration = Duration::from_secs(2);
 const _: () = assert!(
     KV_WATCH_SILENCE_MAX.as_millis() + PRESENCE_BEAT_INTERVAL.as_millis()
         <= presence::PRESENCE_SILENCE_MAX.as_millis()
