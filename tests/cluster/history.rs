@@ -4,6 +4,7 @@
 
 use std::net::TcpListener;
 use std::path::Path;
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 use serde_json::json;
@@ -150,6 +151,27 @@ fn what_was_put_back_to_an_earlier_state_is_refused_until_it_is_adopted() {
     assert_eq!(b.post("/v1/ingest/press-4/t", secret, &json!({ "n": 0 })).status, 401);
     ends_keys(&b, &admin);
     ends_keys(&a, &admin);
+}
+
+/// No check waits for the disk.
+#[test]
+fn what_was_put_back_is_refused_while_the_data_directory_stands_still() {
+    let (mut server, dir) = (NatsServer::start(), scratch());
+    let gateway = setup(dir.path(), &server).start();
+    let source = gateway.create("press-4");
+    send(&gateway, &source, 0..3);
+    let kept = server.keep_store();
+    comes_back(&gateway);
+    // Whoever opens such a file to write it waits until somebody reads it.
+    wait_for("a file that stands still", || {
+        let made = Command::new("mkfifo").arg(dir.path().join("history.new")).status().expect("mkfifo runs");
+        made.success().then_some(())
+    });
+    send(&gateway, &source, 3..6);
+    server.put_back_store(kept.path());
+    refusal(&gateway);
+    takes_nothing(&gateway, &source);
+    gateway.kill();
 }
 
 #[test]
