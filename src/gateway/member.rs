@@ -18,7 +18,7 @@ use super::cluster_settings::{all_streams, check_cluster_settings};
 use super::directory::{ADMIN_KEY_LABEL, write_secret};
 use super::history::{AdmissionError, AdmittedHistory, HistoryWatch, set_back_stores};
 use super::start_wait::StartWait;
-use crate::auth::cluster::{JoinedRegistry, RegistryFollower};
+use crate::auth::cluster::{JoinedRegistry, RegistryFollower, replace_file};
 use crate::auth::{Registry, RegistryError};
 use crate::config::Config;
 use crate::consume::subscriber::ClusterShareGroups;
@@ -31,6 +31,8 @@ use crate::log::{JetstreamLog, Log, LogOpenError, SharedPlaces};
 
 /// The file with the gateway's name in its cluster.
 pub(super) const NODE_NAME_FILE: &str = "node";
+/// The random bytes of a name, which is their hexadecimal digits.
+const NODE_NAME_BYTES: usize = 8;
 
 /// A gateway that is joining its cluster.
 pub(super) struct JoiningMember {
@@ -175,23 +177,35 @@ fn is_overtaken(error: &anyhow::Error) -> bool {
     matches!(error.downcast_ref(), Some(AdmissionError::Overtaken))
 }
 
-/// The gateway's name in the cluster, kept in its data directory across restarts.
+/// The gateway's name in the cluster, kept in its data directory across restarts. A file that a full disk or a loss of
+/// power left empty or cut has none: another name takes its place.
 fn node_name(dir: &Path) -> anyhow::Result<String> {
     let path = dir.join(NODE_NAME_FILE);
-    match std::fs::read_to_string(&path) {
-        Ok(name) => Ok(name.trim().to_owned()),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => {
-            let name = random_name()?;
-            std::fs::write(&path, format!("{name}\n"))
-                .with_context(|| format!("cannot write {}", path.display()))?;
-            Ok(name)
-        }
-        Err(error) => Err(error).with_context(|| format!("cannot read {}", path.display())),
+    match std::fs::read(&path) {
+        Ok(text) => match read_name(&text) {
+            Some(name) => return Ok(name),
+            None => {
+                warn!(path = %path.display(), "it holds no name of a gateway: another one takes its place")
+            }
+        },
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+        Err(error) => return Err(error).with_context(|| format!("cannot read {}", path.display())),
     }
+    let name = random_name()?;
+    replace_file(&path, format!("{name}\n").as_bytes())
+        .with_context(|| format!("cannot write {}", path.display()))?;
+    Ok(name)
+}
+
+/// A name as [`random_name`] makes it.
+fn read_name(text: &[u8]) -> Option<String> {
+    let name = str::from_utf8(text.trim_ascii()).ok()?;
+    let is_name = name.len() == 2 * NODE_NAME_BYTES && name.bytes().all(|byte| byte.is_ascii_hexdigit());
+    is_name.then(|| name.to_owned())
 }
 
 fn random_name() -> anyhow::Result<String> {
-    let mut random = [0; 8];
+    let mut random = [0; NODE_NAME_BYTES];
     SysRng.try_fill_bytes(&mut random).context("the operating system's random generator")?;
     Ok(random.iter().map(|byte| format!("{byte:02x}")).collect())
 }
@@ -369,4 +383,24 @@ fn first_admin_key(registry: &Registry, path: &Path) -> Result<(), RegistryError
         ),
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_name_stays_and_a_file_without_one_gets_another() {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let path = dir.path().join(NODE_NAME_FILE);
+        let mut earlier = node_name(dir.path()).expect("made");
+        for left in [&b""[..], b"\n", b"0123456\n", &[0; 17], b"\xff\xfe\xff\xfe"] {
+            assert_eq!(node_name(dir.path()).expect("read"), earlier);
+            std::fs::write(&path, left).expect("as a loss of power leaves it");
+            let name = node_name(dir.path()).expect("made");
+            assert!(read_name(name.as_bytes()).is_some() && name != earlier, "{name:?}");
+            earlier = name;
+        }
+        assert_eq!(std::fs::read_to_string(&path).expect("written"), format!("{earlier}\n"));
+    }
 }

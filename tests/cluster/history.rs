@@ -4,6 +4,7 @@
 
 use std::net::TcpListener;
 use std::path::Path;
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 use serde_json::json;
@@ -152,6 +153,27 @@ fn what_was_put_back_to_an_earlier_state_is_refused_until_it_is_adopted() {
     ends_keys(&a, &admin);
 }
 
+/// No check waits for the disk.
+#[test]
+fn what_was_put_back_is_refused_while_the_data_directory_stands_still() {
+    let (mut server, dir) = (NatsServer::start(), scratch());
+    let gateway = setup(dir.path(), &server).start();
+    let source = gateway.create("press-4");
+    send(&gateway, &source, 0..3);
+    let kept = server.keep_store();
+    comes_back(&gateway);
+    // Whoever opens such a file to write it waits until somebody reads it.
+    wait_for("a file that stands still", || {
+        let made = Command::new("mkfifo").arg(dir.path().join("history.new")).status().expect("mkfifo runs");
+        made.success().then_some(())
+    });
+    send(&gateway, &source, 3..6);
+    server.put_back_store(kept.path());
+    refusal(&gateway);
+    takes_nothing(&gateway, &source);
+    gateway.kill();
+}
+
 #[test]
 fn what_is_put_back_as_it_was_needs_no_decision() {
     let (mut server, dir) = (NatsServer::start(), scratch());
@@ -297,6 +319,33 @@ fn missing_records_are_published_again_where_they_were() {
     let again = decide(&command, &["cluster", "restore", "--records", "--yes"]);
     assert!(again.contains("there is nothing to decide"), "{again}");
     assert_eq!(a.post("/v1/ingest/press-4/t", &dead, &json!({ "n": 0 })).status, 401);
+}
+
+/// The bucket that is put back has the mark of a deletion in the place of what was made again.
+#[test]
+fn what_was_deleted_before_a_backup_and_made_again_after_it_is_restored() {
+    let (mut server, dir) = (NatsServer::start(), scratch());
+    let gateway = setup(dir.path(), &server).start();
+    let admin = gateway.admin_key();
+    let source = gateway.create("press-4");
+    gateway.create("press-9");
+    gateway.delete("press-9");
+    send(&gateway, &source, 0..3);
+    let kept = server.keep_store();
+    comes_back(&gateway);
+    let again = gateway.create("press-9");
+    send(&gateway, &source, 3..5);
+    wait_for("the copy of the registry", || {
+        let copy = std::fs::read_to_string(dir.path().join("registry-copy.json")).unwrap_or_default();
+        copy.contains(&again.key_id).then_some(())
+    });
+    server.put_back_store(kept.path());
+    refusal(&gateway);
+    decide(&setup(dir.path(), &server), &["cluster", "restore", "--yes"]);
+    comes_back(&gateway);
+    let sent = gateway.post("/v1/ingest/press-9/t", &again.key, &json!({ "n": 1 }));
+    assert_eq!(sent.status, 200, "{}", sent.text());
+    ends_keys(&gateway, &admin);
 }
 
 #[test]

@@ -617,6 +617,41 @@ fn a_datasource_that_is_created_again_begins_empty_on_the_stream() {
     assert_eq!(payloads(), ["2"]);
 }
 
+/// Only its leader says what such a stream has, as it does for servers that lag behind it.
+#[test]
+fn a_stream_without_direct_gets_keeps_nothing_of_a_deleted_datasource() {
+    let (dir, server) = (scratch(), NatsServer::start());
+    let made = nats_py(
+        &server.url(),
+        "await js.add_stream(name='headgate', subjects=['quarantine.>', 'stream.>'], allow_direct=False)\n",
+        &[],
+    );
+    assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
+    let gateway = setup(dir.path(), &[server.url()]).start();
+    let (old, other) = (gateway.create("press-4"), gateway.create("press-5"));
+    for (source, payload) in [(&old, "1"), (&other, "2"), (&old, "3")] {
+        ingest(&gateway, source, "t", payload);
+    }
+    sent(&gateway);
+    gateway.kill();
+    // Deleted and created again while nobody tells the stream.
+    let gateway = Setup::on(dir.path()).set("log.retention_bytes", LOG_BYTES).start();
+    gateway.delete("press-4");
+    let new = gateway.create("press-4");
+    ingest(&gateway, &new, "t", "4");
+    gateway.kill();
+    let gateway = setup(dir.path(), &[server.url()]).start();
+    sent(&gateway);
+    let payloads = || -> Vec<String> {
+        let stream = on_stream(&server.url());
+        stream.iter().map(|streamed| String::from_utf8_lossy(&streamed.payload).into_owned()).collect()
+    };
+    assert_eq!(payloads(), ["2", "4"]);
+    gateway.delete("press-4");
+    wait_for("the stream to have one message", || (stream_count(&server.url()) == 1).then_some(()));
+    assert_eq!(payloads(), ["2"]);
+}
+
 #[test]
 fn what_leaves_the_log_unsent_stops_no_device_and_is_told() {
     let mut nats = NatsServer::start();

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use async_nats::client::RequestErrorKind;
 use async_nats::{Client, Subscriber};
 use futures_util::{StreamExt, future};
 use serde::Deserialize;
@@ -50,6 +51,21 @@ pub struct NatsClientEvents {
 /// A connection to NATS as a user of the system account.
 #[derive(Debug, Clone)]
 pub struct SystemAccount(Nats);
+
+/// The connections of an account, with their users.
+#[derive(Debug)]
+pub struct NatsConnectionList {
+    /// Those that the servers have listed.
+    pub connections: Vec<(String, NatsClientConnection)>,
+    /// Whether every server has answered. One that is slow, asleep or cut off keeps its clients meanwhile.
+    pub is_complete: bool,
+}
+
+/// What the servers have answered.
+struct ServerAnswers<T> {
+    answers: Vec<T>,
+    is_complete: bool,
+}
 
 #[derive(Deserialize)]
 struct SystemAnswer {
@@ -153,14 +169,15 @@ impl SystemAccount {
         Some(connection.subscriptions_list)
     }
 
-    /// Every connection of the account, with its user, on all servers. `None` if NATS is away.
-    pub async fn connections(&self, account: &str) -> Option<Vec<(String, NatsClientConnection)>> {
-        let mut all = Vec::new();
+    /// The connections of the account on all servers that answer. `None` if NATS is away.
+    pub async fn connections(&self, account: &str) -> Option<NatsConnectionList> {
+        let mut all = NatsConnectionList { connections: Vec::new(), is_complete: true };
         for page in 0.. {
             let query = json!({ "auth": true, "acc": account, "limit": CONNZ_PAGE_CONNECTIONS, "offset": page * CONNZ_PAGE_CONNECTIONS });
-            let found = self.ask_connections(&query).await?;
-            let more = found.iter().any(|(_, connections)| connections.len() >= CONNZ_PAGE_CONNECTIONS);
-            all.extend(found.into_iter().flat_map(|(server_id, connections)| {
+            let ServerAnswers { answers, is_complete } = self.ask_connections(&query).await?;
+            let more = answers.iter().any(|(_, connections)| connections.len() >= CONNZ_PAGE_CONNECTIONS);
+            all.is_complete &= is_complete;
+            all.connections.extend(answers.into_iter().flat_map(|(server_id, connections)| {
                 connections.into_iter().map(move |one| {
                     (
                         one.authorized_user,
@@ -175,17 +192,16 @@ impl SystemAccount {
         Some(all)
     }
 
-    /// Ends every connection of the user in the account, on all servers. Returns once no server has one: how
-    /// many there were, or `None` if NATS went away. It does not end while the user keeps being admitted
-    /// again, so the caller has to bound it in time.
+    /// Ends every connection of the user in the account, on all servers that answer. Returns once no server has
+    /// one: how many there were. `None` if one may be left, because NATS went away or a server has not answered.
+    /// It does not end while the user keeps being admitted again, so the caller has to bound it in time.
     pub async fn end_all(&self, account: &str, user: &str) -> Option<usize> {
         let mut ended = 0;
         loop {
             let query =
                 json!({ "auth": true, "acc": account, "user": user, "limit": CONNZ_PAGE_CONNECTIONS });
-            let found: Vec<_> = self
-                .ask_connections(&query)
-                .await?
+            let ServerAnswers { answers, is_complete } = self.ask_connections(&query).await?;
+            let found: Vec<_> = answers
                 .into_iter()
                 .flat_map(|(server_id, connections)| {
                     connections.into_iter().map(move |one| NatsClientConnection {
@@ -194,39 +210,53 @@ impl SystemAccount {
                     })
                 })
                 .collect();
-            if found.is_empty() {
+            if found.is_empty() && is_complete {
                 return Some(ended);
             }
             ended += found.len();
             future::join_all(found.iter().map(|connection| self.end(connection))).await;
+            if !is_complete {
+                return None;
+            }
         }
     }
 
     /// Ends one connection, even one that is about to be admitted. Returns when its server has answered, or
-    /// after a second.
-    pub async fn end(&self, connection: &NatsClientConnection) {
-        let subject = format!("$SYS.REQ.SERVER.{}.KICK", connection.server_id);
-        let payload = json!({ "cid": connection.client_id }).to_string();
+    /// after a second: `false` if it has not.
+    pub async fn end(&self, connection: &NatsClientConnection) -> bool {
+        let (subject, payload) = kick_request(connection);
         let asked = self.0.client().request(subject, payload.into());
-        // A server or connection that is gone already is as good.
         match tokio::time::timeout(SYSTEM_ANSWER_WAIT_MAX, asked).await {
-            Ok(Ok(_)) => {}
+            Ok(Ok(_)) => return true,
+            // A server or connection that is gone already is as good.
+            Ok(Err(error)) if error.kind() == RequestErrorKind::NoResponders => return true,
             Ok(Err(error)) => debug!(%error, "a connection was not ended"),
             Err(_) => debug!("a server does not answer"),
+        }
+        false
+    }
+
+    /// Asks the server of a connection to end it, and does not wait: a server that is asleep finds the request
+    /// when it wakes.
+    pub async fn ask_to_end(&self, connection: &NatsClientConnection) {
+        let (subject, payload) = kick_request(connection);
+        if let Err(error) = self.0.client().publish(subject, payload.into()).await {
+            debug!(%error, "no server was asked to end a connection");
         }
     }
 
     /// Asks each server for its connections.
-    async fn ask_connections(&self, query: &Value) -> Option<Vec<(String, Vec<ConnzConnection>)>> {
-        let answers = self.ask_all_servers("CONNZ", query).await?;
+    async fn ask_connections(&self, query: &Value) -> Option<ServerAnswers<(String, Vec<ConnzConnection>)>> {
+        let ServerAnswers { answers, is_complete } = self.ask_all_servers("CONNZ", query).await?;
         let of_server = |SystemAnswer { server, data, .. }: SystemAnswer| {
             (server.id, data.map_or_else(Vec::new, |data| data.connections))
         };
-        Some(answers.into_iter().map(of_server).collect())
+        Some(ServerAnswers { answers: answers.into_iter().map(of_server).collect(), is_complete })
     }
 
-    /// Asks every server, and waits until all have answered.
-    async fn ask_all_servers(&self, what: &str, query: &Value) -> Option<Vec<SystemAnswer>> {
+    /// Asks every server, and waits until all have answered, or for [`SYSTEM_ANSWER_WAIT_MAX`]. `None` if NATS is
+    /// away.
+    async fn ask_all_servers(&self, what: &str, query: &Value) -> Option<ServerAnswers<SystemAnswer>> {
         let client = self.0.client();
         let inbox = client.new_inbox();
         let mut answers = client.subscribe(inbox.clone()).await.ok()?;
@@ -238,31 +268,45 @@ impl SystemAccount {
         let mut got = Vec::new();
         let give_up = tokio::time::Instant::now() + SYSTEM_ANSWER_WAIT_MAX;
         loop {
-            if expected.is_some_and(|expected| got.len() >= expected) {
-                return Some(got);
-            }
-            let quiet = (tokio::time::Instant::now() + SYSTEM_ANSWER_QUIET).min(give_up);
+            let until = match expected {
+                Some(ServerCount::Known(count)) if got.len() >= count => {
+                    return Some(ServerAnswers { answers: got, is_complete: true });
+                }
+                Some(ServerCount::Untold) => tokio::time::Instant::now() + SYSTEM_ANSWER_QUIET,
+                _ => give_up,
+            };
             tokio::select! {
                 answer = answers.next() => match serde_json::from_slice(&answer?.payload) {
                     Ok(answer) => got.push(answer),
                     Err(error) => debug!(%error, "a server's answer cannot be read"),
                 },
-                servers = &mut count, if expected.is_none() => {
-                    // Without a count, a silence means that all have answered.
-                    expected = Some(servers.unwrap_or(usize::MAX));
-                }
-                () = tokio::time::sleep_until(quiet) => {
-                    return if got.is_empty() { None } else { Some(got) };
+                servers = &mut count, if expected.is_none() => expected = Some(servers?),
+                () = tokio::time::sleep_until(until.min(give_up)) => {
+                    let is_complete = matches!(expected, Some(ServerCount::Untold));
+                    return (!got.is_empty()).then_some(ServerAnswers { answers: got, is_complete });
                 }
             }
         }
     }
 
-    /// The number of servers, as one of them reports it.
-    async fn server_count(&self, client: &Client) -> Option<usize> {
+    /// The number of servers, as one of them reports it. `None` if none answers.
+    async fn server_count(&self, client: &Client) -> Option<ServerCount> {
         let asked = client.request("$SYS.REQ.SERVER.PING.STATSZ", "".into());
         let answer = tokio::time::timeout(SYSTEM_ANSWER_WAIT_MAX, asked).await.ok()?.ok()?;
-        let answer: SystemAnswer = serde_json::from_slice(&answer.payload).ok()?;
-        answer.statsz.map(|stats| stats.active_servers).filter(|count| *count > 0)
+        let answer: Option<SystemAnswer> = serde_json::from_slice(&answer.payload).ok();
+        let count = answer.and_then(|answer| answer.statsz).map_or(0, |stats| stats.active_servers);
+        Some(if count > 0 { ServerCount::Known(count) } else { ServerCount::Untold })
     }
+}
+
+/// How many servers have to answer.
+enum ServerCount {
+    Known(usize),
+    /// A server that does not tell: a silence means that all have answered.
+    Untold,
+}
+
+/// The subject and payload that end a connection.
+fn kick_request(NatsClientConnection { server_id, client_id }: &NatsClientConnection) -> (String, String) {
+    (format!("$SYS.REQ.SERVER.{server_id}.KICK"), json!({ "cid": client_id }).to_string())
 }

@@ -210,10 +210,12 @@ impl EgressFollower {
                 continue;
             };
             let present = left_out.history(datasource.as_str()).and_then(|history| history.present());
-            let begins = present.map_or(Offset::MAX, |(_, first)| first);
             let lineage = &self.lineage;
-            let is_behind =
-                |message: &StoredMessage| lineage.offset_of(message).is_some_and(|offset| offset >= begins);
+            let is_behind = present.map(|(_, begins)| {
+                move |message: &StoredMessage| {
+                    lineage.offset_of(message).is_some_and(|offset| offset >= begins)
+                }
+            });
             for subjects in SubjectSpace::Stream.filter_wildcards(Some(datasource), "#") {
                 self.outlet.forget(&subjects, is_behind).await?;
             }

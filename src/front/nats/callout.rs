@@ -235,7 +235,7 @@ fn start_kicker(
         let (closer, dead) = (closer.clone(), dead.to_vec());
         Box::pin(async move { closer.close(&dead).await })
     }));
-    let counting = clients.follow(system, account.clone(), authorizer);
+    let counting = clients.follow(system, account.clone(), authorizer, kicker.clone());
     tokio::spawn(async move {
         tokio::join!(kicker.watch(), counting);
     })
@@ -294,7 +294,7 @@ impl CalloutAuthorizer for KeyCalloutAuthorizer {
         // finds the connection or is seen by the check.
         let connection =
             NatsClientConnection { server_id: visitor.server_id.clone(), client_id: visitor.client_id };
-        self.let_in.remember(key.id, connection.clone());
+        self.let_in.remember(key.id, key.lease(), connection.clone());
         if !grant.holds() {
             let rejected = RejectedKey { denied: GrantDenial::Revoked, key_id: Some(key.id), shape: None };
             return self.deny(visitor, address, &rejected);

@@ -11,6 +11,7 @@ use parking_lot::Mutex;
 use tracing::debug;
 
 use super::attested::key_of_nats_user;
+use super::kick::{NatsConnectionKicker, is_of_dead_key};
 use crate::auth::connections::{ConnectionControl, KeyConnectionGuard};
 use crate::auth::{Authorizer, Key};
 use crate::message::KeyId;
@@ -54,6 +55,13 @@ impl NatsClientTable {
         self.0.lock().retain(|_, client| !keys.contains(&client.key_id));
     }
 
+    /// The counted clients of these keys.
+    pub(super) fn connections_of(&self, keys: &HashSet<KeyId>) -> Vec<NatsClientConnection> {
+        let clients = self.0.lock();
+        let of_keys = clients.iter().filter(|(_, client)| keys.contains(&client.key_id));
+        of_keys.map(|(connection, _)| connection.clone()).collect()
+    }
+
     /// Brings the count up to the servers' lists.
     fn reconcile(&self, listed: Vec<(String, NatsClientConnection)>, authorizer: &Authorizer) {
         let live: HashSet<&NatsClientConnection> = listed.iter().map(|(_, connection)| connection).collect();
@@ -74,12 +82,13 @@ impl NatsClientTable {
         }
     }
 
-    /// Follows the clients of `account`. Never returns.
+    /// Follows the clients of `account`; one of a dead key is for `kicker` to end. Never returns.
     pub(super) async fn follow(
         self: Arc<Self>,
         system: SystemAccount,
         account: String,
         authorizer: Authorizer,
+        kicker: Arc<NatsConnectionKicker>,
     ) {
         loop {
             let Some(mut events) = system.client_events(&account).await else {
@@ -91,13 +100,22 @@ impl NatsClientTable {
                 tokio::select! {
                     event = events.next() => match event {
                         Some(NatsClientEvent::Connected { user, connection }) => {
+                            if is_of_dead_key(&user, &authorizer) {
+                                kicker.check_again();
+                            }
                             self.adopt(&user, connection, &authorizer);
                         }
                         Some(NatsClientEvent::Disconnected(connection)) => self.leave(&connection),
                         None => break,
                     },
                     _ = check.tick() => match system.connections(&account).await {
-                        Some(listed) => self.reconcile(listed, &authorizer),
+                        Some(listed) => {
+                            let listed = listed.connections;
+                            if listed.iter().any(|(user, _)| is_of_dead_key(user, &authorizer)) {
+                                kicker.check_again();
+                            }
+                            self.reconcile(listed, &authorizer);
+                        }
                         None => debug!("NATS is away: its clients are not counted anew"),
                     },
                 }

@@ -5,8 +5,10 @@
 //!
 //! The servers' lists lack one thing: a client that was admitted just now does not have its user name yet.
 //! [`RecentNatsConnections`] remembers such connections for a while, so that they are ended by their number
-//! in their server as well. While NATS is away no connection can be ended. So after an absence, and at every
-//! start, the gateway checks all connections once NATS is back.
+//! in their server as well. While NATS is away no connection can be ended, and none of a server that does not
+//! answer. So whatever may have been missed, and at every start, the gateway checks all connections again and
+//! again until every server has answered. The lists with which clients are counted are looked through for dead
+//! keys too: a server that slept for longer than the others remember it is in one of them when it wakes.
 
 use parking_lot::Mutex;
 use std::collections::{HashSet, VecDeque};
@@ -22,7 +24,7 @@ use super::attested::{key_of_nats_user, nats_user_of_key};
 use super::clients::NatsClientTable;
 use crate::auth::{Authorizer, Key};
 use crate::limits::{NATS_LET_IN_AGE_MAX, NATS_LET_IN_CLIENTS_MAX};
-use crate::message::KeyId;
+use crate::message::{KeyId, Lease};
 
 /// How often to check whether NATS is back.
 const KICK_CHECK_INTERVAL: Duration = Duration::from_millis(500);
@@ -31,25 +33,48 @@ const KICKS_AT_ONCE_MAX: usize = 16;
 
 /// Connections that were admitted recently.
 #[derive(Debug, Default)]
-pub(super) struct RecentNatsConnections(Mutex<VecDeque<(Instant, KeyId, NatsClientConnection)>>);
+pub(super) struct RecentNatsConnections(Mutex<VecDeque<RecentNatsConnection>>);
+
+#[derive(Debug)]
+struct RecentNatsConnection {
+    at: Instant,
+    key_id: KeyId,
+    /// Its key's.
+    lease: Lease,
+    connection: NatsClientConnection,
+}
+
+impl RecentNatsConnection {
+    fn is_old(&self) -> bool {
+        self.at.elapsed() > NATS_LET_IN_AGE_MAX
+    }
+}
 
 impl RecentNatsConnections {
     /// Remembers a connection. Must be called before its server hears that it is admitted.
-    pub(super) fn remember(&self, key: KeyId, connection: NatsClientConnection) {
-        let now = Instant::now();
+    pub(super) fn remember(&self, key_id: KeyId, lease: &Lease, connection: NatsClientConnection) {
         let mut let_in = self.0.lock();
         while let_in.len() >= NATS_LET_IN_CLIENTS_MAX
-            || let_in.front().is_some_and(|(at, ..)| now.duration_since(*at) > NATS_LET_IN_AGE_MAX)
+            || let_in.front().is_some_and(RecentNatsConnection::is_old)
         {
             let_in.pop_front();
         }
-        let_in.push_back((now, key, connection));
+        let lease = lease.clone();
+        let_in.push_back(RecentNatsConnection { at: Instant::now(), key_id, lease, connection });
     }
 
     fn connections_of(&self, keys: &HashSet<KeyId>) -> Vec<NatsClientConnection> {
+        self.connections_that(|recent| keys.contains(&recent.key_id))
+    }
+
+    fn connections_of_dead_keys(&self) -> Vec<NatsClientConnection> {
+        self.connections_that(|recent| !recent.lease.holds())
+    }
+
+    fn connections_that(&self, wanted: impl Fn(&RecentNatsConnection) -> bool) -> Vec<NatsClientConnection> {
         let let_in = self.0.lock();
-        let of_keys = let_in.iter().filter(|(_, key, _)| keys.contains(key));
-        of_keys.map(|(_, _, connection)| connection.clone()).collect()
+        let wanted = let_in.iter().filter(|recent| !recent.is_old() && wanted(recent));
+        wanted.map(|recent| recent.connection.clone()).collect()
     }
 }
 
@@ -63,6 +88,22 @@ pub(super) struct NatsConnectionKicker {
     authorizer: Authorizer,
     /// Set when a connection may have been missed.
     missed: AtomicBool,
+}
+
+/// Notes that connections may have been missed, unless it was told that all have ended: also when whoever waits
+/// for that has waited long enough.
+struct UnfinishedEnds<'a>(&'a AtomicBool);
+
+impl UnfinishedEnds<'_> {
+    fn finish(self) {
+        std::mem::forget(self);
+    }
+}
+
+impl Drop for UnfinishedEnds<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Release);
+    }
 }
 
 impl NatsConnectionKicker {
@@ -79,7 +120,8 @@ impl NatsConnectionKicker {
     }
 
     /// Ends every connection of the dead keys. Returns when the servers have none left. If NATS is away it
-    /// returns at once, and [`NatsConnectionKicker::watch`] ends them when NATS is back.
+    /// returns at once, and after a second if a server does not answer; [`NatsConnectionKicker::watch`] ends what
+    /// is left.
     pub(super) async fn close(&self, dead: &[Arc<Key>]) {
         let keys: HashSet<KeyId> = dead.iter().map(|key| key.id).collect();
         self.end_of_keys(dead, &keys).await;
@@ -88,8 +130,16 @@ impl NatsConnectionKicker {
     }
 
     async fn end_of_keys(&self, dead: &[Arc<Key>], keys: &HashSet<KeyId>) {
+        let unfinished = UnfinishedEnds(&self.missed);
         if self.system.trouble().is_some() {
-            return self.put_off();
+            warn!(
+                "NATS is away: connections of dead keys end when it is back, and what they send is refused"
+            );
+            return;
+        }
+        // First, and without waiting, those that are known by number: their server may be asleep.
+        for connection in self.clients.connections_of(keys) {
+            self.system.ask_to_end(&connection).await;
         }
         let just_now = self.let_in.connections_of(keys);
         let names: Vec<String> = dead.iter().map(|key| nats_user_of_key(key)).collect();
@@ -97,11 +147,13 @@ impl NatsConnectionKicker {
             .map(|name| async move { self.system.end_all(&self.account, &name).await })
             .buffer_unordered(KICKS_AT_ONCE_MAX)
             .collect::<Vec<Option<usize>>>();
-        let ((), ended) = tokio::join!(self.end(just_now), asked);
-        if ended.iter().any(Option::is_none) {
-            self.missed.store(true, Ordering::Release);
+        let (all_answered, ended) = tokio::join!(self.end(just_now), asked);
+        if all_answered && ended.iter().all(Option::is_some) {
+            unfinished.finish();
+        } else {
             warn!(
-                "NATS is away: connections of dead keys end when it is back, and what they send is refused"
+                "a NATS server does not answer: its connections of dead keys end when it does, and what they send \
+                 is refused"
             );
         }
         let count: usize = ended.iter().flatten().sum();
@@ -110,9 +162,9 @@ impl NatsConnectionKicker {
         }
     }
 
-    fn put_off(&self) {
+    /// Has all connections checked: one of a dead key was seen.
+    pub(super) fn check_again(&self) {
         self.missed.store(true, Ordering::Release);
-        warn!("NATS is away: connections of dead keys end when it is back, and what they send is refused");
     }
 
     /// Checks all connections whenever some may have been missed. Never returns.
@@ -126,25 +178,37 @@ impl NatsConnectionKicker {
         }
     }
 
-    /// Ends all connections with the user name of a dead key. `false` if NATS went away.
+    /// Ends all connections with the user name of a dead key, and those that were let in just now under one. `false`
+    /// if some may be left: NATS went away, or a server has not answered.
     async fn sweep(&self) -> bool {
         let Some(all) = self.system.connections(&self.account).await else { return false };
-        let is_dead = |user: &str| {
-            key_of_nats_user(user)
-                .is_some_and(|(datasource, id)| self.authorizer.grant_of_key(&datasource, id).is_err())
-        };
-        let dead: Vec<_> = all.into_iter().filter(|(user, _)| is_dead(user)).map(|(_, one)| one).collect();
+        // Another gateway may have let one in under a key that is new here: what was written before the lists were made
+        // has to be known.
+        if all.connections.iter().any(|(user, _)| is_of_dead_key(user, &self.authorizer))
+            && self.authorizer.registry().caught_up().await.is_err()
+        {
+            return false;
+        }
+        let listed = all.connections.into_iter().filter(|(user, _)| is_of_dead_key(user, &self.authorizer));
+        let mut dead: Vec<_> = listed.map(|(_, one)| one).collect();
         if !dead.is_empty() {
             info!(count = dead.len(), "closing NATS connections of keys that have died meanwhile");
         }
-        self.end(dead).await;
-        true
+        dead.extend(self.let_in.connections_of_dead_keys());
+        self.end(dead).await && all.is_complete
     }
 
-    async fn end(&self, connections: Vec<NatsClientConnection>) {
+    /// Ends these. `false` if a server has not answered.
+    async fn end(&self, connections: Vec<NatsClientConnection>) -> bool {
         let each = |one: NatsClientConnection| async move { self.system.end(&one).await };
-        stream::iter(connections).for_each_concurrent(KICKS_AT_ONCE_MAX, each).await;
+        let answered = stream::iter(connections).map(each).buffer_unordered(KICKS_AT_ONCE_MAX);
+        answered.fold(true, |all, answered| std::future::ready(all && answered)).await
     }
+}
+
+/// Whether a connection's user name is that of a key that is not alive, as far as this gateway knows.
+pub(super) fn is_of_dead_key(user: &str, authorizer: &Authorizer) -> bool {
+    key_of_nats_user(user).is_some_and(|(datasource, id)| authorizer.grant_of_key(&datasource, id).is_err())
 }
 
 #[cfg(test)]
@@ -156,12 +220,16 @@ mod tests {
         let let_in = RecentNatsConnections::default();
         let one = |client_id| NatsClientConnection { server_id: "N1".to_owned(), client_id };
         let key = |n: u8| KeyId([n; 6]);
+        let (alive, dead) = (Lease::new(), Lease::new());
         for client_id in 0..NATS_LET_IN_CLIENTS_MAX as u64 {
-            let_in.remember(key(1), one(client_id));
+            let_in.remember(key(1), &alive, one(client_id));
         }
-        let_in.remember(key(2), one(7));
+        let_in.remember(key(2), &dead, one(7));
         assert_eq!(let_in.connections_of(&HashSet::from([key(2)])), [one(7)]);
         assert_eq!(let_in.connections_of(&HashSet::from([key(1), key(2)])).len(), NATS_LET_IN_CLIENTS_MAX);
         assert!(let_in.connections_of(&HashSet::from([key(3)])).is_empty());
+        assert!(let_in.connections_of_dead_keys().is_empty());
+        dead.end();
+        assert_eq!(let_in.connections_of_dead_keys(), [one(7)]);
     }
 }

@@ -17,6 +17,7 @@ mod adoption;
 mod anchors;
 mod comparison;
 mod missing;
+mod notes;
 mod set_back;
 mod verdict;
 mod watch;

@@ -2,16 +2,17 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use futures_util::future::select_all;
 use headgate_bridge_nats::{ManagedStream, Nats, StreamError};
 use tokio::sync::watch;
-use tokio::task::{JoinSet, spawn_blocking};
+use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
-use tracing::{info, warn};
+use tracing::info;
 
 use super::admission::{answer_doubts, answer_followed};
+use super::notes::{CheckedHistory, HistoryNotes};
 use super::{FollowedHistory, HistoryFindings, HistoryVerdict, judge, judge_anchor, registry_stream};
 use crate::auth::Registry;
 use crate::log::HistoryGate;
@@ -20,10 +21,6 @@ use crate::message::Offset;
 /// How often to compare, and how soon again after no answer.
 const HISTORY_CHECK_INTERVAL: Duration = Duration::from_secs(1);
 const HISTORY_RETRY_PAUSE: Duration = Duration::from_millis(100);
-/// The least time between two writes of what was followed.
-const FOLLOWED_SAVE_INTERVAL_MIN: Duration = Duration::from_secs(2);
-/// The copy of the registry is written again after so many times as long as that took: a large one seldom.
-const REGISTRY_COPY_REST: u32 = 50;
 
 /// The watching task's state.
 pub(in crate::gateway) struct HistoryWatch {
@@ -32,13 +29,9 @@ pub(in crate::gateway) struct HistoryWatch {
     gate: HistoryGate,
     dir: PathBuf,
     known: FollowedHistory,
-    saved: FollowedHistory,
-    saved_at: Instant,
     registry: Arc<Registry>,
     /// The first offset of the log that this gateway has not followed.
     followed: watch::Receiver<Offset>,
-    /// The revision of the registry's copy, and when the next one may be written.
-    copied: (u64, Instant),
     /// Cancelled when the cluster goes on from another state, which takes a new start.
     left: CancellationToken,
 }
@@ -55,10 +48,7 @@ impl HistoryWatch {
         left: CancellationToken,
     ) -> Self {
         gate.begin();
-        let now = Instant::now();
-        let saved = known.clone();
-        let copied = (0, now);
-        Self { nats, streams, gate, dir, known, saved, saved_at: now, registry, followed, copied, left }
+        Self { nats, streams, gate, dir, known, registry, followed, left }
     }
 
     /// Checks until the cluster goes on from another state. `connections` are those over which the log is appended to and
@@ -67,6 +57,9 @@ impl HistoryWatch {
         let mut answering = JoinSet::new();
         answering.spawn(answer_followed(self.nats.clone(), self.known.id.clone()));
         answering.spawn(answer_doubts(self.nats.clone(), self.known.id.clone(), self.gate.clone()));
+        let notes = HistoryNotes::new(self.dir.clone(), self.registry.clone(), self.known.clone());
+        let (checked, noted) = watch::channel(self.checked(false));
+        let writing = tokio::spawn(notes.write(noted));
         let mut connections: Vec<watch::Receiver<u64>> =
             connections.iter().chain([&self.nats]).map(Nats::connections).collect();
         let mut requests = self.gate.requests();
@@ -91,10 +84,8 @@ impl HistoryWatch {
                     continue;
                 }
                 Ok(HistoryVerdict::Broken(text)) => {
-                    // Whoever decides has to know what this gateway knows.
-                    self.save_followed().await;
-                    self.save_copy().await;
                     self.gate.close(text);
+                    checked.send_replace(self.checked(true));
                     continue;
                 }
                 Ok(_) => break,
@@ -103,12 +94,19 @@ impl HistoryWatch {
                     continue;
                 }
             }
-            self.save().await;
+            checked.send_replace(self.checked(false));
         }
         self.gate
             .close("the cluster goes on from another state of its log: this gateway starts again".to_owned());
         info!("the cluster goes on from another state of its log: this gateway starts again");
+        // What is being written must not come over what the next start notes.
+        drop(checked);
+        let _ = writing.await;
         self.left.cancel();
+    }
+
+    fn checked(&self, is_broken: bool) -> CheckedHistory {
+        CheckedHistory { known: self.known.clone(), is_broken }
     }
 
     /// Compares. What is the same is what the next check compares with.
@@ -152,50 +150,6 @@ impl HistoryWatch {
         if let Some(known) = self.known.streams.get_mut(&registry_stream()) {
             known.last = known.last.max(seen);
         }
-    }
-
-    /// Writes what was followed, if that is not what was written last.
-    async fn save_followed(&mut self) {
-        if self.known == self.saved {
-            return;
-        }
-        self.saved_at = Instant::now();
-        let (known, dir) = (self.known.clone(), self.dir.clone());
-        let saved = spawn_blocking(move || known.save(&dir).map_err(|error| error.to_string())).await;
-        match saved.unwrap_or_else(|error| Err(error.to_string())) {
-            Ok(()) => self.saved = self.known.clone(),
-            Err(error) => warn!(error, "what this gateway has followed cannot be noted"),
-        }
-    }
-
-    /// Writes what was followed, and the copy of the registry, as often as they may be.
-    async fn save(&mut self) {
-        if self.saved_at.elapsed() >= FOLLOWED_SAVE_INTERVAL_MIN {
-            self.save_followed().await;
-        }
-        if self.copied.1 <= Instant::now() {
-            self.save_copy().await;
-        }
-    }
-
-    /// Writes the copy of the registry, if it has changed.
-    async fn save_copy(&mut self) {
-        let copied = self.copied.0;
-        let (registry, dir, begun) = (self.registry.clone(), self.dir.clone(), Instant::now());
-        let copying = move || {
-            let revision = registry.applied_revision();
-            if revision == copied {
-                return Ok(copied);
-            }
-            let copy = registry.copy_cluster_rows().map_err(|error| error.to_string())?;
-            copy.save(&dir).map_err(|error| error.to_string())?;
-            Ok::<_, String>(copy.revision)
-        };
-        match spawn_blocking(copying).await.unwrap_or_else(|error| Err(error.to_string())) {
-            Ok(revision) => self.copied.0 = revision,
-            Err(error) => warn!(error, "the copy of the cluster's registry cannot be written"),
-        }
-        self.copied.1 = Instant::now() + begun.elapsed() * REGISTRY_COPY_REST;
     }
 }
 

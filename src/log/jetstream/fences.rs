@@ -83,7 +83,7 @@ impl KeyFences {
     }
 
     /// Whether a key has a fence.
-    fn has(&self, key_id: KeyId) -> bool {
+    pub(super) fn has(&self, key_id: KeyId) -> bool {
         self.places.read().contains_key(&key_id)
     }
 

@@ -123,6 +123,15 @@ impl PendingAppend {
         self.sections.iter().flat_map(|progress| &progress.offsets).max().copied().unwrap_or_default()
     }
 
+    /// Answers its caller although the follower does not have its records. A key that is dead by now and whose fence is
+    /// not known may have ended before them.
+    pub(super) fn answer_unfollowed(mut self, shared: &JetstreamLogShared) {
+        for progress in &mut self.sections {
+            progress.dead |= !progress.section.holds() && !shared.fences.has(progress.section.key_id);
+        }
+        self.answer(shared);
+    }
+
     /// Gives back the ids of what did not come into the stream now.
     pub(super) fn settle_ids(&self, ids: &IdAllowance) {
         for progress in self.sections.iter().filter(|progress| progress.new_ids > 0) {

@@ -3,9 +3,13 @@
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
+use headgate::testing::Config;
+use headgate_bridge_nats::stream::{JetstreamSettings, SharedSettings, StreamPurpose};
+use headgate_bridge_nats::{JetstreamStream, Nats, StreamError};
+
 use super::{Cluster, SILENCE, connected, next_message, number, published, received, staying, subscribed};
 use crate::common::members::{self, FEW, publish_burst, shared_out};
-use crate::common::nats::nats_py;
+use crate::common::nats::{NatsServer, nats_py};
 use crate::common::wire::{
     Connect, DISCONNECT, Message, Next, PINGREQ, PINGRESP, PUBACK, PUBLISH, SESSION_EXPIRY, SUBACK, UNSUBACK,
     Version::{V5, V311},
@@ -141,6 +145,59 @@ fn what_retention_removed_before_anybody_took_it_is_told_to_one_member() {
     let (mut wire, _) = connected(&a, &other);
     assert_eq!(next_message(&mut wire, V5).user("headgate-skipped"), None);
     b.says("retention has removed records before a subscriber read them");
+}
+
+/// The stream of a log, over a connection of its own.
+async fn stream_of_log(server: &NatsServer) -> JetstreamStream {
+    let mut config = Config::default();
+    config.nats.servers = vec![server.url()];
+    let nats = Nats::connect(&config.nats.connection("test").expect("no file is named")).await;
+    let nats = nats.expect("settings that can work");
+    let settings = JetstreamSettings {
+        name: "log".to_owned(),
+        subjects: vec!["a".to_owned()],
+        replicas: 1,
+        bytes_max: 1 << 20,
+        duplicate_window: Duration::from_secs(10),
+        purpose: StreamPurpose::Log,
+    };
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        match JetstreamStream::open(&nats, &settings).await {
+            Ok(stream) => return stream,
+            Err(StreamError::Away(_)) if Instant::now() < deadline => tokio::time::sleep(SILENCE / 10).await,
+            Err(error) => panic!("the stream does not open: {error}"),
+        }
+    }
+}
+
+/// JetStream changes a consumer without a condition: who had read it before writes the old state of all else.
+#[tokio::test]
+async fn what_two_gateways_change_of_a_group_at_once_is_both_there_and_told_once() {
+    let server = NatsServer::start();
+    let (a, b) = (stream_of_log(&server).await, stream_of_log(&server).await);
+    for n in 1..=10 {
+        a.put("a", &n.to_string()).await.expect("it is stored");
+    }
+    let place = |kept| SharedSettings {
+        name: "place".to_owned(),
+        subjects: vec!["a".to_owned()],
+        from: 1,
+        redelivered_after: Duration::from_secs(30),
+        kept,
+    };
+    assert!(a.share(&place(Some(Duration::from_secs(60)))).await.expect("it is made").is_new);
+    let for_ever = place(None);
+    let (joined, noted) = tokio::join!(a.share(&for_ever), b.note_skipped(6));
+    joined.expect("it is joined");
+    noted.expect("it is noted");
+    let body = "info = await js.consumer_info('log', 'place')\nprint(info.config.inactive_threshold)";
+    let kept = nats_py(&server.url(), body, &[]);
+    assert!(["0.0", "0", "None"].contains(&String::from_utf8_lossy(&kept.stdout).trim()), "{kept:?}");
+    let (by_a, by_b) = tokio::join!(a.mark_skipped_told("place"), b.mark_skipped_told("place"));
+    let told = [by_a.expect("it is told"), by_b.expect("it is told")];
+    assert_eq!(told.iter().sum::<u64>(), 5, "{told:?}");
+    assert_eq!(a.mark_skipped_told("place").await.expect("it is told"), 0);
 }
 
 #[test]

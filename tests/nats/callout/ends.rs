@@ -6,6 +6,7 @@ use async_nats::{ConnectOptions, Event};
 use serde_json::json;
 
 use super::stage::{Connected, Stage, in_seconds};
+use crate::common::nats::NatsServer;
 use crate::common::{PATIENCE, wait_for};
 
 fn with(key: &str) -> ConnectOptions {
@@ -74,6 +75,50 @@ async fn a_revoked_key_loses_its_connections_on_every_server_of_a_cluster_whoeve
     for one in connected {
         closed(one).await;
     }
+}
+
+fn signal(server: &NatsServer, signal: libc::c_int) {
+    let pid = libc::pid_t::try_from(server.pid()).expect("a pid");
+    // SAFETY: kill(2) on a process that this test has started and not yet waited for.
+    assert_eq!(unsafe { libc::kill(pid, signal) }, 0);
+}
+
+/// A server that is asleep answers nothing, and goes on with its clients when it wakes.
+async fn revoke_while_a_server_sleeps(is_new_gateway: bool) {
+    let mut stage = Stage::cluster();
+    let source = stage.create("press-4", &["ingest"]);
+    let asleep = stage.connect_to(&stage.others[0].url(), with(&source.key)).await;
+    let awake = stage.connect_to(&stage.others[1].url(), with(&source.key)).await;
+    for one in [&asleep, &awake] {
+        one.publish("ingest.press-4.t", "1").await;
+    }
+    signal(&stage.others[0], libc::SIGSTOP);
+    if is_new_gateway {
+        // One that knows nothing of the clients of a server that does not answer.
+        stage.gateway.terminate();
+        let next = start_after(&stage.setup);
+        std::mem::replace(&mut stage.gateway, next).wait();
+        stage.connect(&source.key).await;
+    }
+    let called = Instant::now();
+    stage.revoke("press-4", &source.key_id);
+    let took = called.elapsed();
+    closed(awake).await;
+    signal(&stage.others[0], libc::SIGCONT);
+    let woken = Instant::now();
+    closed(asleep).await;
+    assert!(took < Duration::from_secs(4), "{took:?}");
+    assert!(woken.elapsed() < Duration::from_secs(5), "{:?}", woken.elapsed());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_revoked_key_loses_its_connections_on_a_server_that_slept_meanwhile() {
+    revoke_while_a_server_sleeps(false).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_revoked_key_loses_its_connections_on_a_server_that_slept_when_the_gateway_started() {
+    revoke_while_a_server_sleeps(true).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -27,7 +27,7 @@ use crate::connection::Nats;
 use crate::stream::{StreamError, open_stream};
 
 pub use put::KvPut;
-pub use watch::{KvUpdate, KvWatch, KvWatchProgress};
+pub use watch::{KV_WATCH_SILENCE_MAX, KvUpdate, KvWatch, KvWatchProgress};
 
 /// The place of a row in its bucket's stream. A later write has a higher revision. The first is 1.
 pub type KvRevision = u64;

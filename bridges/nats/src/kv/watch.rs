@@ -20,9 +20,9 @@ use super::{KV_RETRY_PAUSE, KvBucket, KvError, KvRevision, KvRow, is_deleted};
 use crate::presence::{self, PRESENCE_BEAT_INTERVAL};
 use crate::pushed::{AckPlace, PushEvent, PushFeed};
 
-/// A watch that is silent for longer may be behind. Other nodes wait longer than this for a silent node, so
+/// A watch that JetStream is silent to for longer may be behind. Other nodes wait longer than this for a silent node, so
 /// that "all nodes know of a change" includes a node that is cut off.
-const KV_WATCH_SILENCE_MAX: Duration = Duration::from_secs(2);
+pub const KV_WATCH_SILENCE_MAX: Duration = Duration::from_secs(2);
 const _: () = assert!(
     KV_WATCH_SILENCE_MAX.as_millis() + PRESENCE_BEAT_INTERVAL.as_millis()
         <= presence::PRESENCE_SILENCE_MAX.as_millis()
@@ -49,6 +49,8 @@ pub struct KvWatch {
     created: Option<i128>,
     /// Whether it follows no other bucket than the first.
     is_strict: bool,
+    /// Whether the first update has the deleted rows too.
+    has_deleted: bool,
     /// The last logged reason why it cannot be watched.
     said: Option<KvError>,
     /// Rows received that do not complete a state yet.
@@ -113,6 +115,11 @@ impl KvBucket {
         KvWatch { is_strict: true, ..self.watch() }
     }
 
+    /// Watches all rows. The first update also has those that are deleted, whose revision a new value has to name.
+    pub fn watch_with_deleted(&self) -> KvWatch {
+        KvWatch { has_deleted: true, ..self.watch() }
+    }
+
     /// Watches all rows.
     pub fn watch(&self) -> KvWatch {
         KvWatch {
@@ -120,6 +127,7 @@ impl KvBucket {
             feed: None,
             created: None,
             is_strict: false,
+            has_deleted: false,
             said: None,
             rows: Vec::new(),
             position: 0,
@@ -281,7 +289,7 @@ impl KvWatch {
         let all = !self.loaded;
         (self.loaded, self.gapless, self.handed_out) = (true, true, self.position);
         let mut rows = std::mem::take(&mut self.rows);
-        if all {
+        if all && !self.has_deleted {
             rows.retain(|row| row.value.is_some());
         }
         KvUpdate { rows, revision: self.handed_out, all }

@@ -132,15 +132,15 @@ impl Outlet {
     }
 
     /// Removes what the stream has on the subjects that `filter` matches, up to the first message of any subject of
-    /// which `is_behind` is true, as it has to be of all messages after that. Waits first until everything that was
-    /// given is stored.
+    /// which `is_behind` is true, as it has to be of all messages after that; all of it without `is_behind`. Waits first
+    /// until everything that was given is stored.
     ///
     /// # Errors
     /// As [`Outlet::send`].
     pub async fn forget(
         &mut self,
         filter: &str,
-        is_behind: impl Fn(&StoredMessage) -> bool,
+        is_behind: Option<impl Fn(&StoredMessage) -> bool>,
     ) -> Result<(), OutletError> {
         let flow = self.flow.as_mut().ok_or(OutletError::Closed)?;
         let forgotten = match flow.settle().await {
@@ -177,14 +177,16 @@ impl Outlet {
 async fn forget_in(
     stream: &JetstreamStream,
     filter: &str,
-    is_behind: impl Fn(&StoredMessage) -> bool,
+    is_behind: Option<impl Fn(&StoredMessage) -> bool>,
 ) -> Result<(), StreamError> {
+    let Some(is_behind) = is_behind else { return stream.purge_subjects(filter, None).await };
     let state = stream.state().await?;
     let (mut first, mut behind) = (state.first, state.last + 1);
     while first < behind {
         let middle = first + (behind - first) / 2;
-        match stream.get(middle, 1, 1).await?.first() {
-            Some(message) if !is_behind(message) => first = message.sequence + 1,
+        // Another server may lag behind the leader, and would have nothing there.
+        match stream.first_of_leader(">", middle).await? {
+            Some(message) if !is_behind(&message) => first = message.sequence + 1,
             _ => behind = middle,
         }
     }

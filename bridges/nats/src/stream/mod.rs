@@ -155,7 +155,8 @@ impl JetstreamStream {
         self.direct_get(request, max).await
     }
 
-    /// The sequence of the first message stored at or after a time (RFC 3339); `None` if there is none.
+    /// The sequence of the first message stored at or after a time (RFC 3339); `None` if the server that answers has
+    /// none: it may lag behind the others.
     ///
     /// # Errors
     /// [`StreamError::Away`].
@@ -245,16 +246,27 @@ impl JetstreamStream {
             found.extend(page);
         }
         // The server that answered may lag behind the leader.
-        loop {
-            let next = self.handle.get_first_raw_message_by_subject(filter, from);
-            match self.await_answer(next).await? {
-                Ok(message) => {
-                    from = message.sequence + 1;
-                    found.push(StoredMessage::from_leader(message));
-                }
-                Err(error) if error.kind() == LastRawMessageErrorKind::NoMessageFound => return Ok(found),
-                Err(error) => return Err(self.away_error(&error)),
-            }
+        while let Some(message) = self.first_of_leader(filter, from).await? {
+            from = message.sequence + 1;
+            found.push(message);
+        }
+        Ok(found)
+    }
+
+    /// The first message on the subjects that `filter` matches, at a sequence or behind it, from the leader; `None` if
+    /// there is none.
+    ///
+    /// # Errors
+    /// [`StreamError::Away`].
+    pub async fn first_of_leader(
+        &self,
+        filter: &str,
+        from: StreamSequence,
+    ) -> Result<Option<StoredMessage>, StreamError> {
+        match self.await_answer(self.handle.get_first_raw_message_by_subject(filter, from.max(1))).await? {
+            Ok(message) => Ok(Some(StoredMessage::from_leader(message))),
+            Err(error) if error.kind() == LastRawMessageErrorKind::NoMessageFound => Ok(None),
+            Err(error) => Err(self.away_error(&error)),
         }
     }
 

@@ -10,7 +10,7 @@ use async_nats::jetstream::stream::ConsumerCreateStrictErrorKind;
 use async_nats::{Message, StatusCode, Subject, Subscriber};
 use bytes::Bytes;
 use futures_util::{FutureExt, StreamExt};
-use tokio::time::{Instant, timeout, timeout_at};
+use tokio::time::{Instant, sleep, timeout, timeout_at};
 
 use super::{JetstreamStream, StoredMessage, StreamError, StreamSequence, stream_error_of_jetstream};
 use crate::connection::Nats;
@@ -30,6 +30,13 @@ const SHARED_UNACKED_MESSAGES_MAX: i64 = 1_000_000;
 const SHARED_WAITING_PULLS_MAX: i64 = 65_536;
 /// The metadata key of a place's consumer that holds a [`SkippedTally`].
 const SKIPPED_METADATA_KEY: &str = "headgate-skipped";
+/// The metadata key that holds who has reported them last, as a random token.
+const TOLD_METADATA_KEY: &str = "headgate-told-by";
+/// After how long a change of a place's consumer is read back. JetStream knows no condition for it: another node that has
+/// read the consumer before writes within that time.
+const CONSUMER_CHANGE_SETTLED: Duration = Duration::from_millis(200);
+/// How often a change that another node has overwritten is made again.
+const CONSUMER_CHANGES_MAX: usize = 10;
 
 /// What a shared place is to be like.
 #[derive(Debug, Clone)]
@@ -118,8 +125,10 @@ impl JetstreamStream {
         let skipped = SkippedTally::from_consumer_info(&info).map_or(0, |skipped| skipped.messages);
         let is = info.config.inactive_threshold;
         let wanted = settings.kept.unwrap_or_default();
-        if !is.is_zero() && (wanted.is_zero() || wanted > is) {
-            self.change_consumer(info, |config| config.inactive_threshold = wanted).await?;
+        let is_enough = |is: Duration| is.is_zero() || (!wanted.is_zero() && wanted <= is);
+        if !is_enough(is) {
+            let is_there = |info: &ConsumerInfo| is_enough(info.config.inactive_threshold);
+            self.change_consumer(info, is_there, |config| config.inactive_threshold = wanted).await?;
         }
         Ok(SharedPlace { is_new: false, skipped })
     }
@@ -161,7 +170,11 @@ impl JetstreamStream {
         let skipped = below.saturating_sub(settings.from.max(1));
         if skipped > 0 {
             let noted = SkippedTally { messages: skipped, below };
-            self.change_consumer(info, |config| config.metadata.extend(noted.into_metadata())).await?;
+            let is_there = |info: &ConsumerInfo| {
+                SkippedTally::from_consumer_info(info).is_none_or(|noted| noted.below >= below)
+            };
+            self.change_consumer(info, is_there, |config| config.metadata.extend(noted.into_metadata()))
+                .await?;
         }
         Ok(SharedPlace { is_new: true, skipped })
     }
@@ -179,7 +192,7 @@ impl JetstreamStream {
     }
 
     /// Marks the removed messages as reported to a client. Returns how many there were; a second call
-    /// returns 0.
+    /// returns 0, also one from another node at the same time.
     ///
     /// # Errors
     /// [`StreamError::Away`].
@@ -190,8 +203,17 @@ impl JetstreamStream {
             return Ok(0);
         };
         let told = SkippedTally { messages: 0, below };
-        self.change_consumer(info, |config| config.metadata.extend(told.into_metadata())).await?;
-        Ok(messages)
+        let token = self.nats.client().new_inbox();
+        self.update_consumer(info, |config| {
+            config.metadata.extend(told.into_metadata());
+            config.metadata.insert(TOLD_METADATA_KEY.to_owned(), token.clone());
+        })
+        .await?;
+        sleep(CONSUMER_CHANGE_SETTLED).await;
+        // Of several nodes the last one reports them. If something else was written meanwhile, the next call does.
+        let written = self.shared_info(name).await?;
+        let is_own = written.is_some_and(|info| info.config.metadata.get(TOLD_METADATA_KEY) == Some(&token));
+        Ok(if is_own { messages } else { 0 })
     }
 
     /// Must be called before the messages below a sequence are removed. Records with each shared place how
@@ -201,6 +223,18 @@ impl JetstreamStream {
     /// # Errors
     /// [`StreamError::Away`].
     pub async fn note_skipped(&self, below: StreamSequence) -> Result<(), StreamError> {
+        for _ in 0..CONSUMER_CHANGES_MAX {
+            if !self.note_skipped_once(below).await? {
+                return Ok(());
+            }
+            sleep(CONSUMER_CHANGE_SETTLED).await;
+        }
+        Err(self.away_error(&"other nodes change the shared places all the time"))
+    }
+
+    /// `false` if nothing was left to note.
+    async fn note_skipped_once(&self, below: StreamSequence) -> Result<bool, StreamError> {
+        let mut has_noted = false;
         let mut consumers = self.handle.consumers();
         while let Some(info) = self.await_answer(consumers.next()).await? {
             let info = info.map_err(|error| self.away_error(&error))?;
@@ -220,13 +254,34 @@ impl JetstreamStream {
             let messages = (below - first).min(info.num_pending);
             if messages > 0 {
                 let noted = SkippedTally { messages: noted.messages + messages, below };
-                self.change_consumer(info, |config| config.metadata.extend(noted.into_metadata())).await?;
+                self.update_consumer(info, |config| config.metadata.extend(noted.into_metadata())).await?;
+                has_noted = true;
             }
         }
-        Ok(())
+        Ok(has_noted)
     }
 
+    /// Changes the consumer of a place, and again until the change is there: another node may have written what it had
+    /// read before.
     async fn change_consumer(
+        &self,
+        mut info: ConsumerInfo,
+        is_there: impl Fn(&ConsumerInfo) -> bool,
+        change: impl Fn(&mut pull::Config),
+    ) -> Result<(), StreamError> {
+        for _ in 0..CONSUMER_CHANGES_MAX {
+            let name = info.name.clone();
+            self.update_consumer(info, &change).await?;
+            sleep(CONSUMER_CHANGE_SETTLED).await;
+            match self.shared_info(&name).await? {
+                Some(overwritten) if !is_there(&overwritten) => info = overwritten,
+                _ => return Ok(()),
+            }
+        }
+        Err(self.away_error(&"other nodes change a shared place all the time"))
+    }
+
+    async fn update_consumer(
         &self,
         info: ConsumerInfo,
         change: impl FnOnce(&mut pull::Config),

@@ -185,12 +185,13 @@ impl RegistryMending {
         let mut present: HashMap<String, Bytes> = HashMap::new();
         let mut revisions: HashMap<String, KvRevision> = HashMap::new();
         let away = |_| RegistryError::Away(format!("bucket {}: it cannot be read", bucket.name()));
-        let mut watch = bucket.watch();
+        let mut watch = bucket.watch_with_deleted();
         let read = tokio::time::timeout(MENDING_READ_MAX, watch.next()).await.map_err(away)?;
         for KvRow { key, value, revision } in read.rows {
             revisions.insert(key.clone(), revision);
-            if let Some(value) = value {
-                present.insert(key, value);
+            match value {
+                Some(value) => _ = present.insert(key, value),
+                None => _ = present.remove(&key),
             }
         }
         let mut mending = Self::default();
@@ -203,9 +204,9 @@ impl RegistryMending {
             let is_revival =
                 !is_dead(of_copy.as_ref()) && of_bucket.as_ref().is_some_and(|row| is_dead(row.as_ref()));
             let is_other = is.is_none_or(|is| is[..] != *value.as_bytes());
-            // Written after the copy was made.
-            let is_newer = is.is_some()
-                && copy.zip(revisions.get(name)).is_some_and(|(copy, revision)| *revision > copy.revision);
+            // Written, or deleted, after the copy was made.
+            let is_newer =
+                copy.zip(revisions.get(name)).is_some_and(|(copy, revision)| *revision > copy.revision);
             if is_end || (is_restored && is_other && !is_revival && !is_newer) {
                 mending.ended_keys += usize::from(is_end);
                 mending.restored_rows += usize::from(!is_end);

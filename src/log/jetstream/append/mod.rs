@@ -11,12 +11,13 @@
 //! [`AppendError::Unknown`], and its client decides.
 //!
 //! An append is answered when this node's [follower](super::follow) has its records too, so that every
-//! acknowledged record can be read here. Usually both happen at the same time; a follower that makes no
-//! progress for [`FOLLOWER_STALL_MAX`] is not waited for.
+//! acknowledged record can be read here, and every end of its key before it is known. Usually both happen at the
+//! same time; [`WaitingAppends`] tells when a follower that stands still is not waited for.
 
 mod outcomes;
+mod waiting;
 
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::collections::{BTreeSet, VecDeque};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -28,6 +29,7 @@ use headgate_bridge_nats::{HeaderMap, StreamError};
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::sleep_until;
 
+use self::waiting::{UnfollowedAppends, WaitingAppends};
 use super::JetstreamLogShared;
 use super::message::{SharedIdContent, encode_message, encode_question, message_id_of};
 use super::once::Generation;
@@ -45,8 +47,6 @@ const PUBLISHES_IN_FLIGHT_MAX: usize = 4096;
 const PUBLISH_ACK_TIMEOUT: Duration = Duration::from_secs(5);
 /// The pause before refused messages are published again.
 const PUBLISH_RETRY_PAUSE: Duration = Duration::from_millis(100);
-/// How long the follower may stand still before appends no longer wait for it.
-const FOLLOWER_STALL_MAX: Duration = Duration::from_millis(500);
 
 /// A command to the task.
 pub(super) enum AppenderCommand {
@@ -93,11 +93,8 @@ pub(super) struct JetstreamAppender {
     /// Callers that wait for all appends below a number.
     barriers: VecDeque<(u64, oneshot::Sender<()>)>,
     learning: FuturesUnordered<BoxFuture<'static, AppenderEvent>>,
-    /// Appends that wait for the follower, by their last offset.
-    waiting: BTreeMap<(Offset, u64), PendingAppend>,
-    /// The follower's offset, and when it last moved or an append began to wait for it.
-    followed: Offset,
-    got_on_at: Instant,
+    /// Appends that wait for the follower.
+    waiting: WaitingAppends<PendingAppend>,
     closing: bool,
 }
 
@@ -123,9 +120,7 @@ impl JetstreamAppender {
             blocked: None,
             barriers: VecDeque::new(),
             learning: FuturesUnordered::new(),
-            waiting: BTreeMap::new(),
-            followed: 0,
-            got_on_at: Instant::now(),
+            waiting: WaitingAppends::new(),
             closing: false,
         })
     }
@@ -135,11 +130,8 @@ impl JetstreamAppender {
         let mut followed = self.shared.tail.subscribe();
         loop {
             self.publish_queued().await;
-            let next_offset = *followed.borrow_and_update();
-            if next_offset != self.followed {
-                (self.followed, self.got_on_at) = (next_offset, Instant::now());
-            }
-            self.release_waiting(next_offset);
+            self.waiting.note_followed(*followed.borrow_and_update(), Instant::now());
+            self.release_followed();
             if self.closing && self.open.is_empty() && self.waiting.is_empty() {
                 return;
             }
@@ -169,9 +161,8 @@ impl JetstreamAppender {
 
     fn next_deadline(&self) -> Instant {
         let retry = self.blocked.as_ref().map(|(_, until)| *until);
-        let behind = (!self.waiting.is_empty()).then(|| self.got_on_at + FOLLOWER_STALL_MAX);
         let far = Instant::now() + Duration::from_secs(60);
-        retry.into_iter().chain(behind).min().unwrap_or(far)
+        retry.into_iter().chain(self.waiting.next_check()).min().unwrap_or(far)
     }
 
     fn handle_deadline(&mut self) {
@@ -183,16 +174,7 @@ impl JetstreamAppender {
             self.blocked = None;
             self.give_up(&error, now);
         }
-        if !self.waiting.is_empty() && self.got_on_at + FOLLOWER_STALL_MAX <= now {
-            // Without the follower, fences before these records may be unknown; without the registry too, a key's end.
-            match self.shared.obstacle().is_some() {
-                true => {
-                    self.got_on_at = now;
-                    self.give_up_waiting(now);
-                }
-                false => self.release_waiting(Offset::MAX),
-            }
-        }
+        self.answer_unfollowed(now);
     }
 
     fn handle_command(&mut self, command: AppenderCommand) {
@@ -394,10 +376,7 @@ impl JetstreamAppender {
         if open.error.is_some() || last < self.shared.tail.next_offset() {
             open.answer(&self.shared);
         } else {
-            if self.waiting.is_empty() {
-                self.got_on_at = Instant::now();
-            }
-            self.waiting.insert((last, append), open);
+            self.waiting.push(append, last, open, Instant::now());
         }
         self.pass_barriers();
     }
@@ -405,38 +384,33 @@ impl JetstreamAppender {
     fn pass_barriers(&mut self) {
         while let Some((number, _)) = self.barriers.front()
             && *number <= self.open.settled_below()
-            && self.waiting.keys().all(|(_, append)| append >= number)
+            && self.waiting.has_none_below(*number)
         {
             let _ = self.barriers.pop_front().map(|(_, reply)| reply.send(()));
         }
     }
 
-    /// Fails the appends that have waited long enough for the follower: nobody knows whether a key has ended before their
-    /// records.
-    fn give_up_waiting(&mut self, now: Instant) {
-        let closing = self.closing;
-        let over: Vec<_> = self
-            .waiting
-            .iter()
-            .filter(|(_, open)| closing || open.give_up_at <= now)
-            .map(|(place, _)| *place)
-            .collect();
-        for place in over {
-            if let Some(mut open) = self.waiting.remove(&place) {
-                let words = "this gateway has lost NATS and does not know whether a key had ended before";
-                open.error = Some(AppendError::Unknown(words.into()));
-                open.answer(&self.shared);
-            }
+    /// Answers appends without a follower that stands still. Without it, fences before their records may be unknown;
+    /// without the registry too, a key's end: then they fail when they have waited long enough.
+    fn answer_unfollowed(&mut self, now: Instant) {
+        let (shared, closing) = (&self.shared, self.closing);
+        let has_obstacle = shared.obstacle().is_some();
+        let is_over = |open: &PendingAppend| closing || open.give_up_at <= now;
+        let UnfollowedAppends { answered, given_up } =
+            self.waiting.take_unfollowed(now, has_obstacle, is_over);
+        answered.into_iter().for_each(|open| open.answer_unfollowed(shared));
+        for mut open in given_up {
+            let words = "this gateway has lost NATS and does not know whether a key had ended before";
+            open.error = Some(AppendError::Unknown(words.into()));
+            open.answer(shared);
         }
         self.pass_barriers();
     }
 
-    /// Answers the appends that the follower has reached: all below `next_offset`.
-    fn release_waiting(&mut self, next_offset: Offset) {
-        while let Some(first) = self.waiting.first_entry()
-            && first.key().0 < next_offset
-        {
-            first.remove().answer(&self.shared);
+    /// Answers the appends that the follower has reached.
+    fn release_followed(&mut self) {
+        while let Some(open) = self.waiting.pop_followed() {
+            open.answer(&self.shared);
         }
         self.pass_barriers();
     }
