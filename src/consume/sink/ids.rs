@@ -45,13 +45,34 @@ impl RememberedIds {
         *self = Self::default();
     }
 
+    /// Forgets topics of a datasource that are no longer there, as their row ids are given anew. Those of others stay.
+    pub(super) fn forget_topics<'t>(&mut self, datasource: i64, gone: impl Iterator<Item = (i64, &'t str)>) {
+        let mut known = self.datasources.values_mut().find(|known| known.id == datasource);
+        for (id, name) in gone {
+            self.open_chunks.remove(&id);
+            if let Some(known) = &mut known
+                && known.topics.remove(name).is_some()
+            {
+                self.remembered_bytes -= REMEMBERED_NAME_BYTES + name.len();
+            }
+        }
+    }
+
     /// Where the samples of remembered topics go, for one transaction.
     pub(super) fn take_open_chunks(&mut self) -> OpenChunks {
         std::mem::take(&mut self.open_chunks)
     }
 
-    /// Remembers that, unless it is more than is remembered of anything.
-    pub(super) fn keep_open_chunks(&mut self, open_chunks: OpenChunks) {
+    /// Remembers that. Beyond what is remembered of anything, those of the datasource that has the most topics give way:
+    /// whoever invents topics closes no chunk of another one.
+    pub(super) fn keep_open_chunks(&mut self, mut open_chunks: OpenChunks) {
+        if open_chunks.len() > OPEN_CHUNKS_MAX
+            && let Some(largest) = self.datasources.values().max_by_key(|known| known.topics.len())
+        {
+            for topic in largest.topics.values() {
+                open_chunks.remove(topic);
+            }
+        }
         if open_chunks.len() <= OPEN_CHUNKS_MAX {
             self.open_chunks = open_chunks;
         }
@@ -94,23 +115,25 @@ impl RememberedIds {
         if self.remembered_bytes >= REMEMBERED_NAMES_BYTES_MAX {
             self.clear();
         }
-        // An upper bound: at most one of each is new.
-        self.remembered_bytes +=
-            3 * REMEMBERED_NAME_BYTES + name.len() + record.topic.len() + record.content_type.len();
-
         let scope =
             DatasourceId::parse_scope(record.datasource).map_err(FromSqlError::other)?.scope(incarnation);
         let datasource = incarnations::ensure_row(connection, &scope, name)?;
         let topic = topic_id(connection, record, datasource)?;
         let origin = origin_id(connection, record)?;
 
-        let known = self
-            .datasources
-            .entry(name.into())
-            .or_insert_with(|| RememberedDatasource { id: datasource, topics: HashMap::new() });
-        known.topics.insert(record.topic.into(), topic);
+        let mut new_bytes = 0;
+        let known = self.datasources.entry(name.into()).or_insert_with(|| {
+            new_bytes += REMEMBERED_NAME_BYTES + name.len();
+            RememberedDatasource { id: datasource, topics: HashMap::new() }
+        });
+        if known.topics.insert(record.topic.into(), topic).is_none() {
+            new_bytes += REMEMBERED_NAME_BYTES + record.topic.len();
+        }
         let origins = self.origins.entry((record.key_id, record.transport)).or_default();
-        origins.insert(record.content_type.into(), origin);
+        if origins.insert(record.content_type.into(), origin).is_none() {
+            new_bytes += REMEMBERED_NAME_BYTES + record.content_type.len();
+        }
+        self.remembered_bytes += new_bytes;
         Ok(RowIds { datasource, topic, origin })
     }
 }
@@ -138,4 +161,30 @@ fn origin_id(connection: &Connection, record: &RecordRef<'_>) -> rusqlite::Resul
     connection
         .prepare_cached("SELECT id FROM origins WHERE key_id = ?1 AND transport = ?2 AND content_type = ?3")?
         .query_row(origin, |row| row.get(0))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::consume::sink::sample_chunk::ChunkBase;
+    use crate::consume::sink::samples::OpenChunk;
+
+    fn remembered(id: i64, topics: std::ops::Range<i64>) -> RememberedDatasource {
+        RememberedDatasource { id, topics: topics.map(|topic| (topic.to_string().into(), topic)).collect() }
+    }
+
+    #[test]
+    fn a_datasource_with_too_many_topics_closes_its_own_chunks_alone() {
+        let count = i64::try_from(OPEN_CHUNKS_MAX).expect("small");
+        let mut ids = RememberedIds::default();
+        ids.datasources.insert("press-4".into(), remembered(1, 0..10));
+        ids.datasources.insert("press-5".into(), remembered(2, 10..count + 1));
+        let open = OpenChunk { id: 1, base: ChunkBase { first_offset: 0, base_us: 0 } };
+        ids.keep_open_chunks((0..count).map(|topic| (topic, open)).collect());
+        assert_eq!(ids.take_open_chunks().len(), OPEN_CHUNKS_MAX, "as many as there may be");
+        ids.keep_open_chunks((0..count + 1).map(|topic| (topic, open)).collect());
+        let mut left: Vec<i64> = ids.take_open_chunks().into_keys().collect();
+        left.sort_unstable();
+        assert_eq!(left, (0..10).collect::<Vec<i64>>());
+    }
 }

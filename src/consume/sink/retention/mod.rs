@@ -175,11 +175,7 @@ impl SqliteSink {
         sizes.subtract(row, bytes);
         sizes.write(&transaction)?;
         transaction.commit()?;
-        match forgotten {
-            ForgottenTopics::None => {}
-            ForgottenTopics::Hidden => self.clear_board(),
-            ForgottenTopics::Gone => self.clear_remembered(),
-        }
+        self.forget_topics(row, &forgotten);
         Ok(PruneStep::More)
     }
 
@@ -302,24 +298,20 @@ fn remove_up_to(connection: &Connection, datasource: i64, last: i64) -> rusqlite
     Ok(())
 }
 
-/// What has become of the topics of removed records.
-#[derive(PartialEq, Eq)]
-enum ForgottenTopics {
-    /// All have records.
-    None,
-    /// Some have none, and so no newest values.
-    Hidden,
-    /// Some are gone, with their row ids.
-    Gone,
+/// A topic that has no record any more, and so no newest values.
+pub(super) struct EmptyTopic {
+    pub(super) name: String,
+    /// Its row id, if its row is gone too.
+    pub(super) gone: Option<i64>,
 }
 
 /// Forgets the newest values of those of the topics that have no record any more, and the topics too unless quarantine may
-/// name them.
+/// name them. Returns those topics.
 fn forget_empty_topics(
     connection: &Connection,
     datasource: i64,
     topics: &BTreeSet<i64>,
-) -> rusqlite::Result<ForgottenTopics> {
+) -> rusqlite::Result<Vec<EmptyTopic>> {
     let has_quarantine: bool = connection
         .prepare_cached("SELECT EXISTS (SELECT 1 FROM quarantined WHERE datasource_id = ?1)")?
         .query_row([datasource], |row| row.get(0))?;
@@ -327,24 +319,22 @@ fn forget_empty_topics(
         connection.prepare_cached("SELECT EXISTS (SELECT 1 FROM entries WHERE topic_id = ?1)")?;
     let mut forget_values = connection.prepare_cached("DELETE FROM latest_values WHERE topic_id = ?1")?;
     let mut forget_samples = connection.prepare_cached("DELETE FROM sample_chunks WHERE topic_id = ?1")?;
-    let mut hide = connection.prepare_cached("UPDATE topics SET latest_offset = -1 WHERE id = ?1")?;
-    let mut forget = connection.prepare_cached("DELETE FROM topics WHERE id = ?1")?;
-    let mut forgotten = ForgottenTopics::None;
+    let mut hide =
+        connection.prepare_cached("UPDATE topics SET latest_offset = -1 WHERE id = ?1 RETURNING topic")?;
+    let mut forget = connection.prepare_cached("DELETE FROM topics WHERE id = ?1 RETURNING topic")?;
+    let mut empty = Vec::new();
     for topic in topics {
         if is_used.query_row([topic], |row| row.get(0))? {
             continue;
         }
         forget_values.execute([topic])?;
         forget_samples.execute([topic])?;
-        if has_quarantine {
-            hide.execute([topic])?;
-            forgotten = ForgottenTopics::Hidden;
-        } else {
-            forget.execute([topic])?;
-            forgotten = ForgottenTopics::Gone;
+        let (change, gone) = if has_quarantine { (&mut hide, None) } else { (&mut forget, Some(*topic)) };
+        if let Some(name) = change.query_row([topic], |row| row.get(0)).optional()? {
+            empty.push(EmptyTopic { name, gone });
         }
     }
-    Ok(forgotten)
+    Ok(empty)
 }
 
 /// The offset below which everything of a datasource was removed, if something was.

@@ -1,10 +1,14 @@
 //! Retention of `records.db`, on a clock of the tests' own.
 
 use std::path::Path;
+use std::sync::Arc;
 
 use super::*;
+use crate::consume::query::{PageBudget, RecordsReader};
+use crate::consume::sink::latest_board::LatestBoard;
 use crate::consume::sink::sqlite::RECORDS_FILE_NAME;
 use crate::consume::testing::{EPOCH, record};
+use crate::limits::LATEST_TOPICS_MAX;
 use crate::log::{IncarnationStep, WithheldChange, WithheldRules};
 use crate::message::{KeyId, RecordFlags, RecordRef};
 
@@ -158,6 +162,45 @@ fn the_samples_go_with_their_records() {
         sink.connection().query_row("SELECT count(*) FROM sample_chunks", [], |row| row.get(0)),
         Ok(0)
     );
+}
+
+/// Whoever has a limit and a new topic for each message emptied the caches of all: samples of others had a chunk each.
+#[test]
+fn a_topic_that_is_forgotten_closes_no_chunk_and_takes_down_no_value_of_another_datasource() {
+    let dir = tempfile::tempdir().expect("temporary directory");
+    let mut sink = open(dir.path());
+    let board = Arc::<LatestBoard>::default();
+    sink.show_on(board.clone());
+    let reader = RecordsReader::new(dir.path()).with_board(board.clone());
+    let other = DatasourceId::new("press-5").expect("a slug");
+    let shown = |scope: &DatasourceId| {
+        let mut topics = Vec::new();
+        let mut budget = PageBudget::new(LATEST_TOPICS_MAX);
+        let mut each = |topic: &str, _: &[u8]| topics.push(topic.to_owned());
+        board.read(scope, None, &mut budget, &mut each).map(|_| topics)
+    };
+    for offset in (0..200).step_by(2) {
+        let topic = format!("new/{offset}");
+        let new = RecordRef { topic: &topic, ..at(offset, 0) };
+        let steady = record(offset + 1, "press-5", "a", b"{\"t\":1.5}");
+        sink.store([new, steady].into_iter(), offset + 2, false).expect("stored");
+        shown(&press());
+        shown(&other);
+        let limits = StoredLimits { age_us: None, bytes: Some(3 * 72) };
+        while sink.prune_some(&press(), limits, EPOCH).expect("pruned") == PruneStep::More {}
+    }
+    let chunks =
+        "SELECT count(*) FROM sample_chunks c JOIN topics t ON t.id = c.topic_id WHERE t.topic = 'a'";
+    assert_eq!(sink.connection().query_row(chunks, [], |row| row.get(0)), Ok(1));
+    assert_eq!(shown(&other), Some(vec!["a".to_owned()]), "it stays there");
+    let of_database = |scope: &DatasourceId| {
+        let page = reader.latest(scope, None).expect("reads");
+        page.topics.into_iter().map(|topic| topic.topic).collect::<Vec<_>>()
+    };
+    assert_eq!(shown(&press()), Some(of_database(&press())));
+    let ids =
+        "SELECT count(*) FROM records r WHERE r.topic IS NULL OR r.datasource = 'press-5' AND r.topic <> 'a'";
+    assert_eq!(sink.connection().query_row(ids, [], |row| row.get(0)), Ok(0), "ids are given anew");
 }
 
 #[test]

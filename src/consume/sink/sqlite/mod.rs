@@ -19,7 +19,7 @@ use super::incarnations;
 use super::insert::insert_records;
 use super::latest_board::LatestBoard;
 use super::quarantined;
-use super::retention::{self, StoredSizes};
+use super::retention::{self, EmptyTopic, StoredSizes};
 use super::schema::{RECORDS_DATABASE, offset_from_sql, sql_offset};
 use crate::log::{IncarnationHistory, IncarnationStep, WithheldChange, WithheldRules, WithheldSnapshot};
 use crate::message::{DatasourceId, Offset, RecordRef};
@@ -127,11 +127,6 @@ impl SqliteSink {
         self.board = board;
     }
 
-    /// Takes down what is shown: newest values have changed otherwise than by records that were stored.
-    pub(super) fn clear_board(&self) {
-        self.board.clear();
-    }
-
     /// Names the file in an error of SQLite's.
     pub(super) fn database_error(&self, error: &rusqlite::Error) -> SinkError {
         SqliteError::from_sqlite(error, &self.path).into()
@@ -155,6 +150,13 @@ impl SqliteSink {
         self.ids.clear();
         self.sizes.clear();
         self.board.clear();
+    }
+
+    /// Forgets topics of a datasource that have no record any more. What is remembered of others stays.
+    pub(super) fn forget_topics(&mut self, datasource: i64, empty: &[EmptyTopic]) {
+        let gone = empty.iter().filter_map(|topic| Some((topic.gone?, &*topic.name)));
+        self.ids.forget_topics(datasource, gone);
+        self.board.forget_topics(datasource, empty.iter().map(|topic| &*topic.name));
     }
 
     /// As [`SqliteSink::clear_remembered`], if the last transaction of records was not committed.
