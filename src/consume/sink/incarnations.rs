@@ -10,7 +10,7 @@ use std::collections::BTreeSet;
 use rusqlite::{Connection, OptionalExtension, params};
 
 use super::quarantined::{CREATE_MOVED, for_each_moved_topic, forget_moved, restore_moved};
-use super::retention::forget_sizes;
+use super::retention::{forget_if_empty, forget_sizes};
 use super::samples;
 use super::schema::{offset_from_sql, sql_offset};
 use crate::log::{IncarnationHistory, IncarnationStep, WithheldSnapshot};
@@ -148,10 +148,16 @@ fn move_selected(
         ),
         [to],
     )?;
-    if table == "quarantined" {
+    let has_values = table == "entries";
+    for_each_moved_topic(connection, |topic_id| {
+        if has_values {
+            forget_moved(connection, topic_id)?;
+        }
+        forget_if_empty(connection, topic_id).map(drop)
+    })?;
+    if !has_values {
         return Ok(());
     }
-    for_each_moved_topic(connection, |topic_id| forget_moved(connection, topic_id))?;
     connection.execute(
         "UPDATE temp.moved SET topic_id = (SELECT topic_id FROM entries e WHERE e.offset = moved.offset)",
         [],

@@ -62,14 +62,16 @@ fn insert_rows<'a>(
          VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7)",
     )?;
     for record in records {
-        let Some(row) = row_ids_of(transaction, ids, left_out, &record)? else { continue };
         // Many tools end a TEXT at a NUL, so that such a payload is stored as a BLOB.
         let text = std::str::from_utf8(record.payload).ok().filter(|text| !text.contains('\0'));
         let payload = text.map_or(ValueRef::Blob(record.payload), ValueRef::from);
-        times.observe(transaction, record.offset, record.received_at)?;
+        // A mark has no row, and so names nothing.
         if quarantined::note_superseded(transaction, &record)? {
+            times.observe(transaction, record.offset, record.received_at)?;
             continue;
         }
+        let Some(row) = row_ids_of(transaction, ids, left_out, &record)? else { continue };
+        times.observe(transaction, record.offset, record.received_at)?;
         sizes.add(row.datasource, sql_offset(record.offset), record.payload.len());
         let is_leaked = left_out.covers(record.datasource, record.key_id, record.received_at, record.offset);
         // Also where it is withheld itself: given back, it would be there beside another redrive.

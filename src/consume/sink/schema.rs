@@ -40,7 +40,14 @@ const CACHE_KIB: i64 = 32 << 10;
 /// How the sink opens `records.db`. The opening waits long for a lock: without the database there is nothing
 /// to do. Each transaction fails soon, and is tried again.
 pub(in crate::consume) const RECORDS_DATABASE: SqliteProfile = SqliteProfile {
-    migrations: &[CREATE_RECORDS_TABLES, ADD_QUARANTINE, ADD_INCARNATIONS, ADD_EVENT_TIME, ADD_RETENTION],
+    migrations: &[
+        CREATE_RECORDS_TABLES,
+        ADD_QUARANTINE,
+        ADD_INCARNATIONS,
+        ADD_EVENT_TIME,
+        ADD_RETENTION,
+        BOUND_NAMES,
+    ],
     gives_pages_back: true,
     open_lock_wait_max: Duration::from_secs(5),
     lock_wait_max: Duration::from_millis(250),
@@ -314,6 +321,22 @@ const ADD_RETENTION: &str = "
     CREATE INDEX sample_chunks_offset ON sample_chunks (topic_id, first_offset);
 ";
 
+/// Turns format 5 into format 6.
+const BOUND_NAMES: &str = "
+    -- Says whether quarantine has anything of a topic.
+    CREATE INDEX quarantined_topic ON quarantined (topic_id);
+
+    -- Topics of which nothing is left: while anything of a datasource was in quarantine none of its topics went.
+    DELETE FROM latest_values WHERE topic_id IN (
+        SELECT id FROM topics t WHERE NOT EXISTS (SELECT 1 FROM entries e WHERE e.topic_id = t.id)
+            AND NOT EXISTS (SELECT 1 FROM quarantined q WHERE q.topic_id = t.id));
+    DELETE FROM sample_chunks WHERE topic_id IN (
+        SELECT id FROM topics t WHERE NOT EXISTS (SELECT 1 FROM entries e WHERE e.topic_id = t.id)
+            AND NOT EXISTS (SELECT 1 FROM quarantined q WHERE q.topic_id = t.id));
+    DELETE FROM topics AS t WHERE NOT EXISTS (SELECT 1 FROM entries e WHERE e.topic_id = t.id)
+        AND NOT EXISTS (SELECT 1 FROM quarantined q WHERE q.topic_id = t.id);
+";
+
 #[cfg(test)]
 mod tests {
     use rusqlite::Connection;
@@ -337,6 +360,40 @@ mod tests {
         assert_eq!(number("SELECT version FROM withheld"), 0);
         assert_eq!(number("SELECT count(*) FROM retention"), 0);
         assert_eq!(number("PRAGMA auto_vacuum"), 0, "an older one keeps its form");
+    }
+
+    /// A database of format 5 with what `sql` puts there.
+    fn of_format_5(path: &std::path::Path, sql: &str) {
+        let connection = Connection::open(path).expect("opens");
+        for step in &RECORDS_DATABASE.migrations[..5] {
+            connection.execute_batch(step).expect("a format");
+        }
+        connection.execute_batch(sql).expect("written");
+        connection.pragma_update(None, "user_version", 5).expect("written");
+    }
+
+    #[test]
+    fn topics_that_format_5_has_kept_without_a_record_are_gone() {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let path = dir.path().join("records.db");
+        of_format_5(
+            &path,
+            "INSERT INTO datasources (id, datasource) VALUES (1, 'press-4');
+             INSERT INTO topics VALUES (1, 1, 'a', 7), (2, 1, 'b', -1), (3, 1, 'c', -1), (4, 1, 'd', -1);
+             INSERT INTO origins VALUES (1, '0a0a0a0a0a0a', 'mqtt', '');
+             INSERT INTO entries VALUES (7, 1, 1, 1, 0, 'x', NULL);
+             INSERT INTO quarantined VALUES (8, 1, 3, 1, 0, 'x', '', 0, 0, 'key', NULL, NULL, NULL, NULL, NULL, NULL);
+             INSERT INTO latest_values VALUES (1, '', 'x', 7, 0), (2, '', 'x', 6, 0);
+             INSERT INTO sample_chunks VALUES (1, 1, 7, 7, 0, 0, 0, '{}'), (2, 4, 6, 6, 0, 0, 0, '{}');
+             UPDATE cursor SET next_offset = 9;",
+        );
+        let connection = RECORDS_DATABASE.open(&path).expect("upgraded");
+        let list = |sql| connection.query_row(sql, [], |row| row.get::<_, String>(0)).expect("reads");
+        assert_eq!(list("SELECT group_concat(topic) FROM topics"), "a,c");
+        assert_eq!(list("SELECT group_concat(topic_id) FROM latest_values"), "1");
+        assert_eq!(list("SELECT group_concat(topic_id) FROM sample_chunks"), "1");
+        assert_eq!(list("SELECT topic || key_id FROM records"), "a0a0a0a0a0a0a");
+        assert_eq!(list("SELECT topic || key_id FROM quarantine"), "c0a0a0a0a0a0a");
     }
 
     #[test]

@@ -7,6 +7,7 @@ use std::collections::{HashMap, HashSet};
 use headgate_bridge_postgres::{CopyRows, PostgresFault};
 
 use super::{PostgresError, PostgresSink};
+use crate::consume::sink::quarantined::is_mark;
 use crate::limits::{POSTGRES_KEY_SETS_PER_TOPIC_MAX, REMEMBERED_NAME_BYTES, REMEMBERED_NAMES_BYTES_MAX};
 use crate::message::{DatasourceId, Incarnation, KeyId, RecordRef, Transport};
 
@@ -48,13 +49,20 @@ impl RememberedNames {
         *self = Self::default();
     }
 
-    /// Forgets topics of a datasource that are no longer there. Those of others stay: to learn them costs a question each.
-    pub(super) fn forget_topics(&mut self, datasource: i32, gone: &[i32]) {
-        let gone: HashSet<i32> = gone.iter().copied().collect();
-        for (_, topics) in self.datasources.values_mut().filter(|(id, _)| *id == datasource) {
-            topics.retain(|_, topic| !gone.contains(topic));
+    /// Forgets topics of these datasources that are no longer there. Others stay: to learn them costs a question each.
+    pub(super) fn forget_topics(&mut self, datasources: &HashSet<i32>, gone: &HashSet<i32>) {
+        let mut forgotten = 0;
+        for (_, topics) in self.datasources.values_mut().filter(|(id, _)| datasources.contains(id)) {
+            topics.retain(|name, topic| {
+                let is_gone = gone.contains(topic);
+                forgotten += if is_gone { 2 * REMEMBERED_NAME_BYTES + name.len() } else { 0 };
+                !is_gone
+            });
         }
+        let sets = self.key_sets.len();
         self.key_sets.retain(|(topic, _), _| !gone.contains(topic));
+        forgotten += (sets - self.key_sets.len()) * REMEMBERED_NAME_BYTES;
+        self.bytes = self.bytes.saturating_sub(forgotten);
         self.full_topics.retain(|topic| !gone.contains(topic));
         self.new_topics.retain(|topic, _| !gone.contains(topic));
     }
@@ -130,6 +138,7 @@ impl PostgresSink {
         let is_of_same = |next: &&RecordRef<'_>| {
             next.key_id == record.key_id
                 && next.datasource == record.datasource
+                && !is_mark(next)
                 && !known.contains_key(next.topic)
         };
         let ahead = ahead.iter().take(LEARNT_AHEAD_RECORDS).filter(is_of_same);

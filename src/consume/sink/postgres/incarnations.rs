@@ -87,7 +87,7 @@ impl PostgresSink {
 
     /// Moves the records in `moved` to another row of `datasources`, with their samples and the newest values that they
     /// bring.
-    fn move_to_datasource(&self, table: &str, to: i32) -> Result<(), PostgresError> {
+    fn move_to_datasource(&mut self, table: &str, to: i32) -> Result<(), PostgresError> {
         self.connection.execute(
             "INSERT INTO topics (datasource_id, topic, latest_offset)
              SELECT DISTINCT $1::int, t.topic, -1 FROM moved m JOIN topics t ON t.id = m.topic_id ON CONFLICT DO NOTHING",
@@ -129,10 +129,12 @@ impl PostgresSink {
                 &[&to],
             )?;
         }
+        let left = self.moved_topics()?;
         if table == "quarantined" {
-            return Ok(());
+            return self.forget_empty_topics(&left);
         }
         self.forget_moved_values()?;
+        self.forget_empty_topics(&left)?;
         self.connection.execute(
             "UPDATE moved m SET topic_id = e.topic_id FROM entries e WHERE e.log_offset = m.log_offset",
             &[],

@@ -14,7 +14,7 @@ use super::{PostgresError, PostgresSink};
 use crate::consume::sink::ids::RowIds;
 use crate::consume::sink::incarnations::shown_name;
 use crate::consume::sink::newest::{NewestValues, read_members};
-use crate::consume::sink::quarantined::{CAUSE_KEY, CAUSE_LIMIT, CAUSE_SCHEMA};
+use crate::consume::sink::quarantined::{CAUSE_KEY, CAUSE_LIMIT, CAUSE_SCHEMA, is_mark};
 use crate::consume::sink::schema::{TIME_INDEX_OFFSETS, sql_offset};
 use crate::limits::{POSTGRES_COPIES_UNDER_WAY_MAX, POSTGRES_COPY_BYTES, POSTGRES_COPY_RECORDS_MAX};
 use crate::log::{RecordNote, WithheldSnapshot};
@@ -87,6 +87,14 @@ struct NewFacts<'a> {
     times: BTreeMap<Offset, (TimeMicros, TimeMicros)>,
     /// Quarantined records that were let in, each with the offset of what was.
     let_in: Vec<(Offset, Offset)>,
+}
+
+impl NewFacts<'_> {
+    fn observe_time(&mut self, record: &RecordRef<'_>) {
+        let at = record.received_at;
+        let times = self.times.entry(record.offset - record.offset % TIME_INDEX_OFFSETS).or_insert((at, at));
+        *times = (times.0.min(at), times.1.max(at));
+    }
 }
 
 impl PostgresSink {
@@ -214,16 +222,16 @@ impl PostgresSink {
         is_plain: bool,
     ) -> Result<(), PostgresError> {
         let Some((record, ahead)) = records.split_first() else { return Ok(()) };
-        let Some(ids) = self.ids_of_record(record, left_out, ahead)? else { return Ok(()) };
-        let at = record.received_at;
-        let times = facts.times.entry(record.offset - record.offset % TIME_INDEX_OFFSETS).or_insert((at, at));
-        *times = (times.0.min(at), times.1.max(at));
-        if record.flags.contains(RecordFlags::QUARANTINED.with(RecordFlags::REDRIVEN)) {
+        // A mark has no row, and so names nothing.
+        if is_mark(record) {
+            facts.observe_time(record);
             if let Some(RecordNote::Superseded { offset, by }) = RecordNote::decode(record.note) {
                 facts.let_in.push((offset, by));
             }
             return Ok(());
         }
+        let Some(ids) = self.ids_of_record(record, left_out, ahead)? else { return Ok(()) };
+        facts.observe_time(record);
         self.sizes.add(ids.datasource, record.payload.len());
         let is_leaked = left_out.covers(record.datasource, record.key_id, record.received_at, record.offset);
         let text = std::str::from_utf8(record.payload).ok();

@@ -201,7 +201,8 @@ impl PostgresSink {
         Ok(())
     }
 
-    fn moved_topics(&self) -> Result<Vec<i32>, PostgresError> {
+    /// The topics of the records in `moved`.
+    pub(super) fn moved_topics(&self) -> Result<Vec<i32>, PostgresError> {
         let rows = self.connection.query("SELECT DISTINCT topic_id FROM moved", &[])?;
         Ok(rows.iter().map(|row| row.get(0)).collect())
     }

@@ -7,7 +7,7 @@
 
 use std::collections::{BTreeSet, HashMap};
 
-use headgate_bridge_postgres::PostgresTime;
+use headgate_bridge_postgres::{PostgresTime, Row};
 
 use super::{PostgresError, PostgresSink};
 use crate::consume::sink::retention::{PrunableStore, PruneStep, StoredLimits};
@@ -149,7 +149,7 @@ impl PostgresSink {
             &format!("{} UNION ALL {} ORDER BY log_offset LIMIT $2", of("entries"), of("quarantined")),
             &[&datasource, &count],
         )?;
-        let record = |row: &headgate_bridge_postgres::Row| RemovableRow {
+        let record = |row: &Row| RemovableRow {
             offset: row.get(0),
             received_at: row.get::<_, PostgresTime>(1).0,
             bytes: row.get::<_, i64>(2).unsigned_abs() + STORED_RECORD_BYTES,
@@ -226,32 +226,37 @@ impl PostgresSink {
             &[&datasource, &last.saturating_add(1)],
         )?;
         let topics: BTreeSet<i32> = records.iter().map(|record| record.topic).collect();
-        self.forget_empty_topics(datasource, &topics.into_iter().collect::<Vec<_>>())
+        self.forget_empty_topics(&topics.into_iter().collect::<Vec<_>>())
     }
 
-    /// Forgets the newest values of those of the topics that have no record any more, and the topics too unless quarantine
-    /// may name them.
-    fn forget_empty_topics(&mut self, datasource: i32, topics: &[i32]) -> Result<(), PostgresError> {
+    /// Forgets the newest values of those of the topics that have no record any more that is passed on, and the topics too of
+    /// which quarantine has nothing.
+    pub(super) fn forget_empty_topics(&mut self, topics: &[i32]) -> Result<(), PostgresError> {
         let rows = self.connection.query(
-            "SELECT n.id FROM unnest($1::int[]) AS n (id)
+            "SELECT n.id, q.is_there IS NOT NULL FROM unnest($1::int[]) AS n (id)
+             LEFT JOIN LATERAL (SELECT true AS is_there FROM quarantined q WHERE q.topic_id = n.id LIMIT 1) q ON true
              WHERE NOT EXISTS (SELECT FROM entries e WHERE e.topic_id = n.id)",
             &[&topics],
         )?;
+        if rows.is_empty() {
+            return Ok(());
+        }
         let empty: Vec<i32> = rows.iter().map(|row| row.get(0)).collect();
-        if empty.is_empty() {
-            return Ok(());
-        }
         self.connection.execute("DELETE FROM latest_values WHERE topic_id = ANY($1)", &[&empty])?;
-        let row = self
-            .connection
-            .query_one("SELECT EXISTS (SELECT FROM quarantined WHERE datasource_id = $1)", &[&datasource])?;
-        if row.get(0) {
-            self.connection.execute("UPDATE topics SET latest_offset = -1 WHERE id = ANY($1)", &[&empty])?;
-            return Ok(());
+        let (hidden, gone): (Vec<_>, Vec<_>) = rows.iter().partition(|row| row.get(1));
+        let [hidden, gone] =
+            [hidden, gone].map(|rows: Vec<&Row>| rows.iter().map(|row| row.get(0)).collect::<Vec<i32>>());
+        if !hidden.is_empty() {
+            self.connection.execute("UPDATE topics SET latest_offset = -1 WHERE id = ANY($1)", &[&hidden])?;
         }
-        self.connection.execute("DELETE FROM key_sets WHERE topic_id = ANY($1)", &[&empty])?;
-        self.connection.execute("DELETE FROM topics WHERE id = ANY($1)", &[&empty])?;
-        self.names.forget_topics(datasource, &empty);
+        if !gone.is_empty() {
+            self.connection.execute("DELETE FROM key_sets WHERE topic_id = ANY($1)", &[&gone])?;
+            let rows = self
+                .connection
+                .query("DELETE FROM topics WHERE id = ANY($1) RETURNING datasource_id", &[&gone])?;
+            let datasources = rows.iter().map(|row| row.get(0)).collect();
+            self.names.forget_topics(&datasources, &gone.into_iter().collect());
+        }
         Ok(())
     }
 

@@ -24,7 +24,7 @@ const SERVER_VERSION_MIN: i32 = 140_000;
 /// The lock under which the tables are made: of all that Headgate makes in one database, "hg" and a number.
 const MIGRATION_LOCK: i64 = 0x6867_0001;
 /// Turns format N into format N + 1.
-const MIGRATIONS: [&str; 3] = [CREATE_TABLES, ADD_READING, ADD_SAMPLE_LANE];
+const MIGRATIONS: [&str; 4] = [CREATE_TABLES, ADD_READING, ADD_SAMPLE_LANE, BOUND_NAMES];
 
 /// Makes the tables in `schema`, or brings them up to date, and makes them those that names stand for in this connection.
 /// `json` is the type of JSON payloads in tables that are made anew.
@@ -116,6 +116,20 @@ fn format_of(connection: &PostgresConnection, schema: &str) -> Result<i32, Postg
 pub(in crate::consume) fn quoted(name: &str) -> String {
     format!("\"{}\"", name.replace('"', "\"\""))
 }
+
+/// Makes format 4 of format 3: names go with the last record that has them.
+const BOUND_NAMES: &str = r#"
+    -- Says whether quarantine has anything of a topic.
+    CREATE INDEX quarantined_topic ON quarantined (topic_id);
+
+    -- Topics of which nothing is left: while anything of a datasource was in quarantine none of its topics went.
+    CREATE TEMP TABLE empty_topics ON COMMIT DROP AS
+    SELECT t.id FROM topics t WHERE NOT EXISTS (SELECT FROM entries e WHERE e.topic_id = t.id)
+        AND NOT EXISTS (SELECT FROM quarantined q WHERE q.topic_id = t.id);
+    DELETE FROM latest_values WHERE topic_id IN (SELECT id FROM empty_topics);
+    DELETE FROM key_sets WHERE topic_id IN (SELECT id FROM empty_topics);
+    DELETE FROM topics WHERE id IN (SELECT id FROM empty_topics);
+"#;
 
 /// Makes format 3 of format 2: samples may have a transaction of their own, and rows of samples the keys of their own.
 const ADD_SAMPLE_LANE: &str = r#"

@@ -1,8 +1,8 @@
 //! Retention of what is stored: the oldest records of a datasource are removed from `records.db`, whatever the log still
 //! has, once they are older than its limit, or take more than that.
 //!
-//! Each transaction removes a bounded number, the oldest first, in quarantine or not. A topic of which nothing is left loses
-//! its newest values. What is removed stays known: `retention` says below which offset. The rules about leaked keys and
+//! Each transaction removes a bounded number, the oldest first, in quarantine or not. A topic of which nothing is left goes;
+//! one of which quarantine alone has something loses its newest values. What is removed stays known: `retention` says below which offset. The rules about leaked keys and
 //! incarnations are followed by what is left, and an incarnation that has ended is kept until it is purged.
 //!
 //! How much a datasource with a limit in bytes takes is counted once, in steps, and then kept up to date in the
@@ -167,7 +167,10 @@ impl SqliteSink {
         for topic in &topics {
             samples::remove_up_to(&transaction, *topic, last)?;
         }
-        let forgotten = forget_empty_topics(&transaction, row, &topics)?;
+        let mut empty = Vec::new();
+        for topic in &topics {
+            empty.extend(forget_if_empty(&transaction, *topic)?);
+        }
         if limits.bytes.is_none() {
             // What is removed now is not subtracted.
             transaction.execute("DELETE FROM stored_sizes WHERE datasource_id = ?1", [row])?;
@@ -175,7 +178,7 @@ impl SqliteSink {
         sizes.subtract(row, bytes);
         sizes.write(&transaction)?;
         transaction.commit()?;
-        self.forget_topics(row, &forgotten);
+        self.forget_topics(row, &empty);
         Ok(PruneStep::More)
     }
 
@@ -298,43 +301,33 @@ fn remove_up_to(connection: &Connection, datasource: i64, last: i64) -> rusqlite
     Ok(())
 }
 
-/// A topic that has no record any more, and so no newest values.
+/// A topic that has no record any more that is passed on, and so no newest values.
 pub(super) struct EmptyTopic {
     pub(super) name: String,
     /// Its row id, if its row is gone too.
     pub(super) gone: Option<i64>,
 }
 
-/// Forgets the newest values of those of the topics that have no record any more, and the topics too unless quarantine may
-/// name them. Returns those topics.
-fn forget_empty_topics(
-    connection: &Connection,
-    datasource: i64,
-    topics: &BTreeSet<i64>,
-) -> rusqlite::Result<Vec<EmptyTopic>> {
-    let has_quarantine: bool = connection
-        .prepare_cached("SELECT EXISTS (SELECT 1 FROM quarantined WHERE datasource_id = ?1)")?
-        .query_row([datasource], |row| row.get(0))?;
-    let mut is_used =
-        connection.prepare_cached("SELECT EXISTS (SELECT 1 FROM entries WHERE topic_id = ?1)")?;
-    let mut forget_values = connection.prepare_cached("DELETE FROM latest_values WHERE topic_id = ?1")?;
-    let mut forget_samples = connection.prepare_cached("DELETE FROM sample_chunks WHERE topic_id = ?1")?;
-    let mut hide =
-        connection.prepare_cached("UPDATE topics SET latest_offset = -1 WHERE id = ?1 RETURNING topic")?;
-    let mut forget = connection.prepare_cached("DELETE FROM topics WHERE id = ?1 RETURNING topic")?;
-    let mut empty = Vec::new();
-    for topic in topics {
-        if is_used.query_row([topic], |row| row.get(0))? {
-            continue;
-        }
-        forget_values.execute([topic])?;
-        forget_samples.execute([topic])?;
-        let (change, gone) = if has_quarantine { (&mut hide, None) } else { (&mut forget, Some(*topic)) };
-        if let Some(name) = change.query_row([topic], |row| row.get(0)).optional()? {
-            empty.push(EmptyTopic { name, gone });
-        }
+/// Forgets the newest values and samples of a topic if it has no record that is passed on, and the topic too unless
+/// quarantine has something of it. Returns it then.
+pub(super) fn forget_if_empty(connection: &Connection, topic: i64) -> rusqlite::Result<Option<EmptyTopic>> {
+    let has_rows = |table| {
+        connection
+            .prepare_cached(&format!("SELECT EXISTS (SELECT 1 FROM {table} WHERE topic_id = ?1)"))?
+            .query_row([topic], |row| row.get::<_, bool>(0))
+    };
+    if has_rows("entries")? {
+        return Ok(None);
     }
-    Ok(empty)
+    connection.prepare_cached("DELETE FROM latest_values WHERE topic_id = ?1")?.execute([topic])?;
+    connection.prepare_cached("DELETE FROM sample_chunks WHERE topic_id = ?1")?.execute([topic])?;
+    let (change, gone) = match has_rows("quarantined")? {
+        // -1 is no record's offset, and a topic without records is not shown.
+        true => ("UPDATE topics SET latest_offset = -1 WHERE id = ?1 RETURNING topic", None),
+        false => ("DELETE FROM topics WHERE id = ?1 RETURNING topic", Some(topic)),
+    };
+    let name = connection.prepare_cached(change)?.query_row([topic], |row| row.get(0)).optional()?;
+    Ok(name.map(|name| EmptyTopic { name, gone }))
 }
 
 /// The offset below which everything of a datasource was removed, if something was.

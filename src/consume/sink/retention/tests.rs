@@ -9,7 +9,7 @@ use crate::consume::sink::latest_board::LatestBoard;
 use crate::consume::sink::sqlite::RECORDS_FILE_NAME;
 use crate::consume::testing::{EPOCH, record};
 use crate::limits::LATEST_TOPICS_MAX;
-use crate::log::{IncarnationStep, WithheldChange, WithheldRules};
+use crate::log::{IncarnationStep, RecordNote, WithheldChange, WithheldRules};
 use crate::message::{KeyId, RecordFlags, RecordRef};
 
 const SECOND: i64 = 1_000_000;
@@ -127,6 +127,58 @@ fn a_topic_of_which_nothing_is_left_is_forgotten_and_comes_back() {
     assert_eq!(topics(&sink), ["a", "b", "c"]);
     let names = "SELECT count(*) FROM records WHERE topic IS NULL";
     assert_eq!(sink.connection().query_row(names, [], |row| row.get(0)), Ok(0));
+}
+
+/// One message in quarantine kept every topic of its datasource, hidden, for ever.
+#[test]
+fn quarantine_keeps_the_topics_that_it_has_something_of_and_no_others() {
+    let dir = tempfile::tempdir().expect("temporary directory");
+    let mut sink = open(dir.path());
+    let on = |offset, topic, seconds| RecordRef { topic, ..at(offset, seconds) };
+    let quarantined = RecordRef { flags: RecordFlags::QUARANTINED, ..on(3, "b", 100) };
+    store(&mut sink, &[on(0, "a", 0), on(1, "b", 1), on(2, "c", 2), quarantined]);
+    let topics = |sink: &SqliteSink| {
+        let sql = "SELECT topic FROM topics ORDER BY topic";
+        let mut select = sink.connection().prepare(sql).expect("reads");
+        let rows = select.query_map([], |row| row.get::<_, String>(0)).expect("reads");
+        rows.map(|row| row.expect("reads")).collect::<Vec<_>>()
+    };
+    prune(&mut sink, AGED, 90);
+    assert_eq!(topics(&sink), ["b"], "one is hidden between two that are gone");
+    // The ids of the others are given anew.
+    let other = RecordRef { datasource: "press-5", ..on(4, "x", 101) };
+    store(&mut sink, &[other, on(5, "a", 102), on(6, "c", 103), on(7, "b", 104)]);
+    let mut select = sink
+        .connection()
+        .prepare("SELECT datasource || ' ' || topic FROM records ORDER BY offset")
+        .expect("reads");
+    let rows = select.query_map([], |row| row.get::<_, String>(0)).expect("reads");
+    let names: Vec<String> = rows.map(|row| row.expect("reads")).collect();
+    assert_eq!(names, ["press-5 x", "press-4 a", "press-4 c", "press-4 b"]);
+    drop(select);
+    prune(&mut sink, AGED, 163);
+    assert_eq!((offsets(&sink), topics(&sink)), (vec![4, 6, 7], vec!["b".into(), "c".into(), "x".into()]));
+    prune(&mut sink, AGED, 1_000);
+    assert_eq!(topics(&sink), ["x"], "with what was in quarantine");
+}
+
+#[test]
+fn what_is_set_aside_and_a_mark_leave_no_topic_behind() {
+    let dir = tempfile::tempdir().expect("temporary directory");
+    let mut sink = open(dir.path());
+    let on = |offset, topic| RecordRef { topic, ..at(offset, 0) };
+    let quarantined = RecordRef { flags: RecordFlags::QUARANTINED, ..on(2, "c") };
+    let note = RecordNote::Superseded { offset: 2, by: 1 };
+    let (flags, note) = (note.flag(), note.encode());
+    let mark = RecordRef { flags, note: &note, ..on(3, "d") };
+    sink.store([on(0, "a"), on(1, "b"), quarantined, mark].into_iter(), 4, false).expect("stored");
+    let topics = |sink: &SqliteSink| {
+        let sql = "SELECT group_concat(topic) FROM topics";
+        sink.connection().query_row(sql, [], |row| row.get::<_, String>(0)).expect("reads")
+    };
+    assert_eq!(topics(&sink), "a,b,c");
+    sink.set_aside_from(1, &dir.path().join(RECORDS_FILE_NAME)).expect("set aside");
+    assert_eq!(topics(&sink), "a");
 }
 
 #[test]
