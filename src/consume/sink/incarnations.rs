@@ -139,6 +139,14 @@ fn move_selected(
          SELECT DISTINCT ?1, t.topic, -1 FROM temp.moved m JOIN topics t ON t.id = m.topic_id",
         [to],
     )?;
+    // They have their origins still, and so have others of where they are now.
+    connection.execute(
+        &format!(
+            "UPDATE origins SET datasource_id = NULL
+             WHERE id IN (SELECT origin_id FROM {table} WHERE offset IN (SELECT offset FROM temp.moved))"
+        ),
+        [],
+    )?;
     connection.execute(
         &format!(
             "UPDATE {table} SET datasource_id = ?1, topic_id = (
@@ -212,6 +220,7 @@ pub(super) fn purge_some(connection: &Connection, scope: &DatasourceId) -> rusql
         [row],
     )?;
     connection.execute("DELETE FROM topics WHERE datasource_id = ?1", [row])?;
+    connection.execute("DELETE FROM origins WHERE datasource_id = ?1", [row])?;
     connection.execute("DELETE FROM retention WHERE datasource_id = ?1", [row])?;
     connection.execute("DELETE FROM datasources WHERE id = ?1", [row])?;
     Ok(true)

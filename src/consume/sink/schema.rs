@@ -322,7 +322,8 @@ const ADD_RETENTION: &str = "
 ";
 
 /// Turns format 5 into format 6.
-const BOUND_NAMES: &str = "
+const BOUND_NAMES: &str = concat!(
+    "
     -- Says whether quarantine has anything of a topic.
     CREATE INDEX quarantined_topic ON quarantined (topic_id);
 
@@ -335,7 +336,74 @@ const BOUND_NAMES: &str = "
             AND NOT EXISTS (SELECT 1 FROM quarantined q WHERE q.topic_id = t.id));
     DELETE FROM topics AS t WHERE NOT EXISTS (SELECT 1 FROM entries e WHERE e.topic_id = t.id)
         AND NOT EXISTS (SELECT 1 FROM quarantined q WHERE q.topic_id = t.id);
-";
+
+    -- Whose records have an origin: NULL where that is not known, or not one datasource's. All of them are below used_below.
+    DROP VIEW records;
+    DROP VIEW quarantine;
+    CREATE TABLE used_origins (
+        id            INTEGER PRIMARY KEY,
+        key_id        TEXT NOT NULL,
+        transport     TEXT NOT NULL,
+        content_type  TEXT NOT NULL,
+        datasource_id INTEGER,
+        used_below    INTEGER NOT NULL,
+        UNIQUE (key_id, transport, content_type, datasource_id)
+    );
+    INSERT INTO used_origins (id, key_id, transport, content_type, used_below)
+    SELECT id, key_id, transport, content_type, (SELECT next_offset FROM cursor) FROM origins;
+    DROP TABLE origins;
+    ALTER TABLE used_origins RENAME TO origins;
+    CREATE INDEX origins_used ON origins (datasource_id, used_below);
+
+    CREATE VIEW records AS
+    SELECT e.offset, d.datasource, t.topic, e.payload, o.content_type, o.key_id, o.transport,
+        ",
+    rfc3339!("e.received_us"),
+    " AS received_at, e.received_us, ",
+    rfc3339_of_any!("e.event_us"),
+    " AS event_at, e.event_us
+    FROM entries e
+    LEFT JOIN datasources d ON d.id = e.datasource_id
+    LEFT JOIN topics t ON t.id = e.topic_id AND t.datasource_id = e.datasource_id
+    LEFT JOIN origins o ON o.id = e.origin_id;
+
+    CREATE VIEW quarantine AS
+    SELECT q.offset, d.datasource, t.topic, q.payload, o.content_type, o.key_id, o.transport,
+        ",
+    rfc3339!("q.received_us"),
+    " AS received_at, q.received_us, q.cause, q.keyword, q.pointer, q.detail, q.schema_version,
+        q.redriven_offset, ",
+    rfc3339_of_any!("q.event_us"),
+    " AS event_at, q.event_us
+    FROM quarantined q
+    LEFT JOIN datasources d ON d.id = q.datasource_id
+    LEFT JOIN topics t ON t.id = q.topic_id
+    LEFT JOIN origins o ON o.id = q.origin_id;
+
+    -- What the topics and origins of a datasource take.
+    ALTER TABLE datasources ADD COLUMN name_bytes INTEGER NOT NULL DEFAULT 0;
+    UPDATE datasources SET name_bytes = (
+        SELECT coalesce(sum(2 * octet_length(topic) + 64), 0) FROM topics WHERE datasource_id = datasources.id);
+    CREATE TRIGGER topics_added AFTER INSERT ON topics BEGIN
+        UPDATE datasources SET name_bytes = name_bytes + 2 * octet_length(NEW.topic) + 64 WHERE id = NEW.datasource_id;
+    END;
+    CREATE TRIGGER topics_removed AFTER DELETE ON topics BEGIN
+        UPDATE datasources SET name_bytes = name_bytes - 2 * octet_length(OLD.topic) - 64 WHERE id = OLD.datasource_id;
+    END;
+    CREATE TRIGGER origins_added AFTER INSERT ON origins BEGIN
+        UPDATE datasources SET name_bytes = name_bytes + 2 * octet_length(NEW.content_type) + 64
+        WHERE id = NEW.datasource_id;
+    END;
+    CREATE TRIGGER origins_removed AFTER DELETE ON origins BEGIN
+        UPDATE datasources SET name_bytes = name_bytes - 2 * octet_length(OLD.content_type) - 64
+        WHERE id = OLD.datasource_id;
+    END;
+    CREATE TRIGGER origins_shared AFTER UPDATE OF datasource_id ON origins BEGIN
+        UPDATE datasources SET name_bytes = name_bytes - 2 * octet_length(OLD.content_type) - 64
+        WHERE id = OLD.datasource_id;
+    END;
+    "
+);
 
 #[cfg(test)]
 mod tests {
@@ -394,6 +462,8 @@ mod tests {
         assert_eq!(list("SELECT group_concat(topic_id) FROM sample_chunks"), "1");
         assert_eq!(list("SELECT topic || key_id FROM records"), "a0a0a0a0a0a0a");
         assert_eq!(list("SELECT topic || key_id FROM quarantine"), "c0a0a0a0a0a0a");
+        assert_eq!(list("SELECT name_bytes || ' ' || datasource FROM datasources"), "132 press-4");
+        assert_eq!(list("SELECT used_below || '' FROM origins WHERE datasource_id IS NULL"), "9");
     }
 
     #[test]

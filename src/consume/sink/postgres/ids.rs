@@ -8,8 +8,11 @@ use headgate_bridge_postgres::{CopyRows, PostgresFault};
 
 use super::{PostgresError, PostgresSink};
 use crate::consume::sink::quarantined::is_mark;
-use crate::limits::{POSTGRES_KEY_SETS_PER_TOPIC_MAX, REMEMBERED_NAME_BYTES, REMEMBERED_NAMES_BYTES_MAX};
-use crate::message::{DatasourceId, Incarnation, KeyId, RecordRef, Transport};
+use crate::consume::sink::schema::sql_offset;
+use crate::limits::{
+    ORIGIN_USE_OFFSETS, POSTGRES_KEY_SETS_PER_TOPIC_MAX, REMEMBERED_NAME_BYTES, REMEMBERED_NAMES_BYTES_MAX,
+};
+use crate::message::{DatasourceId, Incarnation, KeyId, Offset, RecordRef, Transport};
 
 /// How far ahead in a transaction topics are learnt together with one that is not known.
 const LEARNT_AHEAD_RECORDS: usize = 2048;
@@ -26,12 +29,29 @@ pub(super) struct RecordNameIds {
 
 type IdsByName = HashMap<Box<str>, i32>;
 
+/// A datasource, with those of its topics and origins that are remembered.
+struct RememberedDatasource {
+    id: i32,
+    topics: IdsByName,
+    /// By media type.
+    origins: HashMap<(KeyId, Transport), HashMap<Box<str>, RememberedOrigin>>,
+}
+
+/// An origin.
+#[derive(Clone, Copy)]
+struct RememberedOrigin {
+    id: i32,
+    /// All records that the database knows it of are below.
+    used_below: i64,
+}
+
 /// The remembered row ids.
 #[derive(Default)]
 pub(super) struct RememberedNames {
-    /// By what `datasources` calls it: its id, and those of its topics.
-    datasources: HashMap<Box<str>, (i32, IdsByName)>,
-    origins: HashMap<(KeyId, Transport), IdsByName>,
+    /// By what `datasources` calls it.
+    datasources: HashMap<Box<str>, RememberedDatasource>,
+    /// What is noted with the origins that the present transaction uses.
+    used_below: i64,
     /// By topic.
     key_sets: HashMap<(i32, KeySetDigest), i32>,
     /// The topics that have as many sets as they may. All of these are remembered.
@@ -52,8 +72,8 @@ impl RememberedNames {
     /// Forgets topics of these datasources that are no longer there. Others stay: to learn them costs a question each.
     pub(super) fn forget_topics(&mut self, datasources: &HashSet<i32>, gone: &HashSet<i32>) {
         let mut forgotten = 0;
-        for (_, topics) in self.datasources.values_mut().filter(|(id, _)| datasources.contains(id)) {
-            topics.retain(|name, topic| {
+        for known in self.datasources.values_mut().filter(|known| datasources.contains(&known.id)) {
+            known.topics.retain(|name, topic| {
                 let is_gone = gone.contains(topic);
                 forgotten += if is_gone { 2 * REMEMBERED_NAME_BYTES + name.len() } else { 0 };
                 !is_gone
@@ -67,6 +87,27 @@ impl RememberedNames {
         self.new_topics.retain(|topic, _| !gone.contains(topic));
     }
 
+    /// Forgets the origins of a datasource that were removed: those that are used below an offset alone.
+    pub(super) fn forget_origins(&mut self, datasource: i32, below: i64) {
+        let bytes = &mut self.bytes;
+        for known in self.datasources.values_mut().filter(|known| known.id == datasource) {
+            known.origins.retain(|_, origins| {
+                origins.retain(|content_type, origin| {
+                    let is_kept = origin.used_below > below;
+                    *bytes -= if is_kept { 0 } else { REMEMBERED_NAME_BYTES + content_type.len() };
+                    is_kept
+                });
+                !origins.is_empty()
+            });
+        }
+    }
+
+    /// Begins a transaction of records below `next`. What it uses is noted as used somewhat further on, so that small ones
+    /// note it seldom.
+    pub(super) fn begin_transaction(&mut self, next: Offset) {
+        self.used_below = sql_offset(next.next_multiple_of(ORIGIN_USE_OFFSETS));
+    }
+
     /// Makes room for the names of a transaction, before it: it relies on what it has remembered.
     pub(super) fn make_room(&mut self) {
         if self.bytes >= REMEMBERED_NAMES_BYTES_MAX {
@@ -75,13 +116,17 @@ impl RememberedNames {
     }
 
     fn find(&self, record: &RecordRef<'_>, name: &str) -> Option<RecordNameIds> {
-        let (datasource, topics) = self.datasources.get(name)?;
-        let topic = *topics.get(record.topic)?;
-        Some(RecordNameIds { datasource: *datasource, topic, origin: self.origin(record)? })
+        let known = self.datasources.get(name)?;
+        let topic = *known.topics.get(record.topic)?;
+        Some(RecordNameIds { datasource: known.id, topic, origin: known.origin(record)? })
     }
+}
 
+impl RememberedDatasource {
+    /// The origin of a record, if it is noted that it has one so far on.
     fn origin(&self, record: &RecordRef<'_>) -> Option<i32> {
-        self.origins.get(&(record.key_id, record.transport))?.get(record.content_type).copied()
+        let origin = self.origins.get(&(record.key_id, record.transport))?.get(record.content_type)?;
+        (sql_offset(record.offset) < origin.used_below).then_some(origin.id)
     }
 }
 
@@ -104,21 +149,24 @@ impl PostgresSink {
             return Ok(RecordNameIds { datasource: 0, topic: 0, origin: 0 });
         };
         let datasource = match self.names.datasources.get(name) {
-            Some((datasource, _)) => *datasource,
+            Some(known) => known.id,
             None => {
                 let datasource = self.ensure_datasource(&scope, name)?;
-                self.names.datasources.insert(name.into(), (datasource, HashMap::new()));
+                let (topics, origins) = Default::default();
+                let known = RememberedDatasource { id: datasource, topics, origins };
+                self.names.datasources.insert(name.into(), known);
                 self.names.bytes += REMEMBERED_NAME_BYTES + name.len();
                 datasource
             }
         };
         self.learn_topics(datasource, name, record, ahead)?;
-        let origin = match self.names.origin(record) {
+        let known = self.names.datasources.get(name);
+        let topic = known.and_then(|known| known.topics.get(record.topic)).copied().unwrap_or_default();
+        let origin = match known.and_then(|known| known.origin(record)) {
             Some(origin) => origin,
-            None => self.learn_origin(record, ahead)?,
+            None => self.learn_origin(datasource, name, record, ahead)?,
         };
-        let topic = self.names.datasources.get(name).and_then(|(_, topics)| topics.get(record.topic));
-        Ok(RecordNameIds { datasource, topic: topic.copied().unwrap_or_default(), origin })
+        Ok(RecordNameIds { datasource, topic, origin })
     }
 
     /// Learns the topic of a record, unless it is known, and those of the records after it under the same key, which is of
@@ -131,7 +179,9 @@ impl PostgresSink {
         ahead: &[RecordRef<'_>],
     ) -> Result<(), PostgresError> {
         let names = &mut self.names;
-        let Some((_, known)) = names.datasources.get_mut(name) else { return Ok(()) };
+        let Some(RememberedDatasource { topics: known, .. }) = names.datasources.get_mut(name) else {
+            return Ok(());
+        };
         if known.contains_key(record.topic) {
             return Ok(());
         }
@@ -161,6 +211,7 @@ impl PostgresSink {
             ids.insert(row.get(1), id);
             if row.get(2) {
                 names.new_topics.insert(id, 0);
+                self.sizes.add_name(datasource, row.get(1));
             }
         }
         for topic in wanted {
@@ -172,44 +223,65 @@ impl PostgresSink {
         Ok(())
     }
 
-    /// Learns the origin of a record, and those of the records after it under the same key over the same transport: media
-    /// types are the senders' to choose, and one question for each record would hold up everybody's.
+    /// Learns the origin of a record, and those of the records after it under the same key over the same transport, and notes
+    /// that this transaction uses them: media types are the senders' to choose, and one question for each record would hold
+    /// up everybody's.
     fn learn_origin(
         &mut self,
+        datasource: i32,
+        name: &str,
         record: &RecordRef<'_>,
         ahead: &[RecordRef<'_>],
     ) -> Result<i32, PostgresError> {
-        let origins = self.names.origins.entry((record.key_id, record.transport)).or_default();
+        let names = &mut self.names;
+        let no_id = || PostgresFault::Io(std::io::Error::other("the server has given no id"));
+        let known = names.datasources.get_mut(name).ok_or_else(no_id)?;
         let is_of_same = |next: &&RecordRef<'_>| {
-            (next.key_id, next.transport) == (record.key_id, record.transport)
-                && !origins.contains_key(next.content_type)
+            (next.key_id, next.transport, next.datasource)
+                == (record.key_id, record.transport, record.datasource)
+                && known.origin(next).is_none()
+                && !is_mark(next)
         };
         let ahead = ahead.iter().take(LEARNT_AHEAD_RECORDS).filter(is_of_same);
         let wanted: HashSet<&str> = ahead.chain([record]).map(|record| record.content_type).collect();
         let texts: Vec<Cow<'_, str>> = wanted.iter().map(|content_type| text_of(content_type)).collect();
         let texts: Vec<&str> = texts.iter().map(|text| &**text).collect();
         let rows = self.connection.query(
-            // What is there takes no new id: there are only so many.
+            // What is there takes no new id.
             "WITH wanted AS (SELECT DISTINCT content_type FROM unnest($3::text[]) AS w (content_type)),
-             made AS (INSERT INTO origins (key_id, transport, content_type)
-                 SELECT $1::text, $2::text, w.content_type FROM wanted w WHERE NOT EXISTS (SELECT FROM origins o
-                     WHERE o.key_id = $1::text AND o.transport = $2::text AND o.content_type = w.content_type)
-                 ON CONFLICT (key_id, transport, content_type) DO UPDATE SET key_id = excluded.key_id
-                 RETURNING id, content_type)
-             SELECT id, content_type FROM made
-             UNION ALL SELECT o.id, o.content_type FROM origins o JOIN wanted w ON w.content_type = o.content_type
-             WHERE o.key_id = $1::text AND o.transport = $2::text",
-            &[&record.key_id.to_string(), &record.transport.as_str(), &texts],
+             used AS (UPDATE origins o SET used_below = greatest(o.used_below, $5::bigint) FROM wanted w
+                 WHERE o.key_id = $1::text AND o.transport = $2::text AND o.content_type = w.content_type
+                     AND o.datasource_id = $4::int RETURNING o.id, o.content_type, o.used_below),
+             made AS (INSERT INTO origins (key_id, transport, content_type, datasource_id, used_below)
+                 SELECT $1::text, $2::text, w.content_type, $4::int, $5::bigint FROM wanted w
+                 WHERE NOT EXISTS (SELECT FROM used u WHERE u.content_type = w.content_type)
+                 RETURNING id, content_type, used_below)
+             SELECT id, content_type, used_below, true FROM made
+             UNION ALL SELECT id, content_type, used_below, false FROM used",
+            &[
+                &record.key_id.to_string(),
+                &record.transport.as_str(),
+                &texts,
+                &datasource,
+                &names.used_below.max(sql_offset(record.offset).saturating_add(1)),
+            ],
         )?;
-        let ids: HashMap<&str, i32> = rows.iter().map(|row| (row.get(1), row.get(0))).collect();
-        for content_type in wanted {
-            if let Some(id) = ids.get(&*text_of(content_type)) {
-                origins.insert(content_type.into(), *id);
-                self.names.bytes += REMEMBERED_NAME_BYTES + content_type.len();
+        let mut learnt: HashMap<&str, RememberedOrigin> = HashMap::new();
+        for row in &rows {
+            learnt.insert(row.get(1), RememberedOrigin { id: row.get(0), used_below: row.get(2) });
+            if row.get(3) {
+                self.sizes.add_name(datasource, row.get(1));
             }
         }
-        let learnt = self.names.origin(record);
-        learnt.ok_or_else(|| PostgresFault::Io(std::io::Error::other("the server has given no id")).into())
+        let origins = known.origins.entry((record.key_id, record.transport)).or_default();
+        for content_type in wanted {
+            if let Some(origin) = learnt.get(&*text_of(content_type))
+                && origins.insert(content_type.into(), *origin).is_none()
+            {
+                names.bytes += REMEMBERED_NAME_BYTES + content_type.len();
+            }
+        }
+        Ok(known.origin(record).ok_or_else(no_id)?)
     }
 
     /// The row id of a set of a topic's keys, if it is remembered.

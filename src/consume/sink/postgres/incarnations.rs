@@ -93,6 +93,14 @@ impl PostgresSink {
              SELECT DISTINCT $1::int, t.topic, -1 FROM moved m JOIN topics t ON t.id = m.topic_id ON CONFLICT DO NOTHING",
             &[&to],
         )?;
+        // They have their origins still, and so have others of where they are now.
+        self.connection.execute(
+            &format!(
+                "UPDATE origins SET datasource_id = NULL
+                 WHERE id IN (SELECT e.origin_id FROM {table} e JOIN moved m ON m.log_offset = e.log_offset)"
+            ),
+            &[],
+        )?;
         self.connection.execute(
             &format!(
                 "UPDATE {table} e SET datasource_id = $1, topic_id = n.id
@@ -214,6 +222,7 @@ impl PostgresSink {
             "DELETE FROM latest_values WHERE topic_id IN (SELECT id FROM topics WHERE datasource_id = $1)",
             "DELETE FROM key_sets WHERE topic_id IN (SELECT id FROM topics WHERE datasource_id = $1)",
             "DELETE FROM topics WHERE datasource_id = $1",
+            "DELETE FROM origins WHERE datasource_id = $1",
             "DELETE FROM retention WHERE datasource_id = $1",
             "DELETE FROM datasources WHERE id = $1",
         ] {

@@ -106,10 +106,9 @@ impl PostgresSink {
         is_plain: bool,
         scope: CopyScope<'_>,
     ) -> Result<(), PostgresError> {
-        if records.is_empty() {
-            return Ok(());
-        }
+        let Some(last) = records.last() else { return Ok(()) };
         self.names.make_room();
+        self.names.begin_transaction(last.offset + 1);
         let left_out = self.left_out.clone().unwrap_or_default();
         let mut facts = NewFacts::default();
         let mut pending = VecDeque::new();

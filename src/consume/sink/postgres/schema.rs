@@ -129,6 +129,13 @@ const BOUND_NAMES: &str = r#"
     DELETE FROM latest_values WHERE topic_id IN (SELECT id FROM empty_topics);
     DELETE FROM key_sets WHERE topic_id IN (SELECT id FROM empty_topics);
     DELETE FROM topics WHERE id IN (SELECT id FROM empty_topics);
+
+    -- Whose records have an origin: NULL where that is not known, or not one datasource's. All of them are below used_below.
+    ALTER TABLE origins ADD COLUMN datasource_id int, ADD COLUMN used_below bigint NOT NULL DEFAULT 0,
+        DROP CONSTRAINT origins_key_id_transport_content_type_key,
+        ADD CONSTRAINT origins_of_datasource UNIQUE (key_id, transport, content_type, datasource_id);
+    UPDATE origins SET used_below = (SELECT next_offset FROM sink);
+    CREATE INDEX origins_used ON origins (datasource_id, used_below);
 "#;
 
 /// Makes format 3 of format 2: samples may have a transaction of their own, and rows of samples the keys of their own.

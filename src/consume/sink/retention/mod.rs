@@ -1,6 +1,9 @@
 //! Retention of what is stored: the oldest records of a datasource are removed from `records.db`, whatever the log still
 //! has, once they are older than its limit, or take more than that.
 //!
+//! What names take, which senders invent, counts too: topics and origins (key, transport and media type of a record) go with the
+//! last record that has them. An origin is noted as used up to some offset, once in a transaction at most.
+//!
 //! Each transaction removes a bounded number, the oldest first, in quarantine or not. A topic of which nothing is left goes;
 //! one of which quarantine alone has something loses its newest values. What is removed stays known: `retention` says below which offset. The rules about leaked keys and
 //! incarnations are followed by what is left, and an incarnation that has ended is kept until it is purged.
@@ -22,7 +25,8 @@ use super::samples;
 use super::schema::{TIME_INDEX_OFFSETS, offset_from_sql, sql_offset};
 use super::sqlite::{SinkError, SqliteSink};
 use crate::limits::{
-    FREE_PAGES_KEPT, PRUNE_PAGES_PER_TRANSACTION, PRUNE_RECORDS_PER_TRANSACTION, STORED_RECORD_BYTES,
+    FREE_PAGES_KEPT, PRUNE_ORIGINS_PER_TRANSACTION, PRUNE_PAGES_PER_TRANSACTION,
+    PRUNE_RECORDS_PER_TRANSACTION, STORED_NAME_BYTES, STORED_NAMES_FREE_BYTES, STORED_RECORD_BYTES,
     TRIM_TOPICS_PER_TRANSACTION,
 };
 use crate::message::{DatasourceId, Offset, TimeMicros};
@@ -34,7 +38,8 @@ pub(super) use self::sizes::StoredSizes;
 pub struct StoredLimits {
     /// How old a record may be, in microseconds since it was received.
     pub age_us: Option<i64>,
-    /// What all records may take together: their payloads, and [`STORED_RECORD_BYTES`] for each.
+    /// What all records may take together: their payloads, [`STORED_RECORD_BYTES`] for each, and their topics and media
+    /// types beyond [`STORED_NAMES_FREE_BYTES`].
     pub bytes: Option<u64>,
 }
 
@@ -112,10 +117,13 @@ struct OldRecord {
 }
 
 /// The oldest records of a datasource in both tables, in the order of their offsets.
-const OLDEST_SQL: &str = "SELECT offset, received_us, octet_length(payload), topic_id FROM entries
-     WHERE datasource_id = ?1
-     UNION ALL SELECT offset, received_us, octet_length(payload), topic_id FROM quarantined
-     WHERE datasource_id = ?1 ORDER BY offset LIMIT ?2";
+const OLDEST_SQL: &str = "SELECT r.offset, r.received_us, octet_length(r.payload), r.topic_id,
+         iif(t.latest_offset <= r.offset, 2 * octet_length(t.topic), -1)
+     FROM entries r LEFT JOIN topics t ON t.id = r.topic_id WHERE r.datasource_id = ?1
+     UNION ALL SELECT r.offset, r.received_us, octet_length(r.payload), r.topic_id,
+         iif(t.latest_offset <= r.offset, 2 * octet_length(t.topic), -1)
+     FROM quarantined r LEFT JOIN topics t ON t.id = r.topic_id WHERE r.datasource_id = ?1
+     ORDER BY 1 LIMIT ?2";
 
 impl SqliteSink {
     /// Removes some of what is stored of an incarnation and is over its limits at `now`, or counts some of what it takes.
@@ -143,19 +151,20 @@ impl SqliteSink {
         now: TimeMicros,
     ) -> rusqlite::Result<PruneStep> {
         let Some(row) = row_id_of_scope(self.connection(), scope)? else { return Ok(PruneStep::Done) };
-        let mut over = 0;
+        let (mut over, mut name_bytes) = (0, 0);
         match limits.bytes {
             Some(max) => {
                 let cursor = sql_offset(self.cursor());
                 let (connection, sizes) = self.connection_and_sizes();
-                match sizes.count_some(connection, row, cursor)? {
-                    Some(bytes) => over = bytes.saturating_sub(max),
-                    None => return Ok(PruneStep::More),
-                }
+                let Some(bytes) = sizes.count_some(connection, row, cursor)? else {
+                    return Ok(PruneStep::More);
+                };
+                name_bytes = read_name_bytes(connection, row)?.saturating_sub(STORED_NAMES_FREE_BYTES);
+                over = bytes.saturating_add(name_bytes).saturating_sub(max);
             }
             None => self.connection_and_sizes().1.forget(row),
         }
-        let records = removable(self.connection(), row, over, limits.age_us, now)?;
+        let records = removable(self.connection(), row, (over, name_bytes > 0), limits.age_us, now)?;
         let Some(last) = records.last().map(|record| record.offset) else { return Ok(PruneStep::Done) };
         let bytes = records.iter().map(|record| record.bytes).sum();
         let topics: BTreeSet<i64> = records.iter().map(|record| record.topic).collect();
@@ -171,6 +180,7 @@ impl SqliteSink {
         for topic in &topics {
             empty.extend(forget_if_empty(&transaction, *topic)?);
         }
+        let unused_below = forget_unused_origins(&transaction, row)?;
         if limits.bytes.is_none() {
             // What is removed now is not subtracted.
             transaction.execute("DELETE FROM stored_sizes WHERE datasource_id = ?1", [row])?;
@@ -179,6 +189,9 @@ impl SqliteSink {
         sizes.write(&transaction)?;
         transaction.commit()?;
         self.forget_topics(row, &empty);
+        if let Some(below) = unused_below {
+            self.forget_origins(row, below);
+        }
         Ok(PruneStep::More)
     }
 
@@ -222,13 +235,8 @@ impl SqliteSink {
     /// # Errors
     /// As [`SqliteSink::store`].
     pub fn prune_time_index(&mut self) -> Result<(), SinkError> {
-        let cursor = sql_offset(self.cursor());
-        let removed = self.connection().execute(
-            "DELETE FROM time_index WHERE first_offset <= min(?2, coalesce((SELECT min(offset) FROM entries), ?2),
-                 coalesce((SELECT min(offset) FROM quarantined), ?2)) - ?1",
-            params![sql_offset(TIME_INDEX_OFFSETS), cursor],
-        );
-        removed.map(drop).map_err(|error| self.database_error(&error))
+        let pruned = prune_below_oldest(self.connection(), sql_offset(self.cursor()));
+        pruned.map_err(|error| self.database_error(&error))
     }
 
     /// Gives some free pages back to the file system. Returns whether there are more to give: some stay for the next
@@ -241,12 +249,12 @@ impl SqliteSink {
     }
 }
 
-/// The records to remove, at most as many as one transaction does: the oldest until `over` bytes are gone, and those
-/// that are older than `age_us`.
+/// The records to remove, at most as many as one transaction does: the oldest until `over` bytes are gone, with
+/// `counts_names` those of topics of which nothing is left among them, and those that are older than `age_us`.
 fn removable(
     connection: &Connection,
     datasource: i64,
-    mut over: u64,
+    (mut over, counts_names): (u64, bool),
     age_us: Option<i64>,
     now: TimeMicros,
 ) -> rusqlite::Result<Vec<OldRecord>> {
@@ -264,11 +272,12 @@ fn removable(
         if over == 0 && !is_old && !is_of_later {
             break;
         }
+        let topic_bytes = u64::try_from(row.get::<_, i64>(4)?).map_or(0, |text| text + STORED_NAME_BYTES);
         records.push(OldRecord { offset, bytes, topic });
         if over > 0 || is_old {
             removable = records.len();
         }
-        over = over.saturating_sub(bytes);
+        over = over.saturating_sub(bytes + if counts_names { topic_bytes } else { 0 });
     }
     if removable == 0
         && records.len() == PRUNE_RECORDS_PER_TRANSACTION
@@ -282,6 +291,50 @@ fn removable(
     }
     records.truncate(removable);
     Ok(records)
+}
+
+/// What the topics and origins of a datasource take.
+fn read_name_bytes(connection: &Connection, datasource: i64) -> rusqlite::Result<u64> {
+    connection
+        .prepare_cached("SELECT name_bytes FROM datasources WHERE id = ?1")?
+        .query_row([datasource], |row| row.get(0).map(offset_from_sql))
+}
+
+/// Removes the origins that no record of a datasource has any more. Returns below which offset alone they were used, if
+/// there were any.
+fn forget_unused_origins(connection: &Connection, datasource: i64) -> rusqlite::Result<Option<i64>> {
+    let mut oldest = i64::MAX;
+    for table in ["entries", "quarantined"] {
+        let select = format!("SELECT offset FROM {table} WHERE datasource_id = ?1 ORDER BY offset LIMIT 1");
+        let offset =
+            connection.prepare_cached(&select)?.query_row([datasource], |row| row.get(0)).optional()?;
+        oldest = oldest.min(offset.unwrap_or(i64::MAX));
+    }
+    let removed = connection
+        .prepare_cached("DELETE FROM origins WHERE datasource_id = ?1 AND used_below <= ?2")?
+        .execute([datasource, oldest])?;
+    Ok((removed > 0).then_some(oldest))
+}
+
+/// Forgets for which times offsets stand that nothing is stored of any more, and origins that no record can have.
+fn prune_below_oldest(connection: &Connection, cursor: i64) -> rusqlite::Result<()> {
+    let oldest: i64 = connection.query_row(
+        "SELECT min(?1, coalesce((SELECT min(offset) FROM entries), ?1),
+             coalesce((SELECT min(offset) FROM quarantined), ?1))",
+        [cursor],
+        |row| row.get(0),
+    )?;
+    connection.execute(
+        "DELETE FROM time_index WHERE first_offset <= ?1",
+        [oldest.saturating_sub(sql_offset(TIME_INDEX_OFFSETS))],
+    )?;
+    // Those of one datasource have gone with its records.
+    connection.execute(
+        "DELETE FROM origins WHERE id IN (
+             SELECT id FROM origins WHERE datasource_id IS NULL AND used_below <= ?1 LIMIT ?2)",
+        [oldest, PRUNE_ORIGINS_PER_TRANSACTION],
+    )?;
+    Ok(())
 }
 
 /// Removes everything of a datasource up to the offset `last`, and notes that.

@@ -8,7 +8,7 @@ use crate::consume::query::{PageBudget, RecordsReader};
 use crate::consume::sink::latest_board::LatestBoard;
 use crate::consume::sink::sqlite::RECORDS_FILE_NAME;
 use crate::consume::testing::{EPOCH, record};
-use crate::limits::LATEST_TOPICS_MAX;
+use crate::limits::{LATEST_TOPICS_MAX, ORIGIN_USE_OFFSETS};
 use crate::log::{IncarnationStep, RecordNote, WithheldChange, WithheldRules};
 use crate::message::{KeyId, RecordFlags, RecordRef};
 
@@ -179,6 +179,74 @@ fn what_is_set_aside_and_a_mark_leave_no_topic_behind() {
     assert_eq!(topics(&sink), "a,b,c");
     sink.set_aside_from(1, &dir.path().join(RECORDS_FILE_NAME)).expect("set aside");
     assert_eq!(topics(&sink), "a");
+}
+
+/// Media types are the senders' to choose: each was a row for ever.
+#[test]
+fn an_origin_goes_with_the_last_record_that_has_it() {
+    const PART: u64 = 1_000;
+    let dir = tempfile::tempdir().expect("temporary directory");
+    let mut sink = open(dir.path());
+    let count = |sink: &SqliteSink, sql| {
+        sink.connection().query_row(sql, [], |row| row.get(0).map(offset_from_sql)).expect("reads")
+    };
+    let origins = "SELECT count(*) FROM origins";
+    let mut next = 0;
+    for seconds in (0..12).map(|part| 70 * part) {
+        let types: Vec<String> =
+            (next..next + PART).map(|offset| format!("text/{}", offset / 2 * 2)).collect();
+        let of = |(offset, content_type)| {
+            // One has no limits, and media types of its own under the same names.
+            let datasource = if offset % 100 == 0 { "press-5" } else { "press-4" };
+            RecordRef { datasource, content_type, ..at(offset, seconds) }
+        };
+        let records = (next..).zip(types.iter().map(String::as_str)).map(of);
+        next += PART;
+        sink.store(records, next, false).expect("stored");
+        prune(&mut sink, AGED, seconds + 1);
+        sink.prune_time_index().expect("pruned");
+        let nameless = "SELECT count(*) FROM records WHERE content_type <> 'text/' || (offset / 2 * 2)";
+        assert_eq!(count(&sink, nameless), 0);
+        assert_eq!(count(&sink, "SELECT count(*) FROM records WHERE content_type IS NULL"), 0);
+    }
+    let most = (ORIGIN_USE_OFFSETS + 2 * PART) / 2 + next / 100;
+    assert!((150..most).contains(&count(&sink, origins)), "{} origins", count(&sink, origins));
+    prune(&mut sink, AGED, 1_000);
+    assert_eq!(count(&sink, origins), next / 100, "those of the other one");
+    let names = "SELECT sum(name_bytes) FROM datasources";
+    assert_eq!(count(&sink, names), count(&sink, NAME_BYTES));
+    // What is known of them is what is there.
+    let steady = RecordRef { content_type: "text/0", ..at(next, 0) };
+    store(&mut sink, &[steady]);
+    assert_eq!(count(&sink, "SELECT count(*) FROM records WHERE content_type IS NULL"), 0);
+}
+
+/// What `name_bytes` has to be.
+const NAME_BYTES: &str = "SELECT (SELECT coalesce(sum(2 * octet_length(topic) + 64), 0) FROM topics)
+     + (SELECT coalesce(sum(2 * octet_length(content_type) + 64), 0) FROM origins WHERE datasource_id IS NOT NULL)";
+
+#[test]
+fn what_topics_take_counts_once_for_each() {
+    let dir = tempfile::tempdir().expect("temporary directory");
+    let mut sink = open(dir.path());
+    let topics: Vec<String> = (0..3_000).map(|n| format!("{n:01024}")).collect();
+    for (part, offset) in topics.chunks(500).zip((0..).step_by(500)) {
+        let of = |(topic, offset)| RecordRef { topic, payload: b"", ..at(offset, 0) };
+        let records = part.iter().map(String::as_str).zip(offset..).map(of);
+        sink.store(records, offset + 500, false).expect("stored");
+        prune(&mut sink, StoredLimits { age_us: None, bytes: Some(1 << 20) }, 0);
+    }
+    // 64 for the record, 64 and twice the name for its topic.
+    let most = ((1 << 20) + STORED_NAMES_FREE_BYTES) / (2 * 64 + 2 * 1024);
+    let left = offsets(&sink).len() as u64;
+    assert!((most - 1..=most).contains(&left), "{left} of {most}");
+    let number = |sql| sink.connection().query_row(sql, [], |row| row.get::<_, i64>(0)).expect("reads");
+    assert_eq!(number("SELECT sum(name_bytes) FROM datasources"), number(NAME_BYTES));
+    // A topic that many share counts no more for each.
+    let records = (3_000..9_000).map(|offset| RecordRef { topic: &topics[2_999], ..at(offset, 0) });
+    sink.store(records, 9_000, false).expect("stored");
+    prune(&mut sink, StoredLimits { age_us: None, bytes: Some(72 * 5_000) }, 0);
+    assert_eq!(offsets(&sink), (4_000..9_000).collect::<Vec<i64>>());
 }
 
 #[test]

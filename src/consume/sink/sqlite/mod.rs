@@ -94,7 +94,7 @@ impl SqliteSink {
     }
 
     fn from_connection(connection: Connection, path: &Path) -> rusqlite::Result<Self> {
-        connection.set_prepared_statement_cache_capacity(32);
+        connection.set_prepared_statement_cache_capacity(64);
         let cursor = connection.query_row("SELECT next_offset FROM cursor", [], |row| row.get(0))?;
         let withheld_version = quarantined::stored_withheld_version(&connection)?;
         Ok(Self {
@@ -157,6 +157,11 @@ impl SqliteSink {
         let gone = empty.iter().filter_map(|topic| Some((topic.gone?, &*topic.name)));
         self.ids.forget_topics(datasource, gone);
         self.board.forget_topics(datasource, empty.iter().map(|topic| &*topic.name));
+    }
+
+    /// Forgets origins of a datasource that are used below an offset alone: they are gone.
+    pub(super) fn forget_origins(&mut self, datasource: i64, below: i64) {
+        self.ids.forget_origins(datasource, below);
     }
 
     /// As [`SqliteSink::clear_remembered`], if the last transaction of records was not committed.
@@ -340,6 +345,7 @@ impl SqliteSink {
             return Ok(false);
         }
         let records = records.skip_while(|record| record.offset < self.cursor);
+        self.ids.begin_transaction(next);
         let nothing = WithheldSnapshot::default();
         let left_out = self.left_out.as_ref().unwrap_or(&nothing);
         let newest = insert_records(
