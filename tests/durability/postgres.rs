@@ -346,6 +346,64 @@ fn topics_and_media_types_go_with_their_last_record() {
     assert_eq!(counts("press-5"), format!("{COUNT}|{COUNT}|{COUNT}|{}", 2 * COUNT));
 }
 
+/// An id is given once. 25 days of a thousand new topics a second used up what an `int` has, and everybody's storage stood
+/// still for ever, since the refusal was taken for that of a value.
+#[test]
+fn ids_have_room_beyond_those_of_an_int_whose_end_is_told() {
+    const WIDE_IDS: &str = include_str!("../../src/consume/sink/postgres/wide_ids.sql");
+    let (dir, server) = (scratch(), PostgresServer::start());
+    let setup = server.stored_into(Setup::embedded_on(dir.path()).set("storage.sinks", "postgres"));
+    let gateway = setup.start();
+    let source = gateway.create("press-4");
+    send(&gateway, &source, "a", br#"{"t": 1}"#);
+    gateway.settle();
+    gateway.stop();
+    // As in large tables of an earlier format.
+    server.sql("GRANT SELECT ON records TO PUBLIC");
+    server.sql(&WIDE_IDS.replace("TYPE bigint", "TYPE int"));
+    let gateway = setup.start();
+    send(&gateway, &source, "b", br#"{"t": 2}"#);
+    gateway.settle();
+    assert_eq!(gateway.records("press-4").len(), 2);
+    server.sql("ALTER SEQUENCE topics_id_seq RESTART WITH 2147483647");
+    send(&gateway, &source, "c", br#"{"t": 3}"#);
+    gateway.settle();
+    for topic in ["d", "e"] {
+        send(&gateway, &source, topic, br#"{"t": 4}"#);
+    }
+    wait_for("the end of the ids to be told", || {
+        let trouble = sink(&gateway)["trouble"].to_string();
+        (trouble.contains("no id left") && trouble.contains("topics_id_seq")).then_some(())
+    });
+    server.sql(WIDE_IDS);
+    gateway.settle();
+    server.sql(
+        "ALTER SEQUENCE origins_id_seq RESTART WITH 3000000000; ALTER SEQUENCE key_sets_id_seq RESTART WITH 3000000000",
+    );
+    gateway.stop();
+    let gateway = setup.start();
+    let headers = [("content-type", "text/x-new")];
+    let answer = gateway.request("POST", "/v1/ingest/press-4/f", &source.key, &headers, br#"{"u": 5}"#);
+    assert_eq!(answer.status, 200, "{}", answer.text());
+    gateway.settle();
+    let ids =
+        "SELECT (SELECT max(id) FROM topics), (SELECT max(id) FROM origins), (SELECT max(id) FROM key_sets)";
+    let ids = server.sql(ids).remove(0);
+    let ids: Vec<u64> = ids.split('|').map(|id| id.parse().expect("a number")).collect();
+    assert!(ids[0] > 2_147_483_648 && ids[1] == 3_000_000_000 && ids[2] >= 3_000_000_000, "{ids:?}");
+    let topics = |rows: &[Value]| rows.iter().map(|row| row["topic"].to_string()).collect::<String>();
+    assert_eq!(topics(&gateway.records("press-4")), r#""a""b""c""d""e""f""#);
+    for (topic, key) in [("d", "t"), ("f", "u")] {
+        let path = format!("/v1/datasources/press-4/series?topic={topic}&key={key}&step=1d&agg=count");
+        let series = gateway.get(&path, &gateway.admin_key()).json();
+        let counts = series["points"].as_array().expect("points").iter().map(|point| point["count"].as_u64());
+        assert_eq!(counts.flatten().sum::<u64>(), 1, "{series}");
+    }
+    let may_read = "SELECT count(*) FROM information_schema.table_privileges
+         WHERE table_name = 'records' AND grantee = 'PUBLIC'";
+    assert_eq!(server.sql(may_read), ["1"]);
+}
+
 #[test]
 fn leak_surgery_its_undo_deletion_and_purge_reach_it() {
     let (dir, server) = (scratch(), PostgresServer::start());

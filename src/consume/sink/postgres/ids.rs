@@ -23,11 +23,11 @@ const KEY_SET_IDS_TAKEN: i64 = 256;
 #[derive(Debug, Clone, Copy)]
 pub(super) struct RecordNameIds {
     pub(super) datasource: i32,
-    pub(super) topic: i32,
-    pub(super) origin: i32,
+    pub(super) topic: i64,
+    pub(super) origin: i64,
 }
 
-type IdsByName = HashMap<Box<str>, i32>;
+type IdsByName = HashMap<Box<str>, i64>;
 
 /// A datasource, with those of its topics and origins that are remembered.
 struct RememberedDatasource {
@@ -40,7 +40,7 @@ struct RememberedDatasource {
 /// An origin.
 #[derive(Clone, Copy)]
 struct RememberedOrigin {
-    id: i32,
+    id: i64,
     /// All records that the database knows it of are below.
     used_below: i64,
 }
@@ -53,13 +53,13 @@ pub(super) struct RememberedNames {
     /// What is noted with the origins that the present transaction uses.
     used_below: i64,
     /// By topic.
-    key_sets: HashMap<(i32, KeySetDigest), i32>,
+    key_sets: HashMap<(i64, KeySetDigest), i64>,
     /// The topics that have as many sets as they may. All of these are remembered.
-    full_topics: HashSet<i32>,
+    full_topics: HashSet<i64>,
     /// How many sets topics have that were made since: the server has no others.
-    new_topics: HashMap<i32, i64>,
+    new_topics: HashMap<i64, i64>,
     /// For sets of those.
-    key_set_ids: Vec<i32>,
+    key_set_ids: Vec<i64>,
     bytes: usize,
 }
 
@@ -70,7 +70,7 @@ impl RememberedNames {
     }
 
     /// Forgets topics of these datasources that are no longer there. Others stay: to learn them costs a question each.
-    pub(super) fn forget_topics(&mut self, datasources: &HashSet<i32>, gone: &HashSet<i32>) {
+    pub(super) fn forget_topics(&mut self, datasources: &HashSet<i32>, gone: &HashSet<i64>) {
         let mut forgotten = 0;
         for known in self.datasources.values_mut().filter(|known| datasources.contains(&known.id)) {
             known.topics.retain(|name, topic| {
@@ -124,7 +124,7 @@ impl RememberedNames {
 
 impl RememberedDatasource {
     /// The origin of a record, if it is noted that it has one so far on.
-    fn origin(&self, record: &RecordRef<'_>) -> Option<i32> {
+    fn origin(&self, record: &RecordRef<'_>) -> Option<i64> {
         let origin = self.origins.get(&(record.key_id, record.transport))?.get(record.content_type)?;
         (sql_offset(record.offset) < origin.used_below).then_some(origin.id)
     }
@@ -200,12 +200,12 @@ impl PostgresSink {
              made AS (INSERT INTO topics (datasource_id, topic, latest_offset) SELECT $1::int, w.topic, -1 FROM wanted w
                  WHERE NOT EXISTS (SELECT FROM topics t WHERE t.datasource_id = $1::int AND t.topic = w.topic)
                  RETURNING id, topic)
-             SELECT id, topic, true FROM made
-             UNION ALL SELECT t.id, t.topic, false FROM topics t JOIN wanted w ON w.topic = t.topic
+             SELECT id::bigint, topic, true FROM made
+             UNION ALL SELECT t.id::bigint, t.topic, false FROM topics t JOIN wanted w ON w.topic = t.topic
              WHERE t.datasource_id = $1::int",
             &[&datasource, &texts],
         )?;
-        let mut ids: HashMap<&str, i32> = HashMap::new();
+        let mut ids: HashMap<&str, i64> = HashMap::new();
         for row in &rows {
             let id = row.get(0);
             ids.insert(row.get(1), id);
@@ -232,7 +232,7 @@ impl PostgresSink {
         name: &str,
         record: &RecordRef<'_>,
         ahead: &[RecordRef<'_>],
-    ) -> Result<i32, PostgresError> {
+    ) -> Result<i64, PostgresError> {
         let names = &mut self.names;
         let no_id = || PostgresFault::Io(std::io::Error::other("the server has given no id"));
         let known = names.datasources.get_mut(name).ok_or_else(no_id)?;
@@ -256,8 +256,8 @@ impl PostgresSink {
                  SELECT $1::text, $2::text, w.content_type, $4::int, $5::bigint FROM wanted w
                  WHERE NOT EXISTS (SELECT FROM used u WHERE u.content_type = w.content_type)
                  RETURNING id, content_type, used_below)
-             SELECT id, content_type, used_below, true FROM made
-             UNION ALL SELECT id, content_type, used_below, false FROM used",
+             SELECT id::bigint, content_type, used_below, true FROM made
+             UNION ALL SELECT id::bigint, content_type, used_below, false FROM used",
             &[
                 &record.key_id.to_string(),
                 &record.transport.as_str(),
@@ -285,7 +285,7 @@ impl PostgresSink {
     }
 
     /// The row id of a set of a topic's keys, if it is remembered.
-    pub(super) fn known_key_set(&self, topic: i32, digest: KeySetDigest) -> Option<i32> {
+    pub(super) fn known_key_set(&self, topic: i64, digest: KeySetDigest) -> Option<i64> {
         self.names.key_sets.get(&(topic, digest)).copied()
     }
 
@@ -294,10 +294,10 @@ impl PostgresSink {
     pub(super) fn learn_key_set<'k>(
         &mut self,
         rows: &mut CopyRows,
-        topic: i32,
+        topic: i64,
         digest: KeySetDigest,
         keys: impl Iterator<Item = &'k str>,
-    ) -> Result<Option<i32>, PostgresError> {
+    ) -> Result<Option<i64>, PostgresError> {
         if self.names.full_topics.contains(&topic) {
             return Ok(None);
         }
@@ -311,12 +311,12 @@ impl PostgresSink {
         }
         let keys: Vec<&str> = keys.iter().map(|key| &**key).collect();
         let rows = self.connection.query(
-            "WITH found AS (SELECT id FROM key_sets WHERE topic_id = $1::int AND digest = $2::bytea),
-             made AS (INSERT INTO key_sets (topic_id, digest, keys) SELECT $1::int, $2::bytea, $3::text[]
+            "WITH found AS (SELECT id FROM key_sets WHERE topic_id = $1::bigint AND digest = $2::bytea),
+             made AS (INSERT INTO key_sets (topic_id, digest, keys) SELECT $1::bigint, $2::bytea, $3::text[]
                  WHERE NOT EXISTS (SELECT FROM found)
-                     AND (SELECT count(*) FROM key_sets WHERE topic_id = $1::int) < $4::bigint
+                     AND (SELECT count(*) FROM key_sets WHERE topic_id = $1::bigint) < $4::bigint
                  ON CONFLICT (topic_id, digest) DO UPDATE SET digest = excluded.digest RETURNING id)
-             SELECT id FROM found UNION ALL SELECT id FROM made",
+             SELECT id::bigint FROM found UNION ALL SELECT id::bigint FROM made",
             &[&topic, &&digest.0[..], &keys, &POSTGRES_KEY_SETS_PER_TOPIC_MAX],
         )?;
         let Some(row) = rows.first() else {
@@ -333,13 +333,13 @@ impl PostgresSink {
     fn add_key_set(
         &mut self,
         rows: &mut CopyRows,
-        topic: i32,
+        topic: i64,
         digest: KeySetDigest,
         keys: &[Cow<'_, str>],
-    ) -> Result<i32, PostgresError> {
+    ) -> Result<i64, PostgresError> {
         if self.names.key_set_ids.is_empty() {
             let taken = self.connection.query(
-                "SELECT nextval(pg_get_serial_sequence('key_sets', 'id'))::int FROM generate_series(1, $1::bigint)",
+                "SELECT nextval(pg_get_serial_sequence('key_sets', 'id')) FROM generate_series(1, $1::bigint)",
                 &[&KEY_SET_IDS_TAKEN],
             )?;
             self.names.key_set_ids = taken.iter().map(|row| row.get(0)).collect();
@@ -348,8 +348,8 @@ impl PostgresSink {
             return Err(PostgresFault::Io(std::io::Error::other("the server has given no ids")).into());
         };
         rows.begin(4);
-        rows.int4(id);
-        rows.int4(topic);
+        self.put_id(rows, id);
+        self.put_id(rows, topic);
         rows.bytes(&digest.0);
         rows.text_array(keys.iter().map(|key| &**key));
         self.names.key_sets.insert((topic, digest), id);
@@ -357,9 +357,20 @@ impl PostgresSink {
         Ok(id)
     }
 
+    /// Adds an id of a topic, an origin or a set of keys to a row that is copied.
+    pub(super) fn put_id(&self, rows: &mut CopyRows, id: i64) {
+        match self.has_wide_ids {
+            true => rows.int8(id),
+            // The server gives no larger one then.
+            false => rows.int4(i32::try_from(id).unwrap_or_default()),
+        }
+    }
+
     /// Learns all sets of a topic that gets no further ones, so that nobody asks for those that it does not have.
-    fn learn_full_topic(&mut self, topic: i32) -> Result<(), PostgresError> {
-        let rows = self.connection.query("SELECT id, digest FROM key_sets WHERE topic_id = $1", &[&topic])?;
+    fn learn_full_topic(&mut self, topic: i64) -> Result<(), PostgresError> {
+        let rows = self
+            .connection
+            .query("SELECT id::bigint, digest FROM key_sets WHERE topic_id = $1::bigint", &[&topic])?;
         for row in &rows {
             if let Ok(digest) = row.get::<_, &[u8]>(1).try_into() {
                 self.names.key_sets.insert((topic, KeySetDigest(digest)), row.get(0));

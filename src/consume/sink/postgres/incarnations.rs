@@ -50,12 +50,12 @@ impl PostgresSink {
         let (datasource, incarnation) = scope.of_scope();
         for table in ["entries", "quarantined"] {
             // What is asked for is a record's key, time and offset: a page at a time.
-            let mut targets: BTreeMap<Incarnation, (Vec<i64>, Vec<i32>)> = BTreeMap::new();
+            let mut targets: BTreeMap<Incarnation, (Vec<i64>, Vec<i64>)> = BTreeMap::new();
             let mut after = sql_offset(from) - 1;
             loop {
                 let rows = self.connection.query(
                     &format!(
-                        "SELECT e.log_offset, e.topic_id, (extract(epoch FROM e.received_at) * 1000000)::bigint, o.key_id
+                        "SELECT e.log_offset, e.topic_id::bigint, (extract(epoch FROM e.received_at) * 1000000)::bigint, o.key_id
                          FROM {table} e JOIN origins o ON o.id = e.origin_id
                          WHERE e.datasource_id = $1 AND e.log_offset > $2 ORDER BY e.log_offset LIMIT 50000"
                     ),

@@ -241,7 +241,9 @@ impl PostgresSink {
             facts.let_in.push((offset, record.offset));
         }
         if record.flags.contains(RecordFlags::QUARANTINED) || is_leaked {
-            add_quarantined(&mut rows.quarantined, record, ids, |row| match is_leaked {
+            rows.quarantined.begin(18);
+            self.add_head(&mut rows.quarantined, record, ids);
+            add_quarantined(&mut rows.quarantined, record, |row| match is_leaked {
                 true => add_payload(row, record.payload, text, self.form, is_plain),
                 // What failed a schema or a limit was never shown to PostgreSQL.
                 false => {
@@ -261,7 +263,7 @@ impl PostgresSink {
             };
         }
         rows.entries.begin(10);
-        add_head(&mut rows.entries, record, ids);
+        self.add_head(&mut rows.entries, record, ids);
         add_payload(&mut rows.entries, record.payload, text, self.form, is_plain);
         let mut members = Vec::new();
         let is_object = text.is_some_and(|text| read_members(text, &mut members));
@@ -269,9 +271,22 @@ impl PostgresSink {
         let samples = SampleRows { samples: &mut rows.samples, key_sets: &mut rows.key_sets };
         self.add_samples(samples, record, ids.topic, text, of_object)?;
         let text = text.filter(|text| !text.contains('\0'));
-        let row = RowIds { datasource: i64::from(ids.datasource), topic: i64::from(ids.topic), origin: 0 };
+        let row = RowIds { datasource: i64::from(ids.datasource), topic: ids.topic, origin: 0 };
         facts.newest.observe(row, record, text, is_object.then_some(&mut members));
         Ok(())
+    }
+
+    /// The fields that a record has in both tables.
+    fn add_head(&self, row: &mut CopyRows, record: &RecordRef<'_>, ids: RecordNameIds) {
+        row.int8(sql_offset(record.offset));
+        row.timestamptz(record.received_at);
+        match record.event_at {
+            Some(at) => row.timestamptz(at),
+            None => row.null(),
+        }
+        row.int4(ids.datasource);
+        self.put_id(row, ids.topic);
+        self.put_id(row, ids.origin);
     }
 
     fn ids_of_record(
@@ -306,19 +321,6 @@ impl PostgresSink {
     }
 }
 
-/// The fields that a record has in both tables.
-fn add_head(row: &mut CopyRows, record: &RecordRef<'_>, ids: RecordNameIds) {
-    row.int8(sql_offset(record.offset));
-    row.timestamptz(record.received_at);
-    match record.event_at {
-        Some(at) => row.timestamptz(at),
-        None => row.null(),
-    }
-    row.int4(ids.datasource);
-    row.int4(ids.topic);
-    row.int4(ids.origin);
-}
-
 /// The payload as JSON, or as its bytes with the reason.
 fn add_payload(row: &mut CopyRows, payload: &[u8], text: Option<&str>, form: PayloadForm, is_plain: bool) {
     let note = match text.map(|text| (text, fit_of(text))) {
@@ -346,19 +348,13 @@ fn add_size(row: &mut CopyRows, payload: &[u8]) {
     row.int4(i32::try_from(payload.len()).unwrap_or(i32::MAX));
 }
 
-fn add_quarantined(
-    row: &mut CopyRows,
-    record: &RecordRef<'_>,
-    ids: RecordNameIds,
-    add_payload: impl FnOnce(&mut CopyRows),
-) {
+/// What a record has in quarantine behind the fields that it has in both tables.
+fn add_quarantined(row: &mut CopyRows, record: &RecordRef<'_>, add_payload: impl FnOnce(&mut CopyRows)) {
     let (cause, reason) = match RecordNote::decode(record.note) {
         Some(RecordNote::Quarantined(reason)) if reason.is_limit() => (CAUSE_LIMIT, Some(reason)),
         Some(RecordNote::Quarantined(reason)) => (CAUSE_SCHEMA, Some(reason)),
         _ => (CAUSE_KEY, None),
     };
-    row.begin(18);
-    add_head(row, record, ids);
     add_payload(row);
     row.bytes(record.properties);
     row.int8(record.publisher.cast_signed());

@@ -27,7 +27,7 @@ struct RemovableRow {
     offset: i64,
     received_at: TimeMicros,
     bytes: u64,
-    topic: i32,
+    topic: i64,
     /// What its topic takes, if nothing else is left of that.
     topic_bytes: u64,
 }
@@ -172,7 +172,7 @@ impl PostgresSink {
     fn oldest_records(&self, datasource: i32, count: i64) -> Result<Vec<RemovableRow>, PostgresError> {
         let of = |table: &str| {
             format!(
-                "(SELECT log_offset, received_at, ({PAYLOAD_SIZE_SQL})::bigint AS size, topic_id,
+                "(SELECT log_offset, received_at, ({PAYLOAD_SIZE_SQL})::bigint AS size, topic_id::bigint,
                       (SELECT octet_length(t.topic)::bigint FROM topics t
                        WHERE t.id = topic_id AND t.latest_offset <= log_offset)
                   FROM {table} WHERE datasource_id = $1 ORDER BY log_offset LIMIT $2)"
@@ -261,7 +261,7 @@ impl PostgresSink {
                  SET removed_below = greatest(retention.removed_below, excluded.removed_below)",
             &[&datasource, &last.saturating_add(1)],
         )?;
-        let topics: BTreeSet<i32> = records.iter().map(|record| record.topic).collect();
+        let topics: BTreeSet<i64> = records.iter().map(|record| record.topic).collect();
         self.forget_empty_topics(&topics.into_iter().collect::<Vec<_>>())?;
         self.forget_unused_origins(datasource)
     }
@@ -296,9 +296,9 @@ impl PostgresSink {
 
     /// Forgets the newest values of those of the topics that have no record any more that is passed on, and the topics too of
     /// which quarantine has nothing.
-    pub(super) fn forget_empty_topics(&mut self, topics: &[i32]) -> Result<(), PostgresError> {
+    pub(super) fn forget_empty_topics(&mut self, topics: &[i64]) -> Result<(), PostgresError> {
         let rows = self.connection.query(
-            "SELECT n.id, q.is_there IS NOT NULL FROM unnest($1::int[]) AS n (id)
+            "SELECT n.id, q.is_there IS NOT NULL FROM unnest($1::bigint[]) AS n (id)
              LEFT JOIN LATERAL (SELECT true AS is_there FROM quarantined q WHERE q.topic_id = n.id LIMIT 1) q ON true
              WHERE NOT EXISTS (SELECT FROM entries e WHERE e.topic_id = n.id)",
             &[&topics],
@@ -306,20 +306,20 @@ impl PostgresSink {
         if rows.is_empty() {
             return Ok(());
         }
-        let empty: Vec<i32> = rows.iter().map(|row| row.get(0)).collect();
-        self.connection.execute("DELETE FROM latest_values WHERE topic_id = ANY($1)", &[&empty])?;
+        let empty: Vec<i64> = rows.iter().map(|row| row.get(0)).collect();
+        self.connection.execute("DELETE FROM latest_values WHERE topic_id = ANY($1::bigint[])", &[&empty])?;
         let (hidden, gone): (Vec<_>, Vec<_>) = rows.iter().partition(|row| row.get(1));
         let [hidden, gone] =
-            [hidden, gone].map(|rows: Vec<&Row>| rows.iter().map(|row| row.get(0)).collect::<Vec<i32>>());
+            [hidden, gone].map(|rows: Vec<&Row>| rows.iter().map(|row| row.get(0)).collect::<Vec<i64>>());
         if !hidden.is_empty() {
-            self.connection.execute("UPDATE topics SET latest_offset = -1 WHERE id = ANY($1)", &[&hidden])?;
+            self.connection
+                .execute("UPDATE topics SET latest_offset = -1 WHERE id = ANY($1::bigint[])", &[&hidden])?;
         }
         if !gone.is_empty() {
-            self.connection.execute("DELETE FROM key_sets WHERE topic_id = ANY($1)", &[&gone])?;
-            let rows = self.connection.query(
-                "DELETE FROM topics WHERE id = ANY($1) RETURNING datasource_id, octet_length(topic)",
-                &[&gone],
-            )?;
+            self.connection.execute("DELETE FROM key_sets WHERE topic_id = ANY($1::bigint[])", &[&gone])?;
+            let rows = self
+                .connection
+                .query("DELETE FROM topics WHERE id = ANY($1::bigint[]) RETURNING datasource_id, octet_length(topic)", &[&gone])?;
             for row in &rows {
                 self.sizes.subtract_names(row.get(0), 1, u64::from(row.get::<_, i32>(1).unsigned_abs()));
             }

@@ -15,7 +15,7 @@
 
 use std::cmp::Ordering;
 
-use headgate_bridge_postgres::PostgresConnection;
+use headgate_bridge_postgres::{PostgresConnection, PostgresFault};
 
 use super::PostgresError;
 
@@ -23,6 +23,12 @@ use super::PostgresError;
 const SERVER_VERSION_MIN: i32 = 140_000;
 /// The lock under which the tables are made: of all that Headgate makes in one database, "hg" and a number.
 const MIGRATION_LOCK: i64 = 0x6867_0001;
+/// Gives ids more room, in tables of format 4.
+const WIDEN_IDS: &str = include_str!("wide_ids.sql");
+/// The first format whose tables may have wide ids.
+const WIDE_IDS_FORMAT: i32 = 4;
+/// Tables that take more bytes together keep their ids as they are, until somebody has the time: see `docs/operating.md`.
+const WIDENED_BYTES_MAX: i64 = 1 << 30;
 /// Turns format N into format N + 1.
 const MIGRATIONS: [&str; 4] = [CREATE_TABLES, ADD_READING, ADD_SAMPLE_LANE, BOUND_NAMES];
 
@@ -72,10 +78,48 @@ fn migrate(connection: &PostgresConnection, schema: &str, json: &str) -> Result<
     for migration in MIGRATIONS.iter().skip(usize::try_from(found).unwrap_or(0)) {
         connection.run(&migration.replace("{json}", json))?;
     }
+    if found < WIDE_IDS_FORMAT {
+        widen_ids(connection, schema)?;
+    }
     if found < newest {
         connection.execute("UPDATE headgate_format SET version = $1", &[&newest])?;
     }
     Ok(())
+}
+
+/// Makes ids bigint where that is soon done. Where it is not, or other views are in the way, there are still as many as an
+/// int has.
+fn widen_ids(connection: &PostgresConnection, schema: &str) -> Result<(), PostgresFault> {
+    let bytes = connection.query_one(
+        "SELECT coalesce(sum(pg_total_relation_size(c.oid)), 0)::bigint FROM pg_class c
+         JOIN pg_namespace n ON n.oid = c.relnamespace WHERE n.nspname = $1 AND c.relkind = 'r'",
+        &[&schema],
+    )?;
+    let bytes: i64 = bytes.get(0);
+    if bytes > WIDENED_BYTES_MAX {
+        tracing::info!(bytes, "PostgreSQL: ids in tables of this size stay int (docs/operating.md)");
+        return Ok(());
+    }
+    connection.run("SAVEPOINT narrow_ids")?;
+    match connection.run(WIDEN_IDS) {
+        Err(fault) if fault.code().is_some() => {
+            tracing::warn!(%fault, "PostgreSQL: ids stay int (docs/operating.md)");
+            connection.run("ROLLBACK TO narrow_ids")
+        }
+        widened => widened,
+    }
+}
+
+/// Whether ids of topics, origins and sets of keys are bigint, and not int.
+///
+/// # Errors
+/// The database's.
+pub(super) fn has_wide_ids(connection: &PostgresConnection) -> Result<bool, PostgresFault> {
+    let row = connection.query_one(
+        "SELECT atttypid = 'bigint'::regtype FROM pg_attribute WHERE attrelid = 'entries'::regclass AND attname = 'topic_id'",
+        &[],
+    )?;
+    Ok(row.get(0))
 }
 
 /// Whether the tables in `schema` are of the format that this Headgate knows.
