@@ -59,6 +59,23 @@ impl SqliteSink {
         Ok(offset_from_sql(count.map_err(|error| self.database_error(&error))?))
     }
 
+    /// How many offsets from `end` on, up to the cursor, have no record here although none was removed or left out: they
+    /// were never stored. Where something was, that cannot be told, and they do not count.
+    ///
+    /// # Errors
+    /// [`SinkError::Database`].
+    pub fn missing_from(&self, end: Offset) -> Result<u64, SinkError> {
+        let missing = self.connection().query_row(
+            "WITH known AS (SELECT next_offset, max(whole_from, ?1) AS first FROM cursor)
+             SELECT next_offset - first - (SELECT count(*) FROM entries WHERE offset >= first)
+                 - (SELECT count(*) FROM quarantined WHERE offset >= first)
+                 - (SELECT count(*) FROM marks WHERE offset >= first) FROM known",
+            [sql_offset(end)],
+            |row| row.get(0),
+        );
+        Ok(offset_from_sql(missing.map_err(|error| self.database_error(&error))?))
+    }
+
     /// Moves the records from `end` on into a database of their own, in tables `records` and `quarantine` with
     /// the columns of the views of that name, and the cursor back to `end`. Everything is on the disk
     /// afterwards; a crash in between leaves them in both.
@@ -122,14 +139,54 @@ fn forget_from(connection: &mut Connection, end: Offset) -> rusqlite::Result<()>
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::consume::sink::retention::{PruneStep, StoredLimits};
     use crate::consume::sink::sqlite::RECORDS_FILE_NAME;
     use crate::consume::testing::record;
+    use crate::log::{IncarnationStep, RecordNote, WithheldChange, WithheldRules};
+    use crate::message::DatasourceId;
 
     fn texts(path: &Path, sql: &str) -> Vec<String> {
         let connection = Connection::open(path).expect("opens");
         let mut select = connection.prepare(sql).expect("reads");
         let rows = select.query_map([], |row| row.get::<_, String>(0)).expect("reads");
         rows.map(|row| row.expect("text")).collect()
+    }
+
+    /// A start refused a store that lacked nothing: marks, and what retention or a purge had removed, counted as lost.
+    #[test]
+    fn what_has_no_row_on_purpose_is_not_missing() {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let mut sink = SqliteSink::open(&dir.path().join(RECORDS_FILE_NAME)).expect("opens");
+        let of = |offset| record(offset, "press-4", "a", b"12345678");
+        let note = RecordNote::Superseded { offset: 1, by: 2 };
+        let (flags, note) = (note.flag(), note.encode());
+        let mark = RecordRef { flags, note: &note, ..of(7) };
+        let records = (0..7).map(of).chain([mark]).chain((8..10).map(of));
+        sink.store(records, 10, true).expect("stored");
+        let missing = |sink: &SqliteSink, end| sink.missing_from(end).expect("reads");
+        assert_eq!([0, 6, 8, 10].map(|end| missing(&sink, end)), [0; 4]);
+        // The log had lost these before they were stored.
+        sink.store(std::iter::empty(), 15, true).expect("stored");
+        sink.store((15..20).map(of), 20, true).expect("stored");
+        assert_eq!([0, 6, 12, 16].map(|end| missing(&sink, end)), [5, 5, 3, 0]);
+        // What was removed says nothing of what is below it.
+        let limits = StoredLimits { age_us: None, bytes: Some(72 * 4) };
+        let scope = DatasourceId::new("press-4").expect("a slug");
+        while sink.prune_some(&scope, limits, 0).expect("pruned") == PruneStep::More {}
+        assert_eq!([0, 6, 12, 16].map(|end| missing(&sink, end)), [0; 4]);
+        sink.store(std::iter::empty(), 22, true).expect("stored");
+        assert_eq!(missing(&sink, 6), 2);
+        let rules = WithheldRules::default();
+        let step = |incarnation, step| {
+            rules.push(WithheldChange::Incarnation(scope.clone(), incarnation, step));
+        };
+        let keys = [of(0).key_id].into();
+        step(1, IncarnationStep::Ended { keys, end: Offset::MAX });
+        step(1, IncarnationStep::Purged);
+        sink.reconcile(&rules).expect("reconciled");
+        assert_eq!(missing(&sink, 6), 0);
+        sink.store((22..24).map(of), 24, true).expect("stored");
+        assert_eq!((missing(&sink, 6), sink.count_from(0).expect("reads")), (0, 0));
     }
 
     #[test]

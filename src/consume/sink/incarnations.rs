@@ -9,6 +9,7 @@ use std::collections::BTreeSet;
 
 use rusqlite::{Connection, OptionalExtension, params};
 
+use super::insert::note_gap;
 use super::quarantined::{CREATE_MOVED, for_each_moved_topic, forget_moved, restore_moved};
 use super::retention::{forget_if_empty, forget_sizes};
 use super::samples;
@@ -199,6 +200,7 @@ pub(super) fn ensure_row(connection: &Connection, scope: &DatasourceId, name: &s
 pub(super) fn purge_some(connection: &Connection, scope: &DatasourceId) -> rusqlite::Result<bool> {
     let Some(row) = row_id_of_scope(connection, scope)? else { return Ok(true) };
     forget_sizes(connection)?;
+    note_gap(connection, i64::MAX)?;
     let mut left = PURGE_RECORDS_PER_TRANSACTION;
     for table in ["entries", "quarantined"] {
         let removed = connection.execute(

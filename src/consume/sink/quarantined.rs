@@ -91,6 +91,9 @@ pub(super) fn note_superseded(connection: &Connection, record: &RecordRef<'_>) -
     if let Some(RecordNote::Superseded { offset, by }) = RecordNote::decode(record.note) {
         note_let_in(connection, offset, by)?;
     }
+    connection
+        .prepare_cached("INSERT OR IGNORE INTO marks (offset) VALUES (?1)")?
+        .execute([sql_offset(record.offset)])?;
     Ok(true)
 }
 
@@ -146,6 +149,8 @@ pub(super) fn forget_from(connection: &Connection, end: Offset) -> rusqlite::Res
     )?;
     connection.execute("DELETE FROM entries WHERE offset >= ?1", [end])?;
     connection.execute("DELETE FROM quarantined WHERE offset >= ?1", [end])?;
+    connection.execute("DELETE FROM marks WHERE offset >= ?1", [end])?;
+    connection.execute("UPDATE cursor SET whole_from = min(whole_from, ?1)", [end])?;
     connection.execute("UPDATE retention SET removed_below = min(removed_below, ?1)", [end])?;
     forget_sizes(connection)?;
     // The registry may have gone back with the log, and given a version to another rule.

@@ -380,6 +380,14 @@ const BOUND_NAMES: &str = concat!(
     LEFT JOIN topics t ON t.id = q.topic_id
     LEFT JOIN origins o ON o.id = q.origin_id;
 
+    -- Offsets of marks, which have no row.
+    CREATE TABLE marks (
+        offset INTEGER PRIMARY KEY
+    );
+    -- From whole_from on, each offset up to the cursor has a row or is a mark's.
+    ALTER TABLE cursor ADD COLUMN whole_from INTEGER NOT NULL DEFAULT 0;
+    UPDATE cursor SET whole_from = next_offset;
+
     -- What the topics and origins of a datasource take.
     ALTER TABLE datasources ADD COLUMN name_bytes INTEGER NOT NULL DEFAULT 0;
     UPDATE datasources SET name_bytes = (

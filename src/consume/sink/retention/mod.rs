@@ -21,6 +21,7 @@ use std::collections::BTreeSet;
 use rusqlite::{Connection, OptionalExtension, TransactionBehavior, params};
 
 use super::incarnations::row_id_of_scope;
+use super::insert::note_gap;
 use super::samples;
 use super::schema::{TIME_INDEX_OFFSETS, offset_from_sql, sql_offset};
 use super::sqlite::{SinkError, SqliteSink};
@@ -328,6 +329,7 @@ fn prune_below_oldest(connection: &Connection, cursor: i64) -> rusqlite::Result<
         "DELETE FROM time_index WHERE first_offset <= ?1",
         [oldest.saturating_sub(sql_offset(TIME_INDEX_OFFSETS))],
     )?;
+    connection.execute("DELETE FROM marks WHERE offset < (SELECT whole_from FROM cursor)", [])?;
     // Those of one datasource have gone with its records.
     connection.execute(
         "DELETE FROM origins WHERE id IN (
@@ -345,6 +347,7 @@ fn remove_up_to(connection: &Connection, datasource: i64, last: i64) -> rusqlite
     ] {
         connection.prepare_cached(delete)?.execute([datasource, last])?;
     }
+    note_gap(connection, last.saturating_add(1))?;
     connection
         .prepare_cached(
             "INSERT INTO retention (datasource_id, removed_below) VALUES (?1, ?2)
