@@ -5,7 +5,7 @@
 
 use std::path::{Path, PathBuf};
 
-use rusqlite::{Connection, OptionalExtension, TransactionBehavior};
+use rusqlite::{Connection, OptionalExtension, Transaction, TransactionBehavior};
 
 use super::quarantined;
 use super::schema::{offset_from_sql, sql_offset};
@@ -81,18 +81,31 @@ impl SqliteSink {
     /// afterwards; a crash in between leaves them in both.
     ///
     /// # Errors
-    /// [`SinkError::Database`]; then this database is as it was.
+    /// [`SinkError::Database`]; then this database is as it was, or its commit is in doubt: open it again.
     pub fn set_aside_from(&mut self, end: Offset, path: &Path) -> Result<PathBuf, SinkError> {
         let aside = new_file_aside(path)?;
         let connection = self.connection_mut();
-        let moved = copy_from(connection, end, &aside).and_then(|()| forget_from(connection, end));
-        if let Err(error) = moved {
+        let deleted = match copy_from(connection, end, &aside) {
+            Ok(()) => delete_from(connection, end),
+            Err(error) => Err(error),
+        };
+        let (error, is_kept) = match deleted.map(Transaction::commit) {
+            Ok(Ok(())) => {
+                self.set_back(end);
+                return Ok(aside);
+            }
+            Ok(Err(error)) => {
+                let error = self.database_error(&error);
+                let is_kept = !error.is_clean_rollback();
+                (error, is_kept)
+            }
+            Err(error) => (self.database_error(&error), false),
+        };
+        if !is_kept {
             // Nothing was deleted here, and every start would leave one more copy.
             let _ = std::fs::remove_file(&aside);
-            return Err(self.database_error(&error));
         }
-        self.set_back(end);
-        Ok(aside)
+        Err(error)
     }
 }
 
@@ -126,14 +139,15 @@ fn copy_from(connection: &Connection, end: Offset, aside: &Path) -> rusqlite::Re
     copied.and(detached)
 }
 
-fn forget_from(connection: &mut Connection, end: Offset) -> rusqlite::Result<()> {
+/// Deletes what was copied, in a transaction that is to be committed.
+fn delete_from(connection: &mut Connection, end: Offset) -> rusqlite::Result<Transaction<'_>> {
     connection.pragma_update(None, "synchronous", "FULL")?;
     let transaction = connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
     quarantined::forget_from(&transaction, end)?;
     // The row of the offsets around `end` keeps its bounds: they may be too wide, which finds no fewer records.
     transaction.execute("DELETE FROM time_index WHERE first_offset >= ?1", [sql_offset(end)])?;
     transaction.execute("UPDATE cursor SET next_offset = ?1", [sql_offset(end)])?;
-    transaction.commit()
+    Ok(transaction)
 }
 
 #[cfg(test)]
@@ -187,6 +201,35 @@ mod tests {
         assert_eq!(missing(&sink, 6), 0);
         sink.store((22..24).map(of), 24, true).expect("stored");
         assert_eq!((missing(&sink, 6), sink.count_from(0).expect("reads")), (0, 0));
+    }
+
+    /// The copy was deleted with any error, also where the commit that had deleted the records might count.
+    #[test]
+    fn a_copy_stays_unless_it_is_certain_that_nothing_was_deleted() {
+        let fails_at_commit = "PRAGMA foreign_keys = 1; CREATE TABLE things (id INTEGER PRIMARY KEY);
+             CREATE TABLE uses (thing REFERENCES things DEFERRABLE INITIALLY DEFERRED);
+             CREATE TRIGGER fails AFTER DELETE ON entries BEGIN INSERT INTO uses VALUES (1); END";
+        let fails_before =
+            "CREATE TRIGGER fails AFTER DELETE ON entries BEGIN SELECT RAISE(ABORT, 'not now'); END";
+        for (sql, copies) in [(fails_at_commit, 1), (fails_before, 0)] {
+            let dir = tempfile::tempdir().expect("temporary directory");
+            let path = dir.path().join(RECORDS_FILE_NAME);
+            let mut sink = SqliteSink::open(&path).expect("opens");
+            let records = (0..4).map(|offset| record(offset, "press-4", "a", b"1"));
+            sink.store(records, 4, true).expect("stored");
+            sink.connection().execute_batch(sql).expect("made");
+            sink.set_aside_from(2, &path).expect_err("it fails");
+            assert_eq!((sink.cursor(), sink.count_from(0).expect("reads")), (4, 4));
+            let files = std::fs::read_dir(dir.path()).expect("readable");
+            let names = files.map(|file| file.expect("readable").file_name().into_string().expect("text"));
+            let aside: Vec<String> =
+                names.filter(|name| name.contains("set-aside") && name.ends_with(".db")).collect();
+            assert_eq!(aside.len(), copies, "{aside:?}");
+            for name in aside {
+                let offsets = "SELECT group_concat(offset) FROM records";
+                assert_eq!(texts(&dir.path().join(name), offsets), ["2,3"]);
+            }
+        }
     }
 
     #[test]
