@@ -51,7 +51,7 @@ pub enum Limit {
     /// Of a datasource: for how long a stored record is kept, in seconds since it was received.
     StoredAgeS,
     /// Of a datasource: bytes of all stored records, as [`STORED_RECORD_BYTES`](crate::limits::STORED_RECORD_BYTES)
-    /// counts them.
+    /// and [`STORED_NAME_BYTES`](crate::limits::STORED_NAME_BYTES) count them.
     StoredBytes,
 }
 

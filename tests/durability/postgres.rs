@@ -282,6 +282,128 @@ fn new_topics_that_come_together_are_stored_as_each_by_itself() {
     assert_eq!(server.sql(elsewhere), ["0"]);
 }
 
+/// Topics and media types are the senders' to choose: what no limit counts and nothing removes fills the disk.
+#[test]
+fn topics_and_media_types_go_with_their_last_record() {
+    const COUNT: usize = 40;
+    let (dir, server) = (scratch(), PostgresServer::start());
+    let gateway = server.stored_into(Setup::embedded_on(dir.path()).set("storage.sinks", "postgres")).start();
+    let sources = [gateway.create_open("press-4"), gateway.create_open("press-5")];
+    let send_all = || {
+        for n in 0..COUNT {
+            for source in &sources {
+                let media_type = format!("text/x-{n}");
+                let path = format!("/v1/ingest/{}/new/{n}", source.id);
+                let headers = [("content-type", &*media_type)];
+                assert_eq!(gateway.request("POST", &path, &source.key, &headers, b"{\"t\": 1}").status, 200);
+            }
+        }
+        gateway.settle();
+    };
+    let patch = |path: &str, method: &str, body: &Value| {
+        let json = [("content-type", "application/json")];
+        let answer = gateway.request(method, path, &gateway.admin_key(), &json, body.to_string().as_bytes());
+        assert_eq!(answer.status, 200, "{}", answer.text());
+    };
+    let limit = |bytes: u64| {
+        patch("/v1/datasources/press-4", "PATCH", &json!({ "limits": { "stored_bytes": bytes } }));
+    };
+    let counts = |datasource: &str| {
+        let of = format!(
+            "FROM datasources d JOIN topics t ON t.datasource_id = d.id WHERE d.datasource = '{datasource}'"
+        );
+        let sql = format!(
+            "SELECT (SELECT count(*) {of}), (SELECT count(*) FROM key_sets WHERE topic_id IN (SELECT t.id {of})),
+                 (SELECT count(*) FROM origins o JOIN datasources d ON d.id = o.datasource_id
+                  WHERE d.datasource = '{datasource}'),
+                 (SELECT count(*) FROM records WHERE datasource = '{datasource}')"
+        );
+        server.sql(&sql).remove(0)
+    };
+    send_all();
+    let all = format!("{COUNT}|{COUNT}|{COUNT}|{COUNT}");
+    assert_eq!((counts("press-4"), counts("press-5")), (all.clone(), all.clone()));
+    let schema = json!({ "schema": { "type": "object" } });
+    patch("/v1/datasources/press-4/schema", "PUT", &schema);
+    let refused = gateway.request("POST", "/v1/ingest/press-4/refused", &sources[0].key, &[], b"7");
+    assert_eq!(refused.status, 422, "{}", refused.text());
+    gateway.settle();
+    // The one in quarantine is the newest.
+    limit(70);
+    wait_for("topics to go with their records", || (counts("press-4").starts_with("1|0|")).then_some(()));
+    assert_eq!(server.sql("SELECT topic FROM quarantine"), ["refused"]);
+    limit(1);
+    wait_for("the last to go", || (counts("press-4") == "0|0|0|0").then_some(()));
+    assert_eq!(server.sql("SELECT count(*) FROM key_sets"), [COUNT.to_string()]);
+    assert_eq!(counts("press-5"), all);
+    // What is remembered of them is what is there.
+    limit(1 << 20);
+    send_all();
+    assert_eq!(counts("press-4"), all);
+    let misnamed = "SELECT count(*) FROM records
+         WHERE replace(topic, 'new/', 'text/x-') <> content_type";
+    assert_eq!(server.sql(misnamed), ["0"]);
+    assert_eq!(counts("press-5"), format!("{COUNT}|{COUNT}|{COUNT}|{}", 2 * COUNT));
+}
+
+/// An id is given once. 25 days of a thousand new topics a second used up what an `int` has, and everybody's storage stood
+/// still for ever, since the refusal was taken for that of a value.
+#[test]
+fn ids_have_room_beyond_those_of_an_int_whose_end_is_told() {
+    const WIDE_IDS: &str = include_str!("../../src/consume/sink/postgres/wide_ids.sql");
+    let (dir, server) = (scratch(), PostgresServer::start());
+    let setup = server.stored_into(Setup::embedded_on(dir.path()).set("storage.sinks", "postgres"));
+    let gateway = setup.start();
+    let source = gateway.create("press-4");
+    send(&gateway, &source, "a", br#"{"t": 1}"#);
+    gateway.settle();
+    gateway.stop();
+    // As in large tables of an earlier format.
+    server.sql("GRANT SELECT ON records TO PUBLIC");
+    server.sql(&WIDE_IDS.replace("TYPE bigint", "TYPE int"));
+    let gateway = setup.start();
+    send(&gateway, &source, "b", br#"{"t": 2}"#);
+    gateway.settle();
+    assert_eq!(gateway.records("press-4").len(), 2);
+    server.sql("ALTER SEQUENCE topics_id_seq RESTART WITH 2147483647");
+    send(&gateway, &source, "c", br#"{"t": 3}"#);
+    gateway.settle();
+    for topic in ["d", "e"] {
+        send(&gateway, &source, topic, br#"{"t": 4}"#);
+    }
+    wait_for("the end of the ids to be told", || {
+        let trouble = sink(&gateway)["trouble"].to_string();
+        (trouble.contains("no id left") && trouble.contains("topics_id_seq")).then_some(())
+    });
+    server.sql(WIDE_IDS);
+    gateway.settle();
+    server.sql(
+        "ALTER SEQUENCE origins_id_seq RESTART WITH 3000000000; ALTER SEQUENCE key_sets_id_seq RESTART WITH 3000000000",
+    );
+    gateway.stop();
+    let gateway = setup.start();
+    let headers = [("content-type", "text/x-new")];
+    let answer = gateway.request("POST", "/v1/ingest/press-4/f", &source.key, &headers, br#"{"u": 5}"#);
+    assert_eq!(answer.status, 200, "{}", answer.text());
+    gateway.settle();
+    let ids =
+        "SELECT (SELECT max(id) FROM topics), (SELECT max(id) FROM origins), (SELECT max(id) FROM key_sets)";
+    let ids = server.sql(ids).remove(0);
+    let ids: Vec<u64> = ids.split('|').map(|id| id.parse().expect("a number")).collect();
+    assert!(ids[0] > 2_147_483_648 && ids[1] == 3_000_000_000 && ids[2] >= 3_000_000_000, "{ids:?}");
+    let topics = |rows: &[Value]| rows.iter().map(|row| row["topic"].to_string()).collect::<String>();
+    assert_eq!(topics(&gateway.records("press-4")), r#""a""b""c""d""e""f""#);
+    for (topic, key) in [("d", "t"), ("f", "u")] {
+        let path = format!("/v1/datasources/press-4/series?topic={topic}&key={key}&step=1d&agg=count");
+        let series = gateway.get(&path, &gateway.admin_key()).json();
+        let counts = series["points"].as_array().expect("points").iter().map(|point| point["count"].as_u64());
+        assert_eq!(counts.flatten().sum::<u64>(), 1, "{series}");
+    }
+    let may_read = "SELECT count(*) FROM information_schema.table_privileges
+         WHERE table_name = 'records' AND grantee = 'PUBLIC'";
+    assert_eq!(server.sql(may_read), ["1"]);
+}
+
 #[test]
 fn leak_surgery_its_undo_deletion_and_purge_reach_it() {
     let (dir, server) = (scratch(), PostgresServer::start());

@@ -301,6 +301,8 @@ fn tables_of_an_earlier_format_are_brought_up_to_date_and_read() {
         "ALTER TABLE entries DROP COLUMN payload_size; ALTER TABLE quarantined DROP COLUMN payload_size;
          DROP TABLE time_index; DROP TABLE retention; DROP INDEX entries_event;
          DROP TABLE sample_lane; ALTER TABLE sink DROP COLUMN samples_from;
+         DROP INDEX quarantined_topic; INSERT INTO topics (datasource_id, topic, latest_offset) VALUES (1, 'of no record', -1);
+         ALTER TABLE origins DROP COLUMN datasource_id, DROP COLUMN used_below, ADD UNIQUE (key_id, transport, content_type);
          CREATE TABLE series (id int GENERATED ALWAYS AS IDENTITY PRIMARY KEY, topic_id int NOT NULL,
              key text COLLATE \"C\" NOT NULL, UNIQUE (topic_id, key));
          CREATE TABLE sample_values (time timestamptz NOT NULL, log_offset bigint NOT NULL,
@@ -327,7 +329,8 @@ fn tables_of_an_earlier_format_are_brought_up_to_date_and_read() {
     assert_eq!(page["records"].as_array().map(Vec::len), Some(302));
     let shown = gateway.get("/v1/datasources/press-4/series?topic=cpu%2Fhost=a&key=v&step=1m", &admin).json();
     assert_eq!(shown["points"].as_array().map(Vec::len), Some(2), "{shown}");
-    assert_eq!(server.sql("SELECT version FROM headgate_format"), ["3"]);
+    assert_eq!(server.sql("SELECT version FROM headgate_format"), ["4"]);
+    assert_eq!(server.sql("SELECT topic FROM topics WHERE topic = 'of no record'"), [""; 0]);
     // What is removed of them is counted as they are.
     let limits = json!({ "limits": { "stored_bytes": 4_000 } }).to_string();
     let json = [("content-type", "application/json")];

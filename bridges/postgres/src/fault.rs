@@ -93,6 +93,12 @@ impl PostgresFault {
     /// Whether a value is the trouble: the server cannot take it, however often it is asked.
     pub fn is_of_value(&self) -> bool {
         // Data exception; program limit exceeded.
-        self.code().is_some_and(|code| code.starts_with("22") || code.starts_with("54"))
+        !self.is_out_of_ids()
+            && self.code().is_some_and(|code| code.starts_with("22") || code.starts_with("54"))
+    }
+
+    /// Whether a sequence has given all its numbers (sequence generator limit exceeded).
+    pub fn is_out_of_ids(&self) -> bool {
+        self.code() == Some("2200H")
     }
 }

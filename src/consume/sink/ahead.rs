@@ -5,7 +5,7 @@
 
 use std::path::{Path, PathBuf};
 
-use rusqlite::{Connection, OptionalExtension, TransactionBehavior};
+use rusqlite::{Connection, OptionalExtension, Transaction, TransactionBehavior};
 
 use super::quarantined;
 use super::schema::{offset_from_sql, sql_offset};
@@ -59,23 +59,53 @@ impl SqliteSink {
         Ok(offset_from_sql(count.map_err(|error| self.database_error(&error))?))
     }
 
+    /// How many offsets from `end` on, up to the cursor, have no record here although none was removed or left out: they
+    /// were never stored. Where something was, that cannot be told, and they do not count.
+    ///
+    /// # Errors
+    /// [`SinkError::Database`].
+    pub fn missing_from(&self, end: Offset) -> Result<u64, SinkError> {
+        let missing = self.connection().query_row(
+            "WITH known AS (SELECT next_offset, max(whole_from, ?1) AS first FROM cursor)
+             SELECT next_offset - first - (SELECT count(*) FROM entries WHERE offset >= first)
+                 - (SELECT count(*) FROM quarantined WHERE offset >= first)
+                 - (SELECT count(*) FROM marks WHERE offset >= first) FROM known",
+            [sql_offset(end)],
+            |row| row.get(0),
+        );
+        Ok(offset_from_sql(missing.map_err(|error| self.database_error(&error))?))
+    }
+
     /// Moves the records from `end` on into a database of their own, in tables `records` and `quarantine` with
     /// the columns of the views of that name, and the cursor back to `end`. Everything is on the disk
     /// afterwards; a crash in between leaves them in both.
     ///
     /// # Errors
-    /// [`SinkError::Database`]; then this database is as it was.
+    /// [`SinkError::Database`]; then this database is as it was, or its commit is in doubt: open it again.
     pub fn set_aside_from(&mut self, end: Offset, path: &Path) -> Result<PathBuf, SinkError> {
         let aside = new_file_aside(path)?;
         let connection = self.connection_mut();
-        let moved = copy_from(connection, end, &aside).and_then(|()| forget_from(connection, end));
-        if let Err(error) = moved {
+        let deleted = match copy_from(connection, end, &aside) {
+            Ok(()) => delete_from(connection, end),
+            Err(error) => Err(error),
+        };
+        let (error, is_kept) = match deleted.map(Transaction::commit) {
+            Ok(Ok(())) => {
+                self.set_back(end);
+                return Ok(aside);
+            }
+            Ok(Err(error)) => {
+                let error = self.database_error(&error);
+                let is_kept = !error.is_clean_rollback();
+                (error, is_kept)
+            }
+            Err(error) => (self.database_error(&error), false),
+        };
+        if !is_kept {
             // Nothing was deleted here, and every start would leave one more copy.
             let _ = std::fs::remove_file(&aside);
-            return Err(self.database_error(&error));
         }
-        self.set_back(end);
-        Ok(aside)
+        Err(error)
     }
 }
 
@@ -109,27 +139,97 @@ fn copy_from(connection: &Connection, end: Offset, aside: &Path) -> rusqlite::Re
     copied.and(detached)
 }
 
-fn forget_from(connection: &mut Connection, end: Offset) -> rusqlite::Result<()> {
+/// Deletes what was copied, in a transaction that is to be committed.
+fn delete_from(connection: &mut Connection, end: Offset) -> rusqlite::Result<Transaction<'_>> {
     connection.pragma_update(None, "synchronous", "FULL")?;
     let transaction = connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
     quarantined::forget_from(&transaction, end)?;
     // The row of the offsets around `end` keeps its bounds: they may be too wide, which finds no fewer records.
     transaction.execute("DELETE FROM time_index WHERE first_offset >= ?1", [sql_offset(end)])?;
     transaction.execute("UPDATE cursor SET next_offset = ?1", [sql_offset(end)])?;
-    transaction.commit()
+    Ok(transaction)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::consume::sink::retention::{PruneStep, StoredLimits};
     use crate::consume::sink::sqlite::RECORDS_FILE_NAME;
     use crate::consume::testing::record;
+    use crate::log::{IncarnationStep, RecordNote, WithheldChange, WithheldRules};
+    use crate::message::DatasourceId;
 
     fn texts(path: &Path, sql: &str) -> Vec<String> {
         let connection = Connection::open(path).expect("opens");
         let mut select = connection.prepare(sql).expect("reads");
         let rows = select.query_map([], |row| row.get::<_, String>(0)).expect("reads");
         rows.map(|row| row.expect("text")).collect()
+    }
+
+    /// A start refused a store that lacked nothing: marks, and what retention or a purge had removed, counted as lost.
+    #[test]
+    fn what_has_no_row_on_purpose_is_not_missing() {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let mut sink = SqliteSink::open(&dir.path().join(RECORDS_FILE_NAME)).expect("opens");
+        let of = |offset| record(offset, "press-4", "a", b"12345678");
+        let note = RecordNote::Superseded { offset: 1, by: 2 };
+        let (flags, note) = (note.flag(), note.encode());
+        let mark = RecordRef { flags, note: &note, ..of(7) };
+        let records = (0..7).map(of).chain([mark]).chain((8..10).map(of));
+        sink.store(records, 10, true).expect("stored");
+        let missing = |sink: &SqliteSink, end| sink.missing_from(end).expect("reads");
+        assert_eq!([0, 6, 8, 10].map(|end| missing(&sink, end)), [0; 4]);
+        // The log had lost these before they were stored.
+        sink.store(std::iter::empty(), 15, true).expect("stored");
+        sink.store((15..20).map(of), 20, true).expect("stored");
+        assert_eq!([0, 6, 12, 16].map(|end| missing(&sink, end)), [5, 5, 3, 0]);
+        // What was removed says nothing of what is below it.
+        let limits = StoredLimits { age_us: None, bytes: Some(72 * 4) };
+        let scope = DatasourceId::new("press-4").expect("a slug");
+        while sink.prune_some(&scope, limits, 0).expect("pruned") == PruneStep::More {}
+        assert_eq!([0, 6, 12, 16].map(|end| missing(&sink, end)), [0; 4]);
+        sink.store(std::iter::empty(), 22, true).expect("stored");
+        assert_eq!(missing(&sink, 6), 2);
+        let rules = WithheldRules::default();
+        let step = |incarnation, step| {
+            rules.push(WithheldChange::Incarnation(scope.clone(), incarnation, step));
+        };
+        let keys = [of(0).key_id].into();
+        step(1, IncarnationStep::Ended { keys, end: Offset::MAX });
+        step(1, IncarnationStep::Purged);
+        sink.reconcile(&rules).expect("reconciled");
+        assert_eq!(missing(&sink, 6), 0);
+        sink.store((22..24).map(of), 24, true).expect("stored");
+        assert_eq!((missing(&sink, 6), sink.count_from(0).expect("reads")), (0, 0));
+    }
+
+    /// The copy was deleted with any error, also where the commit that had deleted the records might count.
+    #[test]
+    fn a_copy_stays_unless_it_is_certain_that_nothing_was_deleted() {
+        let fails_at_commit = "PRAGMA foreign_keys = 1; CREATE TABLE things (id INTEGER PRIMARY KEY);
+             CREATE TABLE uses (thing REFERENCES things DEFERRABLE INITIALLY DEFERRED);
+             CREATE TRIGGER fails AFTER DELETE ON entries BEGIN INSERT INTO uses VALUES (1); END";
+        let fails_before =
+            "CREATE TRIGGER fails AFTER DELETE ON entries BEGIN SELECT RAISE(ABORT, 'not now'); END";
+        for (sql, copies) in [(fails_at_commit, 1), (fails_before, 0)] {
+            let dir = tempfile::tempdir().expect("temporary directory");
+            let path = dir.path().join(RECORDS_FILE_NAME);
+            let mut sink = SqliteSink::open(&path).expect("opens");
+            let records = (0..4).map(|offset| record(offset, "press-4", "a", b"1"));
+            sink.store(records, 4, true).expect("stored");
+            sink.connection().execute_batch(sql).expect("made");
+            sink.set_aside_from(2, &path).expect_err("it fails");
+            assert_eq!((sink.cursor(), sink.count_from(0).expect("reads")), (4, 4));
+            let files = std::fs::read_dir(dir.path()).expect("readable");
+            let names = files.map(|file| file.expect("readable").file_name().into_string().expect("text"));
+            let aside: Vec<String> =
+                names.filter(|name| name.contains("set-aside") && name.ends_with(".db")).collect();
+            assert_eq!(aside.len(), copies, "{aside:?}");
+            for name in aside {
+                let offsets = "SELECT group_concat(offset) FROM records";
+                assert_eq!(texts(&dir.path().join(name), offsets), ["2,3"]);
+            }
+        }
     }
 
     #[test]

@@ -8,8 +8,8 @@ use rusqlite::{Connection, params};
 use super::incarnations;
 use super::samples::OpenChunks;
 use super::schema::sql_offset;
-use crate::limits::{REMEMBERED_NAME_BYTES, REMEMBERED_NAMES_BYTES_MAX};
-use crate::message::{DatasourceId, Incarnation, KeyId, RecordRef, Transport};
+use crate::limits::{ORIGIN_USE_OFFSETS, REMEMBERED_NAME_BYTES, REMEMBERED_NAMES_BYTES_MAX};
+use crate::message::{DatasourceId, Incarnation, KeyId, Offset, RecordRef, Transport};
 
 /// Open chunks that are remembered from one transaction to the next.
 const OPEN_CHUNKS_MAX: usize = 200_000;
@@ -22,18 +22,34 @@ pub(super) struct RowIds {
     pub(super) origin: i64,
 }
 
-/// One datasource and those of its topics that are remembered.
+/// One datasource and those of its topics and origins that are remembered.
 struct RememberedDatasource {
     id: i64,
     topics: HashMap<Box<str>, i64>,
+    /// By media type.
+    origins: HashMap<(KeyId, Transport), HashMap<Box<str>, RememberedOrigin>>,
+}
+
+impl RememberedDatasource {
+    fn new(id: i64) -> Self {
+        Self { id, topics: HashMap::new(), origins: HashMap::new() }
+    }
+}
+
+/// An origin.
+struct RememberedOrigin {
+    id: i64,
+    /// All records that the database knows it of are below.
+    used_below: i64,
 }
 
 /// The remembered row ids.
 #[derive(Default)]
 pub(super) struct RememberedIds {
     datasources: HashMap<Box<str>, RememberedDatasource>,
-    origins: HashMap<(KeyId, Transport), HashMap<Box<str>, i64>>,
     remembered_bytes: usize,
+    /// What is noted with the origins that the present transaction uses.
+    used_below: i64,
     /// Where the samples of remembered topics go.
     open_chunks: OpenChunks,
 }
@@ -42,7 +58,40 @@ impl RememberedIds {
     /// Forgets everything. Call this when a transaction that may have inserted names was not committed:
     /// their ids do not exist.
     pub(super) fn clear(&mut self) {
-        *self = Self::default();
+        *self = Self { used_below: self.used_below, ..Self::default() };
+    }
+
+    /// Begins a transaction of records below `next`. What it uses is noted as used somewhat further on, so that small ones
+    /// note it seldom.
+    pub(super) fn begin_transaction(&mut self, next: Offset) {
+        self.used_below = sql_offset(next.next_multiple_of(ORIGIN_USE_OFFSETS));
+    }
+
+    /// Forgets topics of a datasource that are no longer there, as their row ids are given anew. Those of others stay.
+    pub(super) fn forget_topics<'t>(&mut self, datasource: i64, gone: impl Iterator<Item = (i64, &'t str)>) {
+        let mut known = self.datasources.values_mut().find(|known| known.id == datasource);
+        for (id, name) in gone {
+            self.open_chunks.remove(&id);
+            if let Some(known) = &mut known
+                && known.topics.remove(name).is_some()
+            {
+                self.remembered_bytes -= REMEMBERED_NAME_BYTES + name.len();
+            }
+        }
+    }
+
+    /// Forgets the origins of a datasource that were removed: those that are used below an offset alone.
+    pub(super) fn forget_origins(&mut self, datasource: i64, below: i64) {
+        let Some(known) = self.datasources.values_mut().find(|known| known.id == datasource) else { return };
+        let remembered_bytes = &mut self.remembered_bytes;
+        known.origins.retain(|_, origins| {
+            origins.retain(|content_type, origin| {
+                let is_kept = origin.used_below > below;
+                *remembered_bytes -= if is_kept { 0 } else { REMEMBERED_NAME_BYTES + content_type.len() };
+                is_kept
+            });
+            !origins.is_empty()
+        });
     }
 
     /// Where the samples of remembered topics go, for one transaction.
@@ -50,8 +99,16 @@ impl RememberedIds {
         std::mem::take(&mut self.open_chunks)
     }
 
-    /// Remembers that, unless it is more than is remembered of anything.
-    pub(super) fn keep_open_chunks(&mut self, open_chunks: OpenChunks) {
+    /// Remembers that. Beyond what is remembered of anything, those of the datasource that has the most topics give way:
+    /// whoever invents topics closes no chunk of another one.
+    pub(super) fn keep_open_chunks(&mut self, mut open_chunks: OpenChunks) {
+        if open_chunks.len() > OPEN_CHUNKS_MAX
+            && let Some(largest) = self.datasources.values().max_by_key(|known| known.topics.len())
+        {
+            for topic in largest.topics.values() {
+                open_chunks.remove(topic);
+            }
+        }
         if open_chunks.len() <= OPEN_CHUNKS_MAX {
             self.open_chunks = open_chunks;
         }
@@ -78,9 +135,10 @@ impl RememberedIds {
     fn find_remembered(&self, record: &RecordRef<'_>, name: &str) -> Option<RowIds> {
         let datasource = self.datasources.get(name)?;
         let topic = *datasource.topics.get(record.topic)?;
-        let origins = self.origins.get(&(record.key_id, record.transport))?;
-        let origin = *origins.get(record.content_type)?;
-        Some(RowIds { datasource: datasource.id, topic, origin })
+        let origins = datasource.origins.get(&(record.key_id, record.transport))?;
+        let origin = origins.get(record.content_type)?;
+        let is_noted = sql_offset(record.offset) < origin.used_below;
+        is_noted.then_some(RowIds { datasource: datasource.id, topic, origin: origin.id })
     }
 
     #[cold]
@@ -94,24 +152,33 @@ impl RememberedIds {
         if self.remembered_bytes >= REMEMBERED_NAMES_BYTES_MAX {
             self.clear();
         }
-        // An upper bound: at most one of each is new.
-        self.remembered_bytes +=
-            3 * REMEMBERED_NAME_BYTES + name.len() + record.topic.len() + record.content_type.len();
-
-        let scope =
-            DatasourceId::parse_scope(record.datasource).map_err(FromSqlError::other)?.scope(incarnation);
-        let datasource = incarnations::ensure_row(connection, &scope, name)?;
-        let topic = topic_id(connection, record, datasource)?;
-        let origin = origin_id(connection, record)?;
-
-        let known = self
-            .datasources
-            .entry(name.into())
-            .or_insert_with(|| RememberedDatasource { id: datasource, topics: HashMap::new() });
-        known.topics.insert(record.topic.into(), topic);
-        let origins = self.origins.entry((record.key_id, record.transport)).or_default();
-        origins.insert(record.content_type.into(), origin);
-        Ok(RowIds { datasource, topic, origin })
+        let mut new_bytes = 0;
+        let known = match self.datasources.get_mut(name) {
+            Some(known) => known,
+            None => {
+                let scope = DatasourceId::parse_scope(record.datasource).map_err(FromSqlError::other)?;
+                let id = incarnations::ensure_row(connection, &scope.scope(incarnation), name)?;
+                new_bytes += REMEMBERED_NAME_BYTES + name.len();
+                self.datasources.entry(name.into()).or_insert(RememberedDatasource::new(id))
+            }
+        };
+        let topic = match known.topics.get(record.topic) {
+            Some(topic) => *topic,
+            None => {
+                let topic = topic_id(connection, record, known.id)?;
+                known.topics.insert(record.topic.into(), topic);
+                new_bytes += REMEMBERED_NAME_BYTES + record.topic.len();
+                topic
+            }
+        };
+        let origin = origin_of(connection, record, known.id, self.used_below)?;
+        let ids = RowIds { datasource: known.id, topic, origin: origin.id };
+        let origins = known.origins.entry((record.key_id, record.transport)).or_default();
+        if origins.insert(record.content_type.into(), origin).is_none() {
+            new_bytes += REMEMBERED_NAME_BYTES + record.content_type.len();
+        }
+        self.remembered_bytes += new_bytes;
+        Ok(ids)
     }
 }
 
@@ -127,15 +194,51 @@ fn topic_id(connection: &Connection, record: &RecordRef<'_>, datasource: i64) ->
         .query_row(params![datasource, record.topic], |row| row.get(0))
 }
 
-fn origin_id(connection: &Connection, record: &RecordRef<'_>) -> rusqlite::Result<i64> {
-    let origin = params![record.key_id.to_string(), record.transport.as_str(), record.content_type];
+/// The origin of a record in a datasource, noted as used below an offset.
+fn origin_of(
+    connection: &Connection,
+    record: &RecordRef<'_>,
+    datasource: i64,
+    used_below: i64,
+) -> rusqlite::Result<RememberedOrigin> {
+    let used_below = used_below.max(sql_offset(record.offset).saturating_add(1));
+    let key_id = record.key_id.to_string();
     connection
         .prepare_cached(
-            "INSERT INTO origins (key_id, transport, content_type) VALUES (?1, ?2, ?3)
-             ON CONFLICT DO NOTHING",
+            "INSERT INTO origins (key_id, transport, content_type, datasource_id, used_below) VALUES (?1, ?2, ?3, ?4, ?5)
+             ON CONFLICT (key_id, transport, content_type, datasource_id)
+                 DO UPDATE SET used_below = max(used_below, excluded.used_below)
+             RETURNING id, used_below",
         )?
-        .execute(origin)?;
-    connection
-        .prepare_cached("SELECT id FROM origins WHERE key_id = ?1 AND transport = ?2 AND content_type = ?3")?
-        .query_row(origin, |row| row.get(0))
+        .query_row(
+            params![key_id, record.transport.as_str(), record.content_type, datasource, used_below],
+            |row| Ok(RememberedOrigin { id: row.get(0)?, used_below: row.get(1)? }),
+        )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::consume::sink::sample_chunk::ChunkBase;
+    use crate::consume::sink::samples::OpenChunk;
+
+    fn remembered(id: i64, topics: std::ops::Range<i64>) -> RememberedDatasource {
+        let topics = topics.map(|topic| (topic.to_string().into(), topic)).collect();
+        RememberedDatasource { topics, ..RememberedDatasource::new(id) }
+    }
+
+    #[test]
+    fn a_datasource_with_too_many_topics_closes_its_own_chunks_alone() {
+        let count = i64::try_from(OPEN_CHUNKS_MAX).expect("small");
+        let mut ids = RememberedIds::default();
+        ids.datasources.insert("press-4".into(), remembered(1, 0..10));
+        ids.datasources.insert("press-5".into(), remembered(2, 10..count + 1));
+        let open = OpenChunk { id: 1, base: ChunkBase { first_offset: 0, base_us: 0 } };
+        ids.keep_open_chunks((0..count).map(|topic| (topic, open)).collect());
+        assert_eq!(ids.take_open_chunks().len(), OPEN_CHUNKS_MAX, "as many as there may be");
+        ids.keep_open_chunks((0..count + 1).map(|topic| (topic, open)).collect());
+        let mut left: Vec<i64> = ids.take_open_chunks().into_keys().collect();
+        left.sort_unstable();
+        assert_eq!(left, (0..10).collect::<Vec<i64>>());
+    }
 }

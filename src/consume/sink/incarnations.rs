@@ -9,8 +9,9 @@ use std::collections::BTreeSet;
 
 use rusqlite::{Connection, OptionalExtension, params};
 
+use super::insert::note_gap;
 use super::quarantined::{CREATE_MOVED, for_each_moved_topic, forget_moved, restore_moved};
-use super::retention::forget_sizes;
+use super::retention::{forget_if_empty, forget_sizes};
 use super::samples;
 use super::schema::{offset_from_sql, sql_offset};
 use crate::log::{IncarnationHistory, IncarnationStep, WithheldSnapshot};
@@ -139,6 +140,14 @@ fn move_selected(
          SELECT DISTINCT ?1, t.topic, -1 FROM temp.moved m JOIN topics t ON t.id = m.topic_id",
         [to],
     )?;
+    // They have their origins still, and so have others of where they are now.
+    connection.execute(
+        &format!(
+            "UPDATE origins SET datasource_id = NULL
+             WHERE id IN (SELECT origin_id FROM {table} WHERE offset IN (SELECT offset FROM temp.moved))"
+        ),
+        [],
+    )?;
     connection.execute(
         &format!(
             "UPDATE {table} SET datasource_id = ?1, topic_id = (
@@ -148,10 +157,16 @@ fn move_selected(
         ),
         [to],
     )?;
-    if table == "quarantined" {
+    let has_values = table == "entries";
+    for_each_moved_topic(connection, |topic_id| {
+        if has_values {
+            forget_moved(connection, topic_id)?;
+        }
+        forget_if_empty(connection, topic_id).map(drop)
+    })?;
+    if !has_values {
         return Ok(());
     }
-    for_each_moved_topic(connection, |topic_id| forget_moved(connection, topic_id))?;
     connection.execute(
         "UPDATE temp.moved SET topic_id = (SELECT topic_id FROM entries e WHERE e.offset = moved.offset)",
         [],
@@ -185,6 +200,7 @@ pub(super) fn ensure_row(connection: &Connection, scope: &DatasourceId, name: &s
 pub(super) fn purge_some(connection: &Connection, scope: &DatasourceId) -> rusqlite::Result<bool> {
     let Some(row) = row_id_of_scope(connection, scope)? else { return Ok(true) };
     forget_sizes(connection)?;
+    note_gap(connection, i64::MAX)?;
     let mut left = PURGE_RECORDS_PER_TRANSACTION;
     for table in ["entries", "quarantined"] {
         let removed = connection.execute(
@@ -206,6 +222,7 @@ pub(super) fn purge_some(connection: &Connection, scope: &DatasourceId) -> rusql
         [row],
     )?;
     connection.execute("DELETE FROM topics WHERE datasource_id = ?1", [row])?;
+    connection.execute("DELETE FROM origins WHERE datasource_id = ?1", [row])?;
     connection.execute("DELETE FROM retention WHERE datasource_id = ?1", [row])?;
     connection.execute("DELETE FROM datasources WHERE id = ?1", [row])?;
     Ok(true)

@@ -57,19 +57,25 @@ fn insert_rows<'a>(
     mut each: impl FnMut(InsertedPayload<'a>) -> bool,
 ) -> rusqlite::Result<()> {
     let mut times = TimeIndexRow::default();
+    let mut left_out_below = 0;
     let mut entry = transaction.prepare_cached(
         "INSERT INTO entries (offset, datasource_id, topic_id, origin_id, received_us, payload, event_us)
          VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7)",
     )?;
     for record in records {
-        let Some(row) = row_ids_of(transaction, ids, left_out, &record)? else { continue };
         // Many tools end a TEXT at a NUL, so that such a payload is stored as a BLOB.
         let text = std::str::from_utf8(record.payload).ok().filter(|text| !text.contains('\0'));
         let payload = text.map_or(ValueRef::Blob(record.payload), ValueRef::from);
-        times.observe(transaction, record.offset, record.received_at)?;
+        // A mark has no row, and so names nothing.
         if quarantined::note_superseded(transaction, &record)? {
+            times.observe(transaction, record.offset, record.received_at)?;
             continue;
         }
+        let Some(row) = row_ids_of(transaction, ids, left_out, &record)? else {
+            left_out_below = sql_offset(record.offset) + 1;
+            continue;
+        };
+        times.observe(transaction, record.offset, record.received_at)?;
         sizes.add(row.datasource, sql_offset(record.offset), record.payload.len());
         let is_leaked = left_out.covers(record.datasource, record.key_id, record.received_at, record.offset);
         // Also where it is withheld itself: given back, it would be there beside another redrive.
@@ -93,7 +99,18 @@ fn insert_rows<'a>(
             break;
         }
     }
+    if left_out_below > 0 {
+        note_gap(transaction, left_out_below)?;
+    }
     times.write(transaction)
+}
+
+/// Notes that offsets below one have no rows although something was there.
+pub(super) fn note_gap(connection: &Connection, below: i64) -> rusqlite::Result<()> {
+    connection
+        .prepare_cached("UPDATE cursor SET whole_from = max(whole_from, min(?1, next_offset))")?
+        .execute([below])?;
+    Ok(())
 }
 
 /// The row ids of a record, under its incarnation. `None` if that is purged.

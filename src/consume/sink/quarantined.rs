@@ -11,7 +11,7 @@ use rusqlite::{Connection, params};
 use super::ids::RowIds;
 use super::incarnations;
 use super::newest;
-use super::retention::forget_sizes;
+use super::retention::{forget_if_empty, forget_sizes};
 use super::samples;
 use super::schema::{offset_from_sql, sql_offset};
 use crate::log::{RecordNote, WithheldChange, WithheldSnapshot};
@@ -77,15 +77,23 @@ pub(super) fn note_redriven(connection: &Connection, record: &RecordRef<'_>) -> 
     Ok(())
 }
 
+/// Whether it is a mark that says which record was let in, and not a record itself.
+pub(super) fn is_mark(record: &RecordRef<'_>) -> bool {
+    record.flags.contains(RecordFlags::QUARANTINED.with(RecordFlags::REDRIVEN))
+}
+
 /// Notes with a quarantined record the offset of what was let in, itself or in its place. `false` if `record` is no
 /// mark that says so.
 pub(super) fn note_superseded(connection: &Connection, record: &RecordRef<'_>) -> rusqlite::Result<bool> {
-    if !record.flags.contains(RecordFlags::QUARANTINED.with(RecordFlags::REDRIVEN)) {
+    if !is_mark(record) {
         return Ok(false);
     }
     if let Some(RecordNote::Superseded { offset, by }) = RecordNote::decode(record.note) {
         note_let_in(connection, offset, by)?;
     }
+    connection
+        .prepare_cached("INSERT OR IGNORE INTO marks (offset) VALUES (?1)")?
+        .execute([sql_offset(record.offset)])?;
     Ok(true)
 }
 
@@ -135,14 +143,23 @@ pub(super) fn forget_from(connection: &Connection, end: Offset) -> rusqlite::Res
     connection.execute("DELETE FROM temp.moved", [])?;
     connection
         .execute("INSERT INTO temp.moved SELECT offset, topic_id FROM entries WHERE offset >= ?1", [end])?;
+    connection.execute(
+        "INSERT INTO temp.moved SELECT offset, topic_id FROM quarantined WHERE offset >= ?1",
+        [end],
+    )?;
     connection.execute("DELETE FROM entries WHERE offset >= ?1", [end])?;
     connection.execute("DELETE FROM quarantined WHERE offset >= ?1", [end])?;
+    connection.execute("DELETE FROM marks WHERE offset >= ?1", [end])?;
+    connection.execute("UPDATE cursor SET whole_from = min(whole_from, ?1)", [end])?;
     connection.execute("UPDATE retention SET removed_below = min(removed_below, ?1)", [end])?;
     forget_sizes(connection)?;
     // The registry may have gone back with the log, and given a version to another rule.
     connection.execute("UPDATE withheld SET version = 0", [])?;
     connection.execute("UPDATE quarantined SET redriven_offset = NULL WHERE redriven_offset >= ?1", [end])?;
-    for_each_moved_topic(connection, |topic_id| forget_moved(connection, topic_id))
+    for_each_moved_topic(connection, |topic_id| {
+        forget_moved(connection, topic_id)?;
+        forget_if_empty(connection, topic_id).map(drop)
+    })
 }
 
 /// Moves records that rules about this key cover into quarantine.

@@ -40,7 +40,14 @@ const CACHE_KIB: i64 = 32 << 10;
 /// How the sink opens `records.db`. The opening waits long for a lock: without the database there is nothing
 /// to do. Each transaction fails soon, and is tried again.
 pub(in crate::consume) const RECORDS_DATABASE: SqliteProfile = SqliteProfile {
-    migrations: &[CREATE_RECORDS_TABLES, ADD_QUARANTINE, ADD_INCARNATIONS, ADD_EVENT_TIME, ADD_RETENTION],
+    migrations: &[
+        CREATE_RECORDS_TABLES,
+        ADD_QUARANTINE,
+        ADD_INCARNATIONS,
+        ADD_EVENT_TIME,
+        ADD_RETENTION,
+        BOUND_NAMES,
+    ],
     gives_pages_back: true,
     open_lock_wait_max: Duration::from_secs(5),
     lock_wait_max: Duration::from_millis(250),
@@ -314,6 +321,98 @@ const ADD_RETENTION: &str = "
     CREATE INDEX sample_chunks_offset ON sample_chunks (topic_id, first_offset);
 ";
 
+/// Turns format 5 into format 6.
+const BOUND_NAMES: &str = concat!(
+    "
+    -- Says whether quarantine has anything of a topic.
+    CREATE INDEX quarantined_topic ON quarantined (topic_id);
+
+    -- Topics of which nothing is left: while anything of a datasource was in quarantine none of its topics went.
+    DELETE FROM latest_values WHERE topic_id IN (
+        SELECT id FROM topics t WHERE NOT EXISTS (SELECT 1 FROM entries e WHERE e.topic_id = t.id)
+            AND NOT EXISTS (SELECT 1 FROM quarantined q WHERE q.topic_id = t.id));
+    DELETE FROM sample_chunks WHERE topic_id IN (
+        SELECT id FROM topics t WHERE NOT EXISTS (SELECT 1 FROM entries e WHERE e.topic_id = t.id)
+            AND NOT EXISTS (SELECT 1 FROM quarantined q WHERE q.topic_id = t.id));
+    DELETE FROM topics AS t WHERE NOT EXISTS (SELECT 1 FROM entries e WHERE e.topic_id = t.id)
+        AND NOT EXISTS (SELECT 1 FROM quarantined q WHERE q.topic_id = t.id);
+
+    -- Whose records have an origin: NULL where that is not known, or not one datasource's. All of them are below used_below.
+    DROP VIEW records;
+    DROP VIEW quarantine;
+    CREATE TABLE used_origins (
+        id            INTEGER PRIMARY KEY,
+        key_id        TEXT NOT NULL,
+        transport     TEXT NOT NULL,
+        content_type  TEXT NOT NULL,
+        datasource_id INTEGER,
+        used_below    INTEGER NOT NULL,
+        UNIQUE (key_id, transport, content_type, datasource_id)
+    );
+    INSERT INTO used_origins (id, key_id, transport, content_type, used_below)
+    SELECT id, key_id, transport, content_type, (SELECT next_offset FROM cursor) FROM origins;
+    DROP TABLE origins;
+    ALTER TABLE used_origins RENAME TO origins;
+    CREATE INDEX origins_used ON origins (datasource_id, used_below);
+
+    CREATE VIEW records AS
+    SELECT e.offset, d.datasource, t.topic, e.payload, o.content_type, o.key_id, o.transport,
+        ",
+    rfc3339!("e.received_us"),
+    " AS received_at, e.received_us, ",
+    rfc3339_of_any!("e.event_us"),
+    " AS event_at, e.event_us
+    FROM entries e
+    LEFT JOIN datasources d ON d.id = e.datasource_id
+    LEFT JOIN topics t ON t.id = e.topic_id AND t.datasource_id = e.datasource_id
+    LEFT JOIN origins o ON o.id = e.origin_id;
+
+    CREATE VIEW quarantine AS
+    SELECT q.offset, d.datasource, t.topic, q.payload, o.content_type, o.key_id, o.transport,
+        ",
+    rfc3339!("q.received_us"),
+    " AS received_at, q.received_us, q.cause, q.keyword, q.pointer, q.detail, q.schema_version,
+        q.redriven_offset, ",
+    rfc3339_of_any!("q.event_us"),
+    " AS event_at, q.event_us
+    FROM quarantined q
+    LEFT JOIN datasources d ON d.id = q.datasource_id
+    LEFT JOIN topics t ON t.id = q.topic_id
+    LEFT JOIN origins o ON o.id = q.origin_id;
+
+    -- Offsets of marks, which have no row.
+    CREATE TABLE marks (
+        offset INTEGER PRIMARY KEY
+    );
+    -- From whole_from on, each offset up to the cursor has a row or is a mark's.
+    ALTER TABLE cursor ADD COLUMN whole_from INTEGER NOT NULL DEFAULT 0;
+    UPDATE cursor SET whole_from = next_offset;
+
+    -- What the topics and origins of a datasource take.
+    ALTER TABLE datasources ADD COLUMN name_bytes INTEGER NOT NULL DEFAULT 0;
+    UPDATE datasources SET name_bytes = (
+        SELECT coalesce(sum(2 * octet_length(topic) + 64), 0) FROM topics WHERE datasource_id = datasources.id);
+    CREATE TRIGGER topics_added AFTER INSERT ON topics BEGIN
+        UPDATE datasources SET name_bytes = name_bytes + 2 * octet_length(NEW.topic) + 64 WHERE id = NEW.datasource_id;
+    END;
+    CREATE TRIGGER topics_removed AFTER DELETE ON topics BEGIN
+        UPDATE datasources SET name_bytes = name_bytes - 2 * octet_length(OLD.topic) - 64 WHERE id = OLD.datasource_id;
+    END;
+    CREATE TRIGGER origins_added AFTER INSERT ON origins BEGIN
+        UPDATE datasources SET name_bytes = name_bytes + 2 * octet_length(NEW.content_type) + 64
+        WHERE id = NEW.datasource_id;
+    END;
+    CREATE TRIGGER origins_removed AFTER DELETE ON origins BEGIN
+        UPDATE datasources SET name_bytes = name_bytes - 2 * octet_length(OLD.content_type) - 64
+        WHERE id = OLD.datasource_id;
+    END;
+    CREATE TRIGGER origins_shared AFTER UPDATE OF datasource_id ON origins BEGIN
+        UPDATE datasources SET name_bytes = name_bytes - 2 * octet_length(OLD.content_type) - 64
+        WHERE id = OLD.datasource_id;
+    END;
+    "
+);
+
 #[cfg(test)]
 mod tests {
     use rusqlite::Connection;
@@ -337,6 +436,42 @@ mod tests {
         assert_eq!(number("SELECT version FROM withheld"), 0);
         assert_eq!(number("SELECT count(*) FROM retention"), 0);
         assert_eq!(number("PRAGMA auto_vacuum"), 0, "an older one keeps its form");
+    }
+
+    /// A database of format 5 with what `sql` puts there.
+    fn of_format_5(path: &std::path::Path, sql: &str) {
+        let connection = Connection::open(path).expect("opens");
+        for step in &RECORDS_DATABASE.migrations[..5] {
+            connection.execute_batch(step).expect("a format");
+        }
+        connection.execute_batch(sql).expect("written");
+        connection.pragma_update(None, "user_version", 5).expect("written");
+    }
+
+    #[test]
+    fn topics_that_format_5_has_kept_without_a_record_are_gone() {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let path = dir.path().join("records.db");
+        of_format_5(
+            &path,
+            "INSERT INTO datasources (id, datasource) VALUES (1, 'press-4');
+             INSERT INTO topics VALUES (1, 1, 'a', 7), (2, 1, 'b', -1), (3, 1, 'c', -1), (4, 1, 'd', -1);
+             INSERT INTO origins VALUES (1, '0a0a0a0a0a0a', 'mqtt', '');
+             INSERT INTO entries VALUES (7, 1, 1, 1, 0, 'x', NULL);
+             INSERT INTO quarantined VALUES (8, 1, 3, 1, 0, 'x', '', 0, 0, 'key', NULL, NULL, NULL, NULL, NULL, NULL);
+             INSERT INTO latest_values VALUES (1, '', 'x', 7, 0), (2, '', 'x', 6, 0);
+             INSERT INTO sample_chunks VALUES (1, 1, 7, 7, 0, 0, 0, '{}'), (2, 4, 6, 6, 0, 0, 0, '{}');
+             UPDATE cursor SET next_offset = 9;",
+        );
+        let connection = RECORDS_DATABASE.open(&path).expect("upgraded");
+        let list = |sql| connection.query_row(sql, [], |row| row.get::<_, String>(0)).expect("reads");
+        assert_eq!(list("SELECT group_concat(topic) FROM topics"), "a,c");
+        assert_eq!(list("SELECT group_concat(topic_id) FROM latest_values"), "1");
+        assert_eq!(list("SELECT group_concat(topic_id) FROM sample_chunks"), "1");
+        assert_eq!(list("SELECT topic || key_id FROM records"), "a0a0a0a0a0a0a");
+        assert_eq!(list("SELECT topic || key_id FROM quarantine"), "c0a0a0a0a0a0a");
+        assert_eq!(list("SELECT name_bytes || ' ' || datasource FROM datasources"), "132 press-4");
+        assert_eq!(list("SELECT used_below || '' FROM origins WHERE datasource_id IS NULL"), "9");
     }
 
     #[test]

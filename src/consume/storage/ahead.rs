@@ -3,7 +3,7 @@
 //!
 //! A start does that by itself only if nothing acknowledged is in doubt: the log is the one that was stored from
 //! (the newest record that both have is the same), and storage has every record that the log lacks, up to
-//! its cursor. Otherwise it is `headgate repair` that does it, so that somebody knows what is lost.
+//! its cursor, but for those that were removed or are not stored at all. Otherwise it is `headgate repair` that does it, so that somebody knows what is lost.
 
 use std::path::Path;
 
@@ -101,7 +101,7 @@ fn doubt(sink: &SqliteSink, log: &dyn Log, log_end: Offset) -> Result<Option<His
             other(&format!("the log has another record at offset {} than storage", trace.offset))
         }
         Some(_) => {
-            let missing = (sink.cursor() - log_end).saturating_sub(sink.count_from(log_end)?);
+            let missing = sink.missing_from(log_end)?;
             Ok((missing > 0).then_some(HistoryDoubt::Missing(missing)))
         }
     }

@@ -43,6 +43,14 @@ pub const PRUNE_PAGES_PER_TRANSACTION: i64 = 256;
 pub const FREE_PAGES_KEPT: i64 = 1024;
 /// What a stored record takes beside its payload, approximately, as the limit `stored_bytes` counts it.
 pub const STORED_RECORD_BYTES: u64 = 64;
+/// What a stored topic or media type takes beside twice its text: it is in a table and in an index. ...
+pub const STORED_NAME_BYTES: u64 = 64;
+/// ... So much of all of a datasource's is not counted: what records of a few hundred topics share.
+pub const STORED_NAMES_FREE_BYTES: u64 = 64 << 10;
+/// Offsets for which one use of an origin is noted: it goes when so many more are gone that it cannot have been used in.
+pub const ORIGIN_USE_OFFSETS: u64 = 4096;
+/// Origins without a datasource that are removed at a time.
+pub const PRUNE_ORIGINS_PER_TRANSACTION: i64 = 10_000;
 /// How often is looked at what is over the limits of what is stored, ...
 pub const RETENTION_INTERVAL: Duration = Duration::from_secs(1);
 /// ... and how long that may take at a time while storage has nothing else to do.

@@ -63,9 +63,9 @@ fn topic_id(
     snapshot: &PostgresSnapshot<'_>,
     datasource: i32,
     topic: &str,
-) -> Result<Option<i32>, PostgresFault> {
+) -> Result<Option<i64>, PostgresFault> {
     let row = snapshot.query_opt(
-        "SELECT id FROM topics WHERE datasource_id = $1 AND topic = $2",
+        "SELECT id::bigint FROM topics WHERE datasource_id = $1 AND topic = $2",
         &[&datasource, &&*text_of(topic)],
     )?;
     Ok(row.map(|row| row.get(0)))

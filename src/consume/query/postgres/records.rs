@@ -24,7 +24,7 @@ macro_rules! page_sql {
              FROM entries e JOIN topics t ON t.id = e.topic_id JOIN origins o ON o.id = e.origin_id
              WHERE e.",
             $along,
-            " = $1 AND e.log_offset BETWEEN $2 AND $3 ORDER BY e.log_offset ",
+            " = $1::bigint AND e.log_offset BETWEEN $2 AND $3 ORDER BY e.log_offset ",
             $order
         )
     };
@@ -40,7 +40,7 @@ const INDEXED_PAGE_SQL: [[&str; 2]; 2] = [
 /// Which index to scan (the place in [`INDEXED_PAGE_SQL`]) for which row id, and its first and last offset.
 struct IndexedScan {
     along: usize,
-    id: i32,
+    id: i64,
     first: i64,
     last: i64,
 }
@@ -76,7 +76,7 @@ impl IndexedScan {
     ) -> Result<Option<Self>, PostgresFault> {
         let Some(datasource) = row_id_of_scope(snapshot, &query.scope)? else { return Ok(None) };
         let (along, id) = match filter.and_then(TopicFilter::exact) {
-            None => (0, datasource),
+            None => (0, i64::from(datasource)),
             Some(topic) => match topic_id(snapshot, datasource, topic)? {
                 Some(topic) => (1, topic),
                 None => return Ok(None),
@@ -203,13 +203,13 @@ fn offsets_of_times(
 /// The offsets of a topic's events in a time range.
 fn offsets_of_events(
     snapshot: &PostgresSnapshot<'_>,
-    topic: i32,
+    topic: i64,
     from: Option<TimeMicros>,
     to: Option<TimeMicros>,
 ) -> Result<Option<(i64, i64)>, PostgresFault> {
     let row = snapshot.query_opt(
         "SELECT min(log_offset), max(log_offset) FROM entries
-         WHERE topic_id = $1 AND event_at IS NOT NULL AND event_at >= $2 AND event_at < $3",
+         WHERE topic_id = $1::bigint AND event_at IS NOT NULL AND event_at >= $2 AND event_at < $3",
         &[&topic, &times_from(from), &times_to(to)],
     )?;
     let range: Option<(Option<i64>, Option<i64>)> = row.map(|row| (row.get(0), row.get(1)));

@@ -18,23 +18,23 @@ use crate::message::TimeMicros;
 const SAMPLES_SQL: &str = "SELECT array_agg(time), array_agg(log_offset), array_agg(value) FROM (
          SELECT * FROM (
              (SELECT r.time, r.log_offset, r.numbers[k.position] AS value
-              FROM sample_rows r JOIN unnest($5::int[], $6::int[]) AS k (id, position) ON k.id = r.key_set_id
-              WHERE r.topic_id = $1 AND r.time >= $2 AND r.time < $3 AND (r.time > $2 OR r.log_offset > $4)
+              FROM sample_rows r JOIN unnest($5::bigint[], $6::int[]) AS k (id, position) ON k.id = r.key_set_id
+              WHERE r.topic_id = $1::bigint AND r.time >= $2 AND r.time < $3 AND (r.time > $2 OR r.log_offset > $4)
               ORDER BY r.time, r.log_offset FETCH FIRST $7 ROWS WITH TIES)
              UNION ALL
              (SELECT r.time, r.log_offset, r.numbers[array_position(r.keys, $8)]
               FROM sample_rows r
               WHERE r.key_set_id = 0 AND $8 = ANY(r.keys)
-                  AND r.topic_id = $1 AND r.time >= $2 AND r.time < $3 AND (r.time > $2 OR r.log_offset > $4)
+                  AND r.topic_id = $1::bigint AND r.time >= $2 AND r.time < $3 AND (r.time > $2 OR r.log_offset > $4)
               ORDER BY r.time, r.log_offset FETCH FIRST $7 ROWS WITH TIES)) both_kinds
          ORDER BY time, log_offset FETCH FIRST $7 ROWS WITH TIES) s";
 
 /// Where a series goes on.
 #[derive(Debug)]
 pub(in crate::consume::query) struct SeriesPlace {
-    topic: i32,
+    topic: i64,
     /// The sets of keys that have its key, and the place of that in each.
-    key_sets: Arc<[(i32, i32)]>,
+    key_sets: Arc<[(i64, i32)]>,
     /// Rows may have its key themselves.
     key: Arc<str>,
     /// The time and the offset of the last sample that was read.
@@ -74,7 +74,7 @@ impl PostgresRecords {
             // One more than there may be.
             let limit = i64::try_from(SERIES_CHUNKS_MAX).unwrap_or(i64::MAX).saturating_add(1);
             let rows = snapshot.query(
-                "SELECT id, array_position(keys, $2) FROM key_sets WHERE topic_id = $1 AND $2 = ANY(keys) LIMIT $3",
+                "SELECT id::bigint, array_position(keys, $2) FROM key_sets WHERE topic_id = $1::bigint AND $2 = ANY(keys) LIMIT $3",
                 &[&topic, &&*text_of(&query.key), &limit],
             )?;
             let key_sets: Arc<[_]> = rows.iter().map(|row| (row.get(0), row.get(1))).collect();
@@ -96,7 +96,7 @@ impl PostgresRecords {
         mut each: impl FnMut(ChunkSample),
     ) -> Result<bool, QueryError> {
         let SeriesPlace { topic, after: (at, offset), to, .. } = *place;
-        let (sets, positions): (Vec<i32>, Vec<i32>) = place.key_sets.iter().copied().unzip();
+        let (sets, positions): (Vec<i64>, Vec<i32>) = place.key_sets.iter().copied().unzip();
         let key = &*place.key;
         let row = self.read(|snapshot| {
             snapshot.query_opt(
@@ -127,19 +127,19 @@ impl PostgresRecords {
 }
 
 /// Whether rows of a topic's samples have their keys themselves.
-fn has_rows_with_keys(snapshot: &PostgresSnapshot<'_>, topic: i32) -> Result<bool, PostgresFault> {
-    let select = "SELECT EXISTS (SELECT FROM sample_rows WHERE topic_id = $1 AND key_set_id = 0)";
+fn has_rows_with_keys(snapshot: &PostgresSnapshot<'_>, topic: i64) -> Result<bool, PostgresFault> {
+    let select = "SELECT EXISTS (SELECT FROM sample_rows WHERE topic_id = $1::bigint AND key_set_id = 0)";
     Ok(snapshot.query_opt(select, &[&topic])?.is_some_and(|row| row.get(0)))
 }
 
 /// The times of the oldest and of the newest sample of a topic, under whichever key.
 fn topic_bounds(
     snapshot: &PostgresSnapshot<'_>,
-    topic: i32,
+    topic: i64,
 ) -> Result<Option<(TimeMicros, TimeMicros)>, PostgresFault> {
     let row = snapshot.query_opt(
-        "SELECT (SELECT time FROM sample_rows WHERE topic_id = $1 ORDER BY time LIMIT 1),
-             (SELECT time FROM sample_rows WHERE topic_id = $1 ORDER BY time DESC LIMIT 1)",
+        "SELECT (SELECT time FROM sample_rows WHERE topic_id = $1::bigint ORDER BY time LIMIT 1),
+             (SELECT time FROM sample_rows WHERE topic_id = $1::bigint ORDER BY time DESC LIMIT 1)",
         &[&topic],
     )?;
     let bounds: Option<(Option<PostgresTime>, Option<PostgresTime>)> =

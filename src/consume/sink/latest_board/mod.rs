@@ -109,6 +109,16 @@ impl LatestBoard {
         }
     }
 
+    /// Takes topics of a datasource down that have no record any more.
+    pub(super) fn forget_topics<'t>(&self, datasource: i64, names: impl Iterator<Item = &'t str> + Clone) {
+        if !self.is_used.load(Ordering::Acquire) {
+            return;
+        }
+        for (_, topics) in self.shown() {
+            topics.lock().forget(datasource, names.clone());
+        }
+    }
+
     /// Puts the values there that a transaction has written, behind its end, and the datasources that are wanted.
     pub(super) fn follow(&self, connection: &Connection, newest: &NewestValues<'_>) {
         if !self.is_used.load(Ordering::Acquire) {

@@ -85,6 +85,18 @@ impl BoardTopics {
         self.bytes > LATEST_BOARD_BYTES_MAX || self.topics.len() > LATEST_TOPICS_MAX
     }
 
+    /// Takes topics down, if they are of this datasource.
+    pub(super) fn forget<'t>(&mut self, datasource: i64, names: impl Iterator<Item = &'t str>) {
+        if datasource != self.row {
+            return;
+        }
+        for name in names {
+            if let Some(topic) = self.topics.remove(name) {
+                self.bytes = self.bytes.saturating_sub(topic.memory_bytes(name));
+            }
+        }
+    }
+
     /// Puts what a transaction has written there.
     pub(super) fn follow(
         &mut self,

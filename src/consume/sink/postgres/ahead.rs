@@ -114,6 +114,7 @@ fn set_aside(sink: &mut PostgresSink, end: Offset) -> Result<String, PostgresErr
             "CREATE TABLE {name}_records AS SELECT * FROM records WHERE log_offset >= {from};
              CREATE TABLE {name}_quarantine AS SELECT * FROM quarantine WHERE log_offset >= {from};
              INSERT INTO moved SELECT log_offset, topic_id FROM entries WHERE log_offset >= {from};
+             INSERT INTO moved SELECT log_offset, topic_id FROM quarantined WHERE log_offset >= {from};
              DELETE FROM entries WHERE log_offset >= {from};
              DELETE FROM quarantined WHERE log_offset >= {from};
              DELETE FROM sample_rows WHERE log_offset >= {from};
@@ -124,7 +125,9 @@ fn set_aside(sink: &mut PostgresSink, end: Offset) -> Result<String, PostgresErr
              UPDATE sink SET next_offset = {from}, durable_offset = {from}, samples_from = {samples_from},
                  withheld_version = 0"
         ))?;
-        sink.forget_moved_values()
+        sink.forget_moved_values()?;
+        let topics = sink.moved_topics()?;
+        sink.forget_empty_topics(&topics)
     })?;
     sink.sizes.clear();
     sink.forget_rules();

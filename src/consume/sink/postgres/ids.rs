@@ -7,8 +7,12 @@ use std::collections::{HashMap, HashSet};
 use headgate_bridge_postgres::{CopyRows, PostgresFault};
 
 use super::{PostgresError, PostgresSink};
-use crate::limits::{POSTGRES_KEY_SETS_PER_TOPIC_MAX, REMEMBERED_NAME_BYTES, REMEMBERED_NAMES_BYTES_MAX};
-use crate::message::{DatasourceId, Incarnation, KeyId, RecordRef, Transport};
+use crate::consume::sink::quarantined::is_mark;
+use crate::consume::sink::schema::sql_offset;
+use crate::limits::{
+    ORIGIN_USE_OFFSETS, POSTGRES_KEY_SETS_PER_TOPIC_MAX, REMEMBERED_NAME_BYTES, REMEMBERED_NAMES_BYTES_MAX,
+};
+use crate::message::{DatasourceId, Incarnation, KeyId, Offset, RecordRef, Transport};
 
 /// How far ahead in a transaction topics are learnt together with one that is not known.
 const LEARNT_AHEAD_RECORDS: usize = 2048;
@@ -19,26 +23,43 @@ const KEY_SET_IDS_TAKEN: i64 = 256;
 #[derive(Debug, Clone, Copy)]
 pub(super) struct RecordNameIds {
     pub(super) datasource: i32,
-    pub(super) topic: i32,
-    pub(super) origin: i32,
+    pub(super) topic: i64,
+    pub(super) origin: i64,
 }
 
-type IdsByName = HashMap<Box<str>, i32>;
+type IdsByName = HashMap<Box<str>, i64>;
+
+/// A datasource, with those of its topics and origins that are remembered.
+struct RememberedDatasource {
+    id: i32,
+    topics: IdsByName,
+    /// By media type.
+    origins: HashMap<(KeyId, Transport), HashMap<Box<str>, RememberedOrigin>>,
+}
+
+/// An origin.
+#[derive(Clone, Copy)]
+struct RememberedOrigin {
+    id: i64,
+    /// All records that the database knows it of are below.
+    used_below: i64,
+}
 
 /// The remembered row ids.
 #[derive(Default)]
 pub(super) struct RememberedNames {
-    /// By what `datasources` calls it: its id, and those of its topics.
-    datasources: HashMap<Box<str>, (i32, IdsByName)>,
-    origins: HashMap<(KeyId, Transport), IdsByName>,
+    /// By what `datasources` calls it.
+    datasources: HashMap<Box<str>, RememberedDatasource>,
+    /// What is noted with the origins that the present transaction uses.
+    used_below: i64,
     /// By topic.
-    key_sets: HashMap<(i32, KeySetDigest), i32>,
+    key_sets: HashMap<(i64, KeySetDigest), i64>,
     /// The topics that have as many sets as they may. All of these are remembered.
-    full_topics: HashSet<i32>,
+    full_topics: HashSet<i64>,
     /// How many sets topics have that were made since: the server has no others.
-    new_topics: HashMap<i32, i64>,
+    new_topics: HashMap<i64, i64>,
     /// For sets of those.
-    key_set_ids: Vec<i32>,
+    key_set_ids: Vec<i64>,
     bytes: usize,
 }
 
@@ -48,15 +69,43 @@ impl RememberedNames {
         *self = Self::default();
     }
 
-    /// Forgets topics of a datasource that are no longer there. Those of others stay: to learn them costs a question each.
-    pub(super) fn forget_topics(&mut self, datasource: i32, gone: &[i32]) {
-        let gone: HashSet<i32> = gone.iter().copied().collect();
-        for (_, topics) in self.datasources.values_mut().filter(|(id, _)| *id == datasource) {
-            topics.retain(|_, topic| !gone.contains(topic));
+    /// Forgets topics of these datasources that are no longer there. Others stay: to learn them costs a question each.
+    pub(super) fn forget_topics(&mut self, datasources: &HashSet<i32>, gone: &HashSet<i64>) {
+        let mut forgotten = 0;
+        for known in self.datasources.values_mut().filter(|known| datasources.contains(&known.id)) {
+            known.topics.retain(|name, topic| {
+                let is_gone = gone.contains(topic);
+                forgotten += if is_gone { 2 * REMEMBERED_NAME_BYTES + name.len() } else { 0 };
+                !is_gone
+            });
         }
+        let sets = self.key_sets.len();
         self.key_sets.retain(|(topic, _), _| !gone.contains(topic));
+        forgotten += (sets - self.key_sets.len()) * REMEMBERED_NAME_BYTES;
+        self.bytes = self.bytes.saturating_sub(forgotten);
         self.full_topics.retain(|topic| !gone.contains(topic));
         self.new_topics.retain(|topic, _| !gone.contains(topic));
+    }
+
+    /// Forgets the origins of a datasource that were removed: those that are used below an offset alone.
+    pub(super) fn forget_origins(&mut self, datasource: i32, below: i64) {
+        let bytes = &mut self.bytes;
+        for known in self.datasources.values_mut().filter(|known| known.id == datasource) {
+            known.origins.retain(|_, origins| {
+                origins.retain(|content_type, origin| {
+                    let is_kept = origin.used_below > below;
+                    *bytes -= if is_kept { 0 } else { REMEMBERED_NAME_BYTES + content_type.len() };
+                    is_kept
+                });
+                !origins.is_empty()
+            });
+        }
+    }
+
+    /// Begins a transaction of records below `next`. What it uses is noted as used somewhat further on, so that small ones
+    /// note it seldom.
+    pub(super) fn begin_transaction(&mut self, next: Offset) {
+        self.used_below = sql_offset(next.next_multiple_of(ORIGIN_USE_OFFSETS));
     }
 
     /// Makes room for the names of a transaction, before it: it relies on what it has remembered.
@@ -67,13 +116,17 @@ impl RememberedNames {
     }
 
     fn find(&self, record: &RecordRef<'_>, name: &str) -> Option<RecordNameIds> {
-        let (datasource, topics) = self.datasources.get(name)?;
-        let topic = *topics.get(record.topic)?;
-        Some(RecordNameIds { datasource: *datasource, topic, origin: self.origin(record)? })
+        let known = self.datasources.get(name)?;
+        let topic = *known.topics.get(record.topic)?;
+        Some(RecordNameIds { datasource: known.id, topic, origin: known.origin(record)? })
     }
+}
 
-    fn origin(&self, record: &RecordRef<'_>) -> Option<i32> {
-        self.origins.get(&(record.key_id, record.transport))?.get(record.content_type).copied()
+impl RememberedDatasource {
+    /// The origin of a record, if it is noted that it has one so far on.
+    fn origin(&self, record: &RecordRef<'_>) -> Option<i64> {
+        let origin = self.origins.get(&(record.key_id, record.transport))?.get(record.content_type)?;
+        (sql_offset(record.offset) < origin.used_below).then_some(origin.id)
     }
 }
 
@@ -96,21 +149,24 @@ impl PostgresSink {
             return Ok(RecordNameIds { datasource: 0, topic: 0, origin: 0 });
         };
         let datasource = match self.names.datasources.get(name) {
-            Some((datasource, _)) => *datasource,
+            Some(known) => known.id,
             None => {
                 let datasource = self.ensure_datasource(&scope, name)?;
-                self.names.datasources.insert(name.into(), (datasource, HashMap::new()));
+                let (topics, origins) = Default::default();
+                let known = RememberedDatasource { id: datasource, topics, origins };
+                self.names.datasources.insert(name.into(), known);
                 self.names.bytes += REMEMBERED_NAME_BYTES + name.len();
                 datasource
             }
         };
         self.learn_topics(datasource, name, record, ahead)?;
-        let origin = match self.names.origin(record) {
+        let known = self.names.datasources.get(name);
+        let topic = known.and_then(|known| known.topics.get(record.topic)).copied().unwrap_or_default();
+        let origin = match known.and_then(|known| known.origin(record)) {
             Some(origin) => origin,
-            None => self.learn_origin(record, ahead)?,
+            None => self.learn_origin(datasource, name, record, ahead)?,
         };
-        let topic = self.names.datasources.get(name).and_then(|(_, topics)| topics.get(record.topic));
-        Ok(RecordNameIds { datasource, topic: topic.copied().unwrap_or_default(), origin })
+        Ok(RecordNameIds { datasource, topic, origin })
     }
 
     /// Learns the topic of a record, unless it is known, and those of the records after it under the same key, which is of
@@ -123,13 +179,16 @@ impl PostgresSink {
         ahead: &[RecordRef<'_>],
     ) -> Result<(), PostgresError> {
         let names = &mut self.names;
-        let Some((_, known)) = names.datasources.get_mut(name) else { return Ok(()) };
+        let Some(RememberedDatasource { topics: known, .. }) = names.datasources.get_mut(name) else {
+            return Ok(());
+        };
         if known.contains_key(record.topic) {
             return Ok(());
         }
         let is_of_same = |next: &&RecordRef<'_>| {
             next.key_id == record.key_id
                 && next.datasource == record.datasource
+                && !is_mark(next)
                 && !known.contains_key(next.topic)
         };
         let ahead = ahead.iter().take(LEARNT_AHEAD_RECORDS).filter(is_of_same);
@@ -141,17 +200,18 @@ impl PostgresSink {
              made AS (INSERT INTO topics (datasource_id, topic, latest_offset) SELECT $1::int, w.topic, -1 FROM wanted w
                  WHERE NOT EXISTS (SELECT FROM topics t WHERE t.datasource_id = $1::int AND t.topic = w.topic)
                  RETURNING id, topic)
-             SELECT id, topic, true FROM made
-             UNION ALL SELECT t.id, t.topic, false FROM topics t JOIN wanted w ON w.topic = t.topic
+             SELECT id::bigint, topic, true FROM made
+             UNION ALL SELECT t.id::bigint, t.topic, false FROM topics t JOIN wanted w ON w.topic = t.topic
              WHERE t.datasource_id = $1::int",
             &[&datasource, &texts],
         )?;
-        let mut ids: HashMap<&str, i32> = HashMap::new();
+        let mut ids: HashMap<&str, i64> = HashMap::new();
         for row in &rows {
             let id = row.get(0);
             ids.insert(row.get(1), id);
             if row.get(2) {
                 names.new_topics.insert(id, 0);
+                self.sizes.add_name(datasource, row.get(1));
             }
         }
         for topic in wanted {
@@ -163,48 +223,69 @@ impl PostgresSink {
         Ok(())
     }
 
-    /// Learns the origin of a record, and those of the records after it under the same key over the same transport: media
-    /// types are the senders' to choose, and one question for each record would hold up everybody's.
+    /// Learns the origin of a record, and those of the records after it under the same key over the same transport, and notes
+    /// that this transaction uses them: media types are the senders' to choose, and one question for each record would hold
+    /// up everybody's.
     fn learn_origin(
         &mut self,
+        datasource: i32,
+        name: &str,
         record: &RecordRef<'_>,
         ahead: &[RecordRef<'_>],
-    ) -> Result<i32, PostgresError> {
-        let origins = self.names.origins.entry((record.key_id, record.transport)).or_default();
+    ) -> Result<i64, PostgresError> {
+        let names = &mut self.names;
+        let no_id = || PostgresFault::Io(std::io::Error::other("the server has given no id"));
+        let known = names.datasources.get_mut(name).ok_or_else(no_id)?;
         let is_of_same = |next: &&RecordRef<'_>| {
-            (next.key_id, next.transport) == (record.key_id, record.transport)
-                && !origins.contains_key(next.content_type)
+            (next.key_id, next.transport, next.datasource)
+                == (record.key_id, record.transport, record.datasource)
+                && known.origin(next).is_none()
+                && !is_mark(next)
         };
         let ahead = ahead.iter().take(LEARNT_AHEAD_RECORDS).filter(is_of_same);
         let wanted: HashSet<&str> = ahead.chain([record]).map(|record| record.content_type).collect();
         let texts: Vec<Cow<'_, str>> = wanted.iter().map(|content_type| text_of(content_type)).collect();
         let texts: Vec<&str> = texts.iter().map(|text| &**text).collect();
         let rows = self.connection.query(
-            // What is there takes no new id: there are only so many.
+            // What is there takes no new id.
             "WITH wanted AS (SELECT DISTINCT content_type FROM unnest($3::text[]) AS w (content_type)),
-             made AS (INSERT INTO origins (key_id, transport, content_type)
-                 SELECT $1::text, $2::text, w.content_type FROM wanted w WHERE NOT EXISTS (SELECT FROM origins o
-                     WHERE o.key_id = $1::text AND o.transport = $2::text AND o.content_type = w.content_type)
-                 ON CONFLICT (key_id, transport, content_type) DO UPDATE SET key_id = excluded.key_id
-                 RETURNING id, content_type)
-             SELECT id, content_type FROM made
-             UNION ALL SELECT o.id, o.content_type FROM origins o JOIN wanted w ON w.content_type = o.content_type
-             WHERE o.key_id = $1::text AND o.transport = $2::text",
-            &[&record.key_id.to_string(), &record.transport.as_str(), &texts],
+             used AS (UPDATE origins o SET used_below = greatest(o.used_below, $5::bigint) FROM wanted w
+                 WHERE o.key_id = $1::text AND o.transport = $2::text AND o.content_type = w.content_type
+                     AND o.datasource_id = $4::int RETURNING o.id, o.content_type, o.used_below),
+             made AS (INSERT INTO origins (key_id, transport, content_type, datasource_id, used_below)
+                 SELECT $1::text, $2::text, w.content_type, $4::int, $5::bigint FROM wanted w
+                 WHERE NOT EXISTS (SELECT FROM used u WHERE u.content_type = w.content_type)
+                 RETURNING id, content_type, used_below)
+             SELECT id::bigint, content_type, used_below, true FROM made
+             UNION ALL SELECT id::bigint, content_type, used_below, false FROM used",
+            &[
+                &record.key_id.to_string(),
+                &record.transport.as_str(),
+                &texts,
+                &datasource,
+                &names.used_below.max(sql_offset(record.offset).saturating_add(1)),
+            ],
         )?;
-        let ids: HashMap<&str, i32> = rows.iter().map(|row| (row.get(1), row.get(0))).collect();
-        for content_type in wanted {
-            if let Some(id) = ids.get(&*text_of(content_type)) {
-                origins.insert(content_type.into(), *id);
-                self.names.bytes += REMEMBERED_NAME_BYTES + content_type.len();
+        let mut learnt: HashMap<&str, RememberedOrigin> = HashMap::new();
+        for row in &rows {
+            learnt.insert(row.get(1), RememberedOrigin { id: row.get(0), used_below: row.get(2) });
+            if row.get(3) {
+                self.sizes.add_name(datasource, row.get(1));
             }
         }
-        let learnt = self.names.origin(record);
-        learnt.ok_or_else(|| PostgresFault::Io(std::io::Error::other("the server has given no id")).into())
+        let origins = known.origins.entry((record.key_id, record.transport)).or_default();
+        for content_type in wanted {
+            if let Some(origin) = learnt.get(&*text_of(content_type))
+                && origins.insert(content_type.into(), *origin).is_none()
+            {
+                names.bytes += REMEMBERED_NAME_BYTES + content_type.len();
+            }
+        }
+        Ok(known.origin(record).ok_or_else(no_id)?)
     }
 
     /// The row id of a set of a topic's keys, if it is remembered.
-    pub(super) fn known_key_set(&self, topic: i32, digest: KeySetDigest) -> Option<i32> {
+    pub(super) fn known_key_set(&self, topic: i64, digest: KeySetDigest) -> Option<i64> {
         self.names.key_sets.get(&(topic, digest)).copied()
     }
 
@@ -213,10 +294,10 @@ impl PostgresSink {
     pub(super) fn learn_key_set<'k>(
         &mut self,
         rows: &mut CopyRows,
-        topic: i32,
+        topic: i64,
         digest: KeySetDigest,
         keys: impl Iterator<Item = &'k str>,
-    ) -> Result<Option<i32>, PostgresError> {
+    ) -> Result<Option<i64>, PostgresError> {
         if self.names.full_topics.contains(&topic) {
             return Ok(None);
         }
@@ -230,12 +311,12 @@ impl PostgresSink {
         }
         let keys: Vec<&str> = keys.iter().map(|key| &**key).collect();
         let rows = self.connection.query(
-            "WITH found AS (SELECT id FROM key_sets WHERE topic_id = $1::int AND digest = $2::bytea),
-             made AS (INSERT INTO key_sets (topic_id, digest, keys) SELECT $1::int, $2::bytea, $3::text[]
+            "WITH found AS (SELECT id FROM key_sets WHERE topic_id = $1::bigint AND digest = $2::bytea),
+             made AS (INSERT INTO key_sets (topic_id, digest, keys) SELECT $1::bigint, $2::bytea, $3::text[]
                  WHERE NOT EXISTS (SELECT FROM found)
-                     AND (SELECT count(*) FROM key_sets WHERE topic_id = $1::int) < $4::bigint
+                     AND (SELECT count(*) FROM key_sets WHERE topic_id = $1::bigint) < $4::bigint
                  ON CONFLICT (topic_id, digest) DO UPDATE SET digest = excluded.digest RETURNING id)
-             SELECT id FROM found UNION ALL SELECT id FROM made",
+             SELECT id::bigint FROM found UNION ALL SELECT id::bigint FROM made",
             &[&topic, &&digest.0[..], &keys, &POSTGRES_KEY_SETS_PER_TOPIC_MAX],
         )?;
         let Some(row) = rows.first() else {
@@ -252,13 +333,13 @@ impl PostgresSink {
     fn add_key_set(
         &mut self,
         rows: &mut CopyRows,
-        topic: i32,
+        topic: i64,
         digest: KeySetDigest,
         keys: &[Cow<'_, str>],
-    ) -> Result<i32, PostgresError> {
+    ) -> Result<i64, PostgresError> {
         if self.names.key_set_ids.is_empty() {
             let taken = self.connection.query(
-                "SELECT nextval(pg_get_serial_sequence('key_sets', 'id'))::int FROM generate_series(1, $1::bigint)",
+                "SELECT nextval(pg_get_serial_sequence('key_sets', 'id')) FROM generate_series(1, $1::bigint)",
                 &[&KEY_SET_IDS_TAKEN],
             )?;
             self.names.key_set_ids = taken.iter().map(|row| row.get(0)).collect();
@@ -267,8 +348,8 @@ impl PostgresSink {
             return Err(PostgresFault::Io(std::io::Error::other("the server has given no ids")).into());
         };
         rows.begin(4);
-        rows.int4(id);
-        rows.int4(topic);
+        self.put_id(rows, id);
+        self.put_id(rows, topic);
         rows.bytes(&digest.0);
         rows.text_array(keys.iter().map(|key| &**key));
         self.names.key_sets.insert((topic, digest), id);
@@ -276,9 +357,20 @@ impl PostgresSink {
         Ok(id)
     }
 
+    /// Adds an id of a topic, an origin or a set of keys to a row that is copied.
+    pub(super) fn put_id(&self, rows: &mut CopyRows, id: i64) {
+        match self.has_wide_ids {
+            true => rows.int8(id),
+            // The server gives no larger one then.
+            false => rows.int4(i32::try_from(id).unwrap_or_default()),
+        }
+    }
+
     /// Learns all sets of a topic that gets no further ones, so that nobody asks for those that it does not have.
-    fn learn_full_topic(&mut self, topic: i32) -> Result<(), PostgresError> {
-        let rows = self.connection.query("SELECT id, digest FROM key_sets WHERE topic_id = $1", &[&topic])?;
+    fn learn_full_topic(&mut self, topic: i64) -> Result<(), PostgresError> {
+        let rows = self
+            .connection
+            .query("SELECT id::bigint, digest FROM key_sets WHERE topic_id = $1::bigint", &[&topic])?;
         for row in &rows {
             if let Ok(digest) = row.get::<_, &[u8]>(1).try_into() {
                 self.names.key_sets.insert((topic, KeySetDigest(digest)), row.get(0));

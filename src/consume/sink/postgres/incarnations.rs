@@ -50,12 +50,12 @@ impl PostgresSink {
         let (datasource, incarnation) = scope.of_scope();
         for table in ["entries", "quarantined"] {
             // What is asked for is a record's key, time and offset: a page at a time.
-            let mut targets: BTreeMap<Incarnation, (Vec<i64>, Vec<i32>)> = BTreeMap::new();
+            let mut targets: BTreeMap<Incarnation, (Vec<i64>, Vec<i64>)> = BTreeMap::new();
             let mut after = sql_offset(from) - 1;
             loop {
                 let rows = self.connection.query(
                     &format!(
-                        "SELECT e.log_offset, e.topic_id, (extract(epoch FROM e.received_at) * 1000000)::bigint, o.key_id
+                        "SELECT e.log_offset, e.topic_id::bigint, (extract(epoch FROM e.received_at) * 1000000)::bigint, o.key_id
                          FROM {table} e JOIN origins o ON o.id = e.origin_id
                          WHERE e.datasource_id = $1 AND e.log_offset > $2 ORDER BY e.log_offset LIMIT 50000"
                     ),
@@ -87,11 +87,19 @@ impl PostgresSink {
 
     /// Moves the records in `moved` to another row of `datasources`, with their samples and the newest values that they
     /// bring.
-    fn move_to_datasource(&self, table: &str, to: i32) -> Result<(), PostgresError> {
+    fn move_to_datasource(&mut self, table: &str, to: i32) -> Result<(), PostgresError> {
         self.connection.execute(
             "INSERT INTO topics (datasource_id, topic, latest_offset)
              SELECT DISTINCT $1::int, t.topic, -1 FROM moved m JOIN topics t ON t.id = m.topic_id ON CONFLICT DO NOTHING",
             &[&to],
+        )?;
+        // They have their origins still, and so have others of where they are now.
+        self.connection.execute(
+            &format!(
+                "UPDATE origins SET datasource_id = NULL
+                 WHERE id IN (SELECT e.origin_id FROM {table} e JOIN moved m ON m.log_offset = e.log_offset)"
+            ),
+            &[],
         )?;
         self.connection.execute(
             &format!(
@@ -129,10 +137,12 @@ impl PostgresSink {
                 &[&to],
             )?;
         }
+        let left = self.moved_topics()?;
         if table == "quarantined" {
-            return Ok(());
+            return self.forget_empty_topics(&left);
         }
         self.forget_moved_values()?;
+        self.forget_empty_topics(&left)?;
         self.connection.execute(
             "UPDATE moved m SET topic_id = e.topic_id FROM entries e WHERE e.log_offset = m.log_offset",
             &[],
@@ -212,6 +222,7 @@ impl PostgresSink {
             "DELETE FROM latest_values WHERE topic_id IN (SELECT id FROM topics WHERE datasource_id = $1)",
             "DELETE FROM key_sets WHERE topic_id IN (SELECT id FROM topics WHERE datasource_id = $1)",
             "DELETE FROM topics WHERE datasource_id = $1",
+            "DELETE FROM origins WHERE datasource_id = $1",
             "DELETE FROM retention WHERE datasource_id = $1",
             "DELETE FROM datasources WHERE id = $1",
         ] {

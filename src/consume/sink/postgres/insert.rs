@@ -14,7 +14,7 @@ use super::{PostgresError, PostgresSink};
 use crate::consume::sink::ids::RowIds;
 use crate::consume::sink::incarnations::shown_name;
 use crate::consume::sink::newest::{NewestValues, read_members};
-use crate::consume::sink::quarantined::{CAUSE_KEY, CAUSE_LIMIT, CAUSE_SCHEMA};
+use crate::consume::sink::quarantined::{CAUSE_KEY, CAUSE_LIMIT, CAUSE_SCHEMA, is_mark};
 use crate::consume::sink::schema::{TIME_INDEX_OFFSETS, sql_offset};
 use crate::limits::{POSTGRES_COPIES_UNDER_WAY_MAX, POSTGRES_COPY_BYTES, POSTGRES_COPY_RECORDS_MAX};
 use crate::log::{RecordNote, WithheldSnapshot};
@@ -89,6 +89,14 @@ struct NewFacts<'a> {
     let_in: Vec<(Offset, Offset)>,
 }
 
+impl NewFacts<'_> {
+    fn observe_time(&mut self, record: &RecordRef<'_>) {
+        let at = record.received_at;
+        let times = self.times.entry(record.offset - record.offset % TIME_INDEX_OFFSETS).or_insert((at, at));
+        *times = (times.0.min(at), times.1.max(at));
+    }
+}
+
 impl PostgresSink {
     /// Inserts records, in the present transaction. Those whose key has leaked go into quarantine, and those of a purged
     /// incarnation are left out. With `is_plain`, every payload is stored as its bytes.
@@ -98,10 +106,9 @@ impl PostgresSink {
         is_plain: bool,
         scope: CopyScope<'_>,
     ) -> Result<(), PostgresError> {
-        if records.is_empty() {
-            return Ok(());
-        }
+        let Some(last) = records.last() else { return Ok(()) };
         self.names.make_room();
+        self.names.begin_transaction(last.offset + 1);
         let left_out = self.left_out.clone().unwrap_or_default();
         let mut facts = NewFacts::default();
         let mut pending = VecDeque::new();
@@ -214,16 +221,16 @@ impl PostgresSink {
         is_plain: bool,
     ) -> Result<(), PostgresError> {
         let Some((record, ahead)) = records.split_first() else { return Ok(()) };
-        let Some(ids) = self.ids_of_record(record, left_out, ahead)? else { return Ok(()) };
-        let at = record.received_at;
-        let times = facts.times.entry(record.offset - record.offset % TIME_INDEX_OFFSETS).or_insert((at, at));
-        *times = (times.0.min(at), times.1.max(at));
-        if record.flags.contains(RecordFlags::QUARANTINED.with(RecordFlags::REDRIVEN)) {
+        // A mark has no row, and so names nothing.
+        if is_mark(record) {
+            facts.observe_time(record);
             if let Some(RecordNote::Superseded { offset, by }) = RecordNote::decode(record.note) {
                 facts.let_in.push((offset, by));
             }
             return Ok(());
         }
+        let Some(ids) = self.ids_of_record(record, left_out, ahead)? else { return Ok(()) };
+        facts.observe_time(record);
         self.sizes.add(ids.datasource, record.payload.len());
         let is_leaked = left_out.covers(record.datasource, record.key_id, record.received_at, record.offset);
         let text = std::str::from_utf8(record.payload).ok();
@@ -234,7 +241,9 @@ impl PostgresSink {
             facts.let_in.push((offset, record.offset));
         }
         if record.flags.contains(RecordFlags::QUARANTINED) || is_leaked {
-            add_quarantined(&mut rows.quarantined, record, ids, |row| match is_leaked {
+            rows.quarantined.begin(18);
+            self.add_head(&mut rows.quarantined, record, ids);
+            add_quarantined(&mut rows.quarantined, record, |row| match is_leaked {
                 true => add_payload(row, record.payload, text, self.form, is_plain),
                 // What failed a schema or a limit was never shown to PostgreSQL.
                 false => {
@@ -254,7 +263,7 @@ impl PostgresSink {
             };
         }
         rows.entries.begin(10);
-        add_head(&mut rows.entries, record, ids);
+        self.add_head(&mut rows.entries, record, ids);
         add_payload(&mut rows.entries, record.payload, text, self.form, is_plain);
         let mut members = Vec::new();
         let is_object = text.is_some_and(|text| read_members(text, &mut members));
@@ -262,9 +271,22 @@ impl PostgresSink {
         let samples = SampleRows { samples: &mut rows.samples, key_sets: &mut rows.key_sets };
         self.add_samples(samples, record, ids.topic, text, of_object)?;
         let text = text.filter(|text| !text.contains('\0'));
-        let row = RowIds { datasource: i64::from(ids.datasource), topic: i64::from(ids.topic), origin: 0 };
+        let row = RowIds { datasource: i64::from(ids.datasource), topic: ids.topic, origin: 0 };
         facts.newest.observe(row, record, text, is_object.then_some(&mut members));
         Ok(())
+    }
+
+    /// The fields that a record has in both tables.
+    fn add_head(&self, row: &mut CopyRows, record: &RecordRef<'_>, ids: RecordNameIds) {
+        row.int8(sql_offset(record.offset));
+        row.timestamptz(record.received_at);
+        match record.event_at {
+            Some(at) => row.timestamptz(at),
+            None => row.null(),
+        }
+        row.int4(ids.datasource);
+        self.put_id(row, ids.topic);
+        self.put_id(row, ids.origin);
     }
 
     fn ids_of_record(
@@ -299,19 +321,6 @@ impl PostgresSink {
     }
 }
 
-/// The fields that a record has in both tables.
-fn add_head(row: &mut CopyRows, record: &RecordRef<'_>, ids: RecordNameIds) {
-    row.int8(sql_offset(record.offset));
-    row.timestamptz(record.received_at);
-    match record.event_at {
-        Some(at) => row.timestamptz(at),
-        None => row.null(),
-    }
-    row.int4(ids.datasource);
-    row.int4(ids.topic);
-    row.int4(ids.origin);
-}
-
 /// The payload as JSON, or as its bytes with the reason.
 fn add_payload(row: &mut CopyRows, payload: &[u8], text: Option<&str>, form: PayloadForm, is_plain: bool) {
     let note = match text.map(|text| (text, fit_of(text))) {
@@ -339,19 +348,13 @@ fn add_size(row: &mut CopyRows, payload: &[u8]) {
     row.int4(i32::try_from(payload.len()).unwrap_or(i32::MAX));
 }
 
-fn add_quarantined(
-    row: &mut CopyRows,
-    record: &RecordRef<'_>,
-    ids: RecordNameIds,
-    add_payload: impl FnOnce(&mut CopyRows),
-) {
+/// What a record has in quarantine behind the fields that it has in both tables.
+fn add_quarantined(row: &mut CopyRows, record: &RecordRef<'_>, add_payload: impl FnOnce(&mut CopyRows)) {
     let (cause, reason) = match RecordNote::decode(record.note) {
         Some(RecordNote::Quarantined(reason)) if reason.is_limit() => (CAUSE_LIMIT, Some(reason)),
         Some(RecordNote::Quarantined(reason)) => (CAUSE_SCHEMA, Some(reason)),
         _ => (CAUSE_KEY, None),
     };
-    row.begin(18);
-    add_head(row, record, ids);
     add_payload(row);
     row.bytes(record.properties);
     row.int8(record.publisher.cast_signed());

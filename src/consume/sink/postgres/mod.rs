@@ -113,6 +113,17 @@ pub enum PostgresError {
         /// What this gateway knows.
         known: u64,
     },
+    /// The ids of a column are used up.
+    #[error(
+        "the tables in the schema {schema} have no id left for what is new ({why}): their columns have to become bigint, as \
+         docs/operating.md says"
+    )]
+    OutOfIds {
+        /// The schema.
+        schema: String,
+        /// What the server says.
+        why: PostgresFault,
+    },
     /// Another gateway has moved the cursor.
     #[error("another gateway has written into the schema {schema}: its cursor is no longer {expected}")]
     CursorMoved {
@@ -138,6 +149,8 @@ pub(in crate::consume) struct PostgresSink {
     is_shared: bool,
     has_samples: bool,
     form: PayloadForm,
+    /// Whether ids of names are bigint.
+    has_wide_ids: bool,
     /// What this sink is called in the row with the cursor.
     name: String,
     /// When this gateway began to want its place.
@@ -180,6 +193,7 @@ impl PostgresSink {
         schema::open_schema(&connection, &config.schema, config.json.as_str())?;
         connection.reset_answer_wait_max();
         let form = PayloadForm::of_table(&connection)?;
+        let has_wide_ids = schema::has_wide_ids(&connection)?;
         let name = format!("{:016x}", rand::random::<u64>());
         let mut sink = Self {
             connection,
@@ -187,6 +201,7 @@ impl PostgresSink {
             is_shared,
             has_samples,
             form,
+            has_wide_ids,
             name,
             started_at,
             leased_at: None,
@@ -241,7 +256,12 @@ impl PostgresSink {
                 self.sizes.clear();
                 // What it was that failed is what is told; without a connection there is nothing to roll back.
                 let _ = self.connection.run("ROLLBACK");
-                Err(error)
+                Err(match error {
+                    PostgresError::Database(why) if why.is_out_of_ids() => {
+                        PostgresError::OutOfIds { schema: self.config.schema.clone(), why }
+                    }
+                    error => error,
+                })
             }
         }
     }

@@ -16,7 +16,7 @@ const LOOK_BACK_PAGE_RECORDS: i64 = 64;
 /// Rows of `latest_values`, by columns.
 #[derive(Default)]
 struct NewestColumns {
-    topics: Vec<i32>,
+    topics: Vec<i64>,
     keys: Vec<String>,
     values: Vec<Option<String>>,
     bytes: Vec<Option<Vec<u8>>>,
@@ -25,7 +25,7 @@ struct NewestColumns {
 }
 
 impl NewestColumns {
-    fn add(&mut self, topic: i32, entry: &NewestEntry<'_>) {
+    fn add(&mut self, topic: i64, entry: &NewestEntry<'_>) {
         let (value, bytes) = match entry.kept() {
             KeptValue::Json(json) => (Some(json.into_owned()), None),
             KeptValue::Bytes(bytes) => (None, Some(bytes.to_vec())),
@@ -46,7 +46,6 @@ impl PostgresSink {
         let (mut topics, mut offsets) = (Vec::new(), Vec::new());
         let mut columns = NewestColumns::default();
         for (topic, offset, entries) in newest.into_topics() {
-            let topic = i32::try_from(topic).unwrap_or_default();
             topics.push(topic);
             offsets.push(sql_offset(offset));
             entries.iter().for_each(|entry| columns.add(topic, entry));
@@ -56,7 +55,7 @@ impl PostgresSink {
         }
         self.connection.execute(
             "UPDATE topics t SET latest_offset = greatest(t.latest_offset, n.latest_offset)
-             FROM unnest($1::int[], $2::bigint[]) AS n (id, latest_offset) WHERE t.id = n.id",
+             FROM unnest($1::bigint[], $2::bigint[]) AS n (id, latest_offset) WHERE t.id = n.id",
             &[&topics, &offsets],
         )?;
         self.put_values(&columns)?;
@@ -70,7 +69,7 @@ impl PostgresSink {
             "INSERT INTO latest_values (topic_id, key, value, value_bytes, log_offset, received_at)
              SELECT DISTINCT ON (topic_id, key) topic_id, key, value, value_bytes, log_offset,
                  'epoch'::timestamptz + received_us * interval '1 microsecond'
-             FROM unnest($1::int[], $2::text[], $3::text[], $4::bytea[], $5::bigint[], $6::bigint[])
+             FROM unnest($1::bigint[], $2::text[], $3::text[], $4::bytea[], $5::bigint[], $6::bigint[])
                  AS n (topic_id, key, value, value_bytes, log_offset, received_us)
              ORDER BY topic_id, key, log_offset DESC
              ON CONFLICT (topic_id, key) DO UPDATE SET value = excluded.value, value_bytes = excluded.value_bytes,
@@ -89,13 +88,13 @@ impl PostgresSink {
     }
 
     /// Deletes the oldest values of topics beyond [`LATEST_KEYS_PER_TOPIC_MAX`].
-    fn forget_oldest(&self, topics: &[i32]) -> Result<(), PostgresError> {
+    fn forget_oldest(&self, topics: &[i64]) -> Result<(), PostgresError> {
         let keys_max = i64::try_from(LATEST_KEYS_PER_TOPIC_MAX).unwrap_or(i64::MAX);
         self.connection.execute(
             "DELETE FROM latest_values v USING (
                  SELECT topic_id, key, row_number() OVER (PARTITION BY topic_id ORDER BY log_offset DESC, key) AS place
                  FROM latest_values WHERE topic_id IN (
-                     SELECT topic_id FROM latest_values WHERE topic_id = ANY($1) GROUP BY topic_id HAVING count(*) > $2)
+                     SELECT topic_id FROM latest_values WHERE topic_id = ANY($1::bigint[]) GROUP BY topic_id HAVING count(*) > $2)
              ) o WHERE v.topic_id = o.topic_id AND v.key = o.key AND o.place > $2",
             &[&topics, &keys_max],
         )?;
@@ -108,7 +107,7 @@ impl PostgresSink {
         for topic in self.moved_topics()? {
             let gone = self.connection.query(
                 "DELETE FROM latest_values v USING moved m
-                 WHERE v.topic_id = $1 AND m.topic_id = $1 AND m.log_offset = v.log_offset RETURNING v.key",
+                 WHERE v.topic_id = $1::bigint AND m.topic_id = $1::bigint AND m.log_offset = v.log_offset RETURNING v.key",
                 &[&topic],
             )?;
             self.set_latest_offset(topic)?;
@@ -119,7 +118,7 @@ impl PostgresSink {
                     "SELECT e.log_offset, (extract(epoch FROM e.received_at) * 1000000)::bigint,
                          coalesce(e.payload_bytes, convert_to(e.payload::text, 'UTF8')), o.content_type, t.topic
                      FROM entries e JOIN origins o ON o.id = e.origin_id JOIN topics t ON t.id = e.topic_id
-                     WHERE e.topic_id = $1 AND e.log_offset < $2 ORDER BY e.log_offset DESC LIMIT $3",
+                     WHERE e.topic_id = $1::bigint AND e.log_offset < $2 ORDER BY e.log_offset DESC LIMIT $3",
                     &[&topic, &below, &LOOK_BACK_PAGE_RECORDS],
                 )?;
                 let Some(last) = rows.last() else { break };
@@ -145,7 +144,7 @@ impl PostgresSink {
                          coalesce(e.payload_bytes, convert_to(e.payload::text, 'UTF8')), o.content_type, t.topic
                      FROM entries e JOIN moved m ON m.log_offset = e.log_offset
                      JOIN origins o ON o.id = e.origin_id JOIN topics t ON t.id = e.topic_id
-                     WHERE e.topic_id = $1 AND e.log_offset > $2 ORDER BY e.log_offset LIMIT $3",
+                     WHERE e.topic_id = $1::bigint AND e.log_offset > $2 ORDER BY e.log_offset LIMIT $3",
                     &[topic, &from, &LOOK_BACK_PAGE_RECORDS],
                 )?;
                 let Some(last) = rows.last() else { break };
@@ -159,7 +158,7 @@ impl PostgresSink {
     /// Writes the values of records of one topic (offset, time, payload, media type, topic) whose keys are wanted. The rows are in order, whichever.
     fn put_rows(
         &self,
-        topic: i32,
+        topic: i64,
         rows: &[headgate_bridge_postgres::Row],
         mut is_wanted: impl FnMut(&str) -> bool,
     ) -> Result<(), PostgresError> {
@@ -183,7 +182,7 @@ impl PostgresSink {
             };
             let text = std::str::from_utf8(&payload).ok().filter(|text| !text.contains('\0'));
             let mut newest = NewestValues::default();
-            newest.observe_payload(i64::from(topic), &record, text);
+            newest.observe_payload(topic, &record, text);
             for (_, _, entries) in newest.into_topics() {
                 let wanted = entries.iter().filter(|entry| is_wanted(&text_of(&entry.key)));
                 wanted.for_each(|entry| columns.add(topic, entry));
@@ -192,17 +191,18 @@ impl PostgresSink {
         self.put_values(&columns)
     }
 
-    fn set_latest_offset(&self, topic: i32) -> Result<(), PostgresError> {
+    fn set_latest_offset(&self, topic: i64) -> Result<(), PostgresError> {
         self.connection.execute(
             "UPDATE topics SET latest_offset =
-                 coalesce((SELECT max(log_offset) FROM entries WHERE topic_id = $1), -1) WHERE id = $1",
+                 coalesce((SELECT max(log_offset) FROM entries WHERE topic_id = $1::bigint), -1) WHERE id = $1::bigint",
             &[&topic],
         )?;
         Ok(())
     }
 
-    fn moved_topics(&self) -> Result<Vec<i32>, PostgresError> {
-        let rows = self.connection.query("SELECT DISTINCT topic_id FROM moved", &[])?;
+    /// The topics of the records in `moved`.
+    pub(super) fn moved_topics(&self) -> Result<Vec<i64>, PostgresError> {
+        let rows = self.connection.query("SELECT DISTINCT topic_id::bigint FROM moved", &[])?;
         Ok(rows.iter().map(|row| row.get(0)).collect())
     }
 }

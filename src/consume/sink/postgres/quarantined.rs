@@ -40,7 +40,7 @@ impl PostgresSink {
     /// Makes the table of the records that a correction is about, empty, for this transaction.
     pub(super) fn make_moved(&self) -> Result<(), PostgresError> {
         Ok(self.connection.run(
-            "CREATE TEMP TABLE IF NOT EXISTS moved (log_offset bigint PRIMARY KEY, topic_id int NOT NULL) ON COMMIT DELETE ROWS;
+            "CREATE TEMP TABLE IF NOT EXISTS moved (log_offset bigint PRIMARY KEY, topic_id bigint NOT NULL) ON COMMIT DELETE ROWS;
              DELETE FROM moved",
         )?)
     }
@@ -85,12 +85,12 @@ impl PostgresSink {
     fn give_back(&self, key_id: KeyId, left_out: &WithheldSnapshot) -> Result<(), PostgresError> {
         self.make_moved()?;
         let rows = self.connection.query(
-            "SELECT q.log_offset, q.topic_id, (extract(epoch FROM q.received_at) * 1000000)::bigint, d.datasource
+            "SELECT q.log_offset, q.topic_id::bigint, (extract(epoch FROM q.received_at) * 1000000)::bigint, d.datasource
              FROM quarantined q JOIN datasources d ON d.id = q.datasource_id JOIN origins o ON o.id = q.origin_id
              WHERE q.cause = $1 AND o.key_id = $2",
             &[&CAUSE_KEY, &key_id.to_string()],
         )?;
-        let (mut offsets, mut topics): (Vec<i64>, Vec<i32>) = (Vec::new(), Vec::new());
+        let (mut offsets, mut topics): (Vec<i64>, Vec<i64>) = (Vec::new(), Vec::new());
         for row in rows {
             let (offset, name): (i64, String) = (row.get(0), row.get(3));
             let datasource = name.split_once('~').map_or(&*name, |(datasource, _)| datasource);
@@ -117,9 +117,9 @@ impl PostgresSink {
     }
 
     /// Adds records to `moved`.
-    pub(super) fn note_moved(&self, offsets: &[i64], topics: &[i32]) -> Result<(), PostgresError> {
+    pub(super) fn note_moved(&self, offsets: &[i64], topics: &[i64]) -> Result<(), PostgresError> {
         self.connection.execute(
-            "INSERT INTO moved SELECT * FROM unnest($1::bigint[], $2::int[])",
+            "INSERT INTO moved SELECT * FROM unnest($1::bigint[], $2::bigint[])",
             &[&offsets, &topics],
         )?;
         Ok(self.connection.run("ANALYZE moved")?)

@@ -16,7 +16,7 @@ use crate::message::{RecordRef, TimeMicros};
 use crate::values::samples::{JsonMember, Sample};
 
 /// The `key_set_id` of a row that has its keys itself. No set has this id.
-const NO_KEY_SET: i32 = 0;
+const NO_KEY_SET: i64 = 0;
 
 /// Where the rows of samples are added.
 pub(super) struct SampleRows<'r> {
@@ -32,7 +32,7 @@ impl PostgresSink {
         &mut self,
         mut rows: SampleRows<'_>,
         record: &RecordRef<'_>,
-        topic: i32,
+        topic: i64,
         text: Option<&str>,
         members: Option<&[JsonMember<'_>]>,
     ) -> Result<(), PostgresError> {
@@ -64,13 +64,13 @@ impl PostgresSink {
         &mut self,
         rows: &mut SampleRows<'_>,
         record: &RecordRef<'_>,
-        topic: i32,
+        topic: i64,
         at: TimeMicros,
         samples: &[Sample<'_>],
     ) -> Result<(), PostgresError> {
         let digest = KeySetDigest::of(samples.iter().map(|sample| sample.key));
         if let Some(id) = self.known_key_set(topic, digest) {
-            add_numbers(rows.samples, record, (topic, Some(id)), at, samples);
+            self.add_numbers(rows.samples, record, (topic, Some(id)), at, samples);
             return Ok(());
         }
         let mut seen = HashSet::new();
@@ -79,11 +79,34 @@ impl PostgresSink {
         if again.is_empty() {
             let keys = samples.iter().map(|sample| sample.key);
             let id = self.learn_key_set(rows.key_sets, topic, digest, keys)?;
-            add_numbers(rows.samples, record, (topic, id), at, samples);
+            self.add_numbers(rows.samples, record, (topic, id), at, samples);
             return Ok(());
         }
         self.add_row(rows, record, topic, at, &first)?;
         self.add_row(rows, record, topic, at, &again)
+    }
+
+    fn add_numbers(
+        &self,
+        rows: &mut CopyRows,
+        record: &RecordRef<'_>,
+        (topic, key_set): (i64, Option<i64>),
+        at: TimeMicros,
+        samples: &[Sample<'_>],
+    ) {
+        rows.begin(6);
+        rows.timestamptz(at);
+        rows.int8(sql_offset(record.offset));
+        self.put_id(rows, topic);
+        self.put_id(rows, key_set.unwrap_or(NO_KEY_SET));
+        rows.float8_array(samples.iter().map(|sample| sample.value));
+        match key_set {
+            Some(_) => rows.null(),
+            None => {
+                let keys: Vec<Cow<'_, str>> = samples.iter().map(|sample| text_of(sample.key)).collect();
+                rows.text_array(keys.iter().map(|key| &**key));
+            }
+        }
     }
 }
 
@@ -101,26 +124,4 @@ fn by_time<'s, 'a>(
         }
     }
     groups
-}
-
-fn add_numbers(
-    rows: &mut CopyRows,
-    record: &RecordRef<'_>,
-    (topic, key_set): (i32, Option<i32>),
-    at: TimeMicros,
-    samples: &[Sample<'_>],
-) {
-    rows.begin(6);
-    rows.timestamptz(at);
-    rows.int8(sql_offset(record.offset));
-    rows.int4(topic);
-    rows.int4(key_set.unwrap_or(NO_KEY_SET));
-    rows.float8_array(samples.iter().map(|sample| sample.value));
-    match key_set {
-        Some(_) => rows.null(),
-        None => {
-            let keys: Vec<Cow<'_, str>> = samples.iter().map(|sample| text_of(sample.key)).collect();
-            rows.text_array(keys.iter().map(|key| &**key));
-        }
-    }
 }

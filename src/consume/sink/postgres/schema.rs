@@ -15,7 +15,7 @@
 
 use std::cmp::Ordering;
 
-use headgate_bridge_postgres::PostgresConnection;
+use headgate_bridge_postgres::{PostgresConnection, PostgresFault};
 
 use super::PostgresError;
 
@@ -23,8 +23,14 @@ use super::PostgresError;
 const SERVER_VERSION_MIN: i32 = 140_000;
 /// The lock under which the tables are made: of all that Headgate makes in one database, "hg" and a number.
 const MIGRATION_LOCK: i64 = 0x6867_0001;
+/// Gives ids more room, in tables of format 4.
+const WIDEN_IDS: &str = include_str!("wide_ids.sql");
+/// The first format whose tables may have wide ids.
+const WIDE_IDS_FORMAT: i32 = 4;
+/// Tables that take more bytes together keep their ids as they are, until somebody has the time: see `docs/operating.md`.
+const WIDENED_BYTES_MAX: i64 = 1 << 30;
 /// Turns format N into format N + 1.
-const MIGRATIONS: [&str; 3] = [CREATE_TABLES, ADD_READING, ADD_SAMPLE_LANE];
+const MIGRATIONS: [&str; 4] = [CREATE_TABLES, ADD_READING, ADD_SAMPLE_LANE, BOUND_NAMES];
 
 /// Makes the tables in `schema`, or brings them up to date, and makes them those that names stand for in this connection.
 /// `json` is the type of JSON payloads in tables that are made anew.
@@ -72,10 +78,48 @@ fn migrate(connection: &PostgresConnection, schema: &str, json: &str) -> Result<
     for migration in MIGRATIONS.iter().skip(usize::try_from(found).unwrap_or(0)) {
         connection.run(&migration.replace("{json}", json))?;
     }
+    if found < WIDE_IDS_FORMAT {
+        widen_ids(connection, schema)?;
+    }
     if found < newest {
         connection.execute("UPDATE headgate_format SET version = $1", &[&newest])?;
     }
     Ok(())
+}
+
+/// Makes ids bigint where that is soon done. Where it is not, or other views are in the way, there are still as many as an
+/// int has.
+fn widen_ids(connection: &PostgresConnection, schema: &str) -> Result<(), PostgresFault> {
+    let bytes = connection.query_one(
+        "SELECT coalesce(sum(pg_total_relation_size(c.oid)), 0)::bigint FROM pg_class c
+         JOIN pg_namespace n ON n.oid = c.relnamespace WHERE n.nspname = $1 AND c.relkind = 'r'",
+        &[&schema],
+    )?;
+    let bytes: i64 = bytes.get(0);
+    if bytes > WIDENED_BYTES_MAX {
+        tracing::info!(bytes, "PostgreSQL: ids in tables of this size stay int (docs/operating.md)");
+        return Ok(());
+    }
+    connection.run("SAVEPOINT narrow_ids")?;
+    match connection.run(WIDEN_IDS) {
+        Err(fault) if fault.code().is_some() => {
+            tracing::warn!(%fault, "PostgreSQL: ids stay int (docs/operating.md)");
+            connection.run("ROLLBACK TO narrow_ids")
+        }
+        widened => widened,
+    }
+}
+
+/// Whether ids of topics, origins and sets of keys are bigint, and not int.
+///
+/// # Errors
+/// The database's.
+pub(super) fn has_wide_ids(connection: &PostgresConnection) -> Result<bool, PostgresFault> {
+    let row = connection.query_one(
+        "SELECT atttypid = 'bigint'::regtype FROM pg_attribute WHERE attrelid = 'entries'::regclass AND attname = 'topic_id'",
+        &[],
+    )?;
+    Ok(row.get(0))
 }
 
 /// Whether the tables in `schema` are of the format that this Headgate knows.
@@ -116,6 +160,27 @@ fn format_of(connection: &PostgresConnection, schema: &str) -> Result<i32, Postg
 pub(in crate::consume) fn quoted(name: &str) -> String {
     format!("\"{}\"", name.replace('"', "\"\""))
 }
+
+/// Makes format 4 of format 3: names go with the last record that has them.
+const BOUND_NAMES: &str = r#"
+    -- Says whether quarantine has anything of a topic.
+    CREATE INDEX quarantined_topic ON quarantined (topic_id);
+
+    -- Topics of which nothing is left: while anything of a datasource was in quarantine none of its topics went.
+    CREATE TEMP TABLE empty_topics ON COMMIT DROP AS
+    SELECT t.id FROM topics t WHERE NOT EXISTS (SELECT FROM entries e WHERE e.topic_id = t.id)
+        AND NOT EXISTS (SELECT FROM quarantined q WHERE q.topic_id = t.id);
+    DELETE FROM latest_values WHERE topic_id IN (SELECT id FROM empty_topics);
+    DELETE FROM key_sets WHERE topic_id IN (SELECT id FROM empty_topics);
+    DELETE FROM topics WHERE id IN (SELECT id FROM empty_topics);
+
+    -- Whose records have an origin: NULL where that is not known, or not one datasource's. All of them are below used_below.
+    ALTER TABLE origins ADD COLUMN datasource_id int, ADD COLUMN used_below bigint NOT NULL DEFAULT 0,
+        DROP CONSTRAINT origins_key_id_transport_content_type_key,
+        ADD CONSTRAINT origins_of_datasource UNIQUE (key_id, transport, content_type, datasource_id);
+    UPDATE origins SET used_below = (SELECT next_offset FROM sink);
+    CREATE INDEX origins_used ON origins (datasource_id, used_below);
+"#;
 
 /// Makes format 3 of format 2: samples may have a transaction of their own, and rows of samples the keys of their own.
 const ADD_SAMPLE_LANE: &str = r#"

@@ -1,8 +1,11 @@
 //! Retention of what is stored: the oldest records of a datasource are removed from `records.db`, whatever the log still
 //! has, once they are older than its limit, or take more than that.
 //!
-//! Each transaction removes a bounded number, the oldest first, in quarantine or not. A topic of which nothing is left loses
-//! its newest values. What is removed stays known: `retention` says below which offset. The rules about leaked keys and
+//! What names take, which senders invent, counts too: topics and origins (key, transport and media type of a record) go with the
+//! last record that has them. An origin is noted as used up to some offset, once in a transaction at most.
+//!
+//! Each transaction removes a bounded number, the oldest first, in quarantine or not. A topic of which nothing is left goes;
+//! one of which quarantine alone has something loses its newest values. What is removed stays known: `retention` says below which offset. The rules about leaked keys and
 //! incarnations are followed by what is left, and an incarnation that has ended is kept until it is purged.
 //!
 //! How much a datasource with a limit in bytes takes is counted once, in steps, and then kept up to date in the
@@ -18,11 +21,13 @@ use std::collections::BTreeSet;
 use rusqlite::{Connection, OptionalExtension, TransactionBehavior, params};
 
 use super::incarnations::row_id_of_scope;
+use super::insert::note_gap;
 use super::samples;
 use super::schema::{TIME_INDEX_OFFSETS, offset_from_sql, sql_offset};
 use super::sqlite::{SinkError, SqliteSink};
 use crate::limits::{
-    FREE_PAGES_KEPT, PRUNE_PAGES_PER_TRANSACTION, PRUNE_RECORDS_PER_TRANSACTION, STORED_RECORD_BYTES,
+    FREE_PAGES_KEPT, PRUNE_ORIGINS_PER_TRANSACTION, PRUNE_PAGES_PER_TRANSACTION,
+    PRUNE_RECORDS_PER_TRANSACTION, STORED_NAME_BYTES, STORED_NAMES_FREE_BYTES, STORED_RECORD_BYTES,
     TRIM_TOPICS_PER_TRANSACTION,
 };
 use crate::message::{DatasourceId, Offset, TimeMicros};
@@ -34,7 +39,8 @@ pub(super) use self::sizes::StoredSizes;
 pub struct StoredLimits {
     /// How old a record may be, in microseconds since it was received.
     pub age_us: Option<i64>,
-    /// What all records may take together: their payloads, and [`STORED_RECORD_BYTES`] for each.
+    /// What all records may take together: their payloads, [`STORED_RECORD_BYTES`] for each, and their topics and media
+    /// types beyond [`STORED_NAMES_FREE_BYTES`].
     pub bytes: Option<u64>,
 }
 
@@ -112,10 +118,13 @@ struct OldRecord {
 }
 
 /// The oldest records of a datasource in both tables, in the order of their offsets.
-const OLDEST_SQL: &str = "SELECT offset, received_us, octet_length(payload), topic_id FROM entries
-     WHERE datasource_id = ?1
-     UNION ALL SELECT offset, received_us, octet_length(payload), topic_id FROM quarantined
-     WHERE datasource_id = ?1 ORDER BY offset LIMIT ?2";
+const OLDEST_SQL: &str = "SELECT r.offset, r.received_us, octet_length(r.payload), r.topic_id,
+         iif(t.latest_offset <= r.offset, 2 * octet_length(t.topic), -1)
+     FROM entries r LEFT JOIN topics t ON t.id = r.topic_id WHERE r.datasource_id = ?1
+     UNION ALL SELECT r.offset, r.received_us, octet_length(r.payload), r.topic_id,
+         iif(t.latest_offset <= r.offset, 2 * octet_length(t.topic), -1)
+     FROM quarantined r LEFT JOIN topics t ON t.id = r.topic_id WHERE r.datasource_id = ?1
+     ORDER BY 1 LIMIT ?2";
 
 impl SqliteSink {
     /// Removes some of what is stored of an incarnation and is over its limits at `now`, or counts some of what it takes.
@@ -143,19 +152,20 @@ impl SqliteSink {
         now: TimeMicros,
     ) -> rusqlite::Result<PruneStep> {
         let Some(row) = row_id_of_scope(self.connection(), scope)? else { return Ok(PruneStep::Done) };
-        let mut over = 0;
+        let (mut over, mut name_bytes) = (0, 0);
         match limits.bytes {
             Some(max) => {
                 let cursor = sql_offset(self.cursor());
                 let (connection, sizes) = self.connection_and_sizes();
-                match sizes.count_some(connection, row, cursor)? {
-                    Some(bytes) => over = bytes.saturating_sub(max),
-                    None => return Ok(PruneStep::More),
-                }
+                let Some(bytes) = sizes.count_some(connection, row, cursor)? else {
+                    return Ok(PruneStep::More);
+                };
+                name_bytes = read_name_bytes(connection, row)?.saturating_sub(STORED_NAMES_FREE_BYTES);
+                over = bytes.saturating_add(name_bytes).saturating_sub(max);
             }
             None => self.connection_and_sizes().1.forget(row),
         }
-        let records = removable(self.connection(), row, over, limits.age_us, now)?;
+        let records = removable(self.connection(), row, (over, name_bytes > 0), limits.age_us, now)?;
         let Some(last) = records.last().map(|record| record.offset) else { return Ok(PruneStep::Done) };
         let bytes = records.iter().map(|record| record.bytes).sum();
         let topics: BTreeSet<i64> = records.iter().map(|record| record.topic).collect();
@@ -167,7 +177,11 @@ impl SqliteSink {
         for topic in &topics {
             samples::remove_up_to(&transaction, *topic, last)?;
         }
-        let forgotten = forget_empty_topics(&transaction, row, &topics)?;
+        let mut empty = Vec::new();
+        for topic in &topics {
+            empty.extend(forget_if_empty(&transaction, *topic)?);
+        }
+        let unused_below = forget_unused_origins(&transaction, row)?;
         if limits.bytes.is_none() {
             // What is removed now is not subtracted.
             transaction.execute("DELETE FROM stored_sizes WHERE datasource_id = ?1", [row])?;
@@ -175,10 +189,9 @@ impl SqliteSink {
         sizes.subtract(row, bytes);
         sizes.write(&transaction)?;
         transaction.commit()?;
-        match forgotten {
-            ForgottenTopics::None => {}
-            ForgottenTopics::Hidden => self.clear_board(),
-            ForgottenTopics::Gone => self.clear_remembered(),
+        self.forget_topics(row, &empty);
+        if let Some(below) = unused_below {
+            self.forget_origins(row, below);
         }
         Ok(PruneStep::More)
     }
@@ -223,13 +236,8 @@ impl SqliteSink {
     /// # Errors
     /// As [`SqliteSink::store`].
     pub fn prune_time_index(&mut self) -> Result<(), SinkError> {
-        let cursor = sql_offset(self.cursor());
-        let removed = self.connection().execute(
-            "DELETE FROM time_index WHERE first_offset <= min(?2, coalesce((SELECT min(offset) FROM entries), ?2),
-                 coalesce((SELECT min(offset) FROM quarantined), ?2)) - ?1",
-            params![sql_offset(TIME_INDEX_OFFSETS), cursor],
-        );
-        removed.map(drop).map_err(|error| self.database_error(&error))
+        let pruned = prune_below_oldest(self.connection(), sql_offset(self.cursor()));
+        pruned.map_err(|error| self.database_error(&error))
     }
 
     /// Gives some free pages back to the file system. Returns whether there are more to give: some stay for the next
@@ -242,12 +250,12 @@ impl SqliteSink {
     }
 }
 
-/// The records to remove, at most as many as one transaction does: the oldest until `over` bytes are gone, and those
-/// that are older than `age_us`.
+/// The records to remove, at most as many as one transaction does: the oldest until `over` bytes are gone, with
+/// `counts_names` those of topics of which nothing is left among them, and those that are older than `age_us`.
 fn removable(
     connection: &Connection,
     datasource: i64,
-    mut over: u64,
+    (mut over, counts_names): (u64, bool),
     age_us: Option<i64>,
     now: TimeMicros,
 ) -> rusqlite::Result<Vec<OldRecord>> {
@@ -265,11 +273,12 @@ fn removable(
         if over == 0 && !is_old && !is_of_later {
             break;
         }
+        let topic_bytes = u64::try_from(row.get::<_, i64>(4)?).map_or(0, |text| text + STORED_NAME_BYTES);
         records.push(OldRecord { offset, bytes, topic });
         if over > 0 || is_old {
             removable = records.len();
         }
-        over = over.saturating_sub(bytes);
+        over = over.saturating_sub(bytes + if counts_names { topic_bytes } else { 0 });
     }
     if removable == 0
         && records.len() == PRUNE_RECORDS_PER_TRANSACTION
@@ -285,6 +294,51 @@ fn removable(
     Ok(records)
 }
 
+/// What the topics and origins of a datasource take.
+fn read_name_bytes(connection: &Connection, datasource: i64) -> rusqlite::Result<u64> {
+    connection
+        .prepare_cached("SELECT name_bytes FROM datasources WHERE id = ?1")?
+        .query_row([datasource], |row| row.get(0).map(offset_from_sql))
+}
+
+/// Removes the origins that no record of a datasource has any more. Returns below which offset alone they were used, if
+/// there were any.
+fn forget_unused_origins(connection: &Connection, datasource: i64) -> rusqlite::Result<Option<i64>> {
+    let mut oldest = i64::MAX;
+    for table in ["entries", "quarantined"] {
+        let select = format!("SELECT offset FROM {table} WHERE datasource_id = ?1 ORDER BY offset LIMIT 1");
+        let offset =
+            connection.prepare_cached(&select)?.query_row([datasource], |row| row.get(0)).optional()?;
+        oldest = oldest.min(offset.unwrap_or(i64::MAX));
+    }
+    let removed = connection
+        .prepare_cached("DELETE FROM origins WHERE datasource_id = ?1 AND used_below <= ?2")?
+        .execute([datasource, oldest])?;
+    Ok((removed > 0).then_some(oldest))
+}
+
+/// Forgets for which times offsets stand that nothing is stored of any more, and origins that no record can have.
+fn prune_below_oldest(connection: &Connection, cursor: i64) -> rusqlite::Result<()> {
+    let oldest: i64 = connection.query_row(
+        "SELECT min(?1, coalesce((SELECT min(offset) FROM entries), ?1),
+             coalesce((SELECT min(offset) FROM quarantined), ?1))",
+        [cursor],
+        |row| row.get(0),
+    )?;
+    connection.execute(
+        "DELETE FROM time_index WHERE first_offset <= ?1",
+        [oldest.saturating_sub(sql_offset(TIME_INDEX_OFFSETS))],
+    )?;
+    connection.execute("DELETE FROM marks WHERE offset < (SELECT whole_from FROM cursor)", [])?;
+    // Those of one datasource have gone with its records.
+    connection.execute(
+        "DELETE FROM origins WHERE id IN (
+             SELECT id FROM origins WHERE datasource_id IS NULL AND used_below <= ?1 LIMIT ?2)",
+        [oldest, PRUNE_ORIGINS_PER_TRANSACTION],
+    )?;
+    Ok(())
+}
+
 /// Removes everything of a datasource up to the offset `last`, and notes that.
 fn remove_up_to(connection: &Connection, datasource: i64, last: i64) -> rusqlite::Result<()> {
     for delete in [
@@ -293,6 +347,7 @@ fn remove_up_to(connection: &Connection, datasource: i64, last: i64) -> rusqlite
     ] {
         connection.prepare_cached(delete)?.execute([datasource, last])?;
     }
+    note_gap(connection, last.saturating_add(1))?;
     connection
         .prepare_cached(
             "INSERT INTO retention (datasource_id, removed_below) VALUES (?1, ?2)
@@ -302,49 +357,33 @@ fn remove_up_to(connection: &Connection, datasource: i64, last: i64) -> rusqlite
     Ok(())
 }
 
-/// What has become of the topics of removed records.
-#[derive(PartialEq, Eq)]
-enum ForgottenTopics {
-    /// All have records.
-    None,
-    /// Some have none, and so no newest values.
-    Hidden,
-    /// Some are gone, with their row ids.
-    Gone,
+/// A topic that has no record any more that is passed on, and so no newest values.
+pub(super) struct EmptyTopic {
+    pub(super) name: String,
+    /// Its row id, if its row is gone too.
+    pub(super) gone: Option<i64>,
 }
 
-/// Forgets the newest values of those of the topics that have no record any more, and the topics too unless quarantine may
-/// name them.
-fn forget_empty_topics(
-    connection: &Connection,
-    datasource: i64,
-    topics: &BTreeSet<i64>,
-) -> rusqlite::Result<ForgottenTopics> {
-    let has_quarantine: bool = connection
-        .prepare_cached("SELECT EXISTS (SELECT 1 FROM quarantined WHERE datasource_id = ?1)")?
-        .query_row([datasource], |row| row.get(0))?;
-    let mut is_used =
-        connection.prepare_cached("SELECT EXISTS (SELECT 1 FROM entries WHERE topic_id = ?1)")?;
-    let mut forget_values = connection.prepare_cached("DELETE FROM latest_values WHERE topic_id = ?1")?;
-    let mut forget_samples = connection.prepare_cached("DELETE FROM sample_chunks WHERE topic_id = ?1")?;
-    let mut hide = connection.prepare_cached("UPDATE topics SET latest_offset = -1 WHERE id = ?1")?;
-    let mut forget = connection.prepare_cached("DELETE FROM topics WHERE id = ?1")?;
-    let mut forgotten = ForgottenTopics::None;
-    for topic in topics {
-        if is_used.query_row([topic], |row| row.get(0))? {
-            continue;
-        }
-        forget_values.execute([topic])?;
-        forget_samples.execute([topic])?;
-        if has_quarantine {
-            hide.execute([topic])?;
-            forgotten = ForgottenTopics::Hidden;
-        } else {
-            forget.execute([topic])?;
-            forgotten = ForgottenTopics::Gone;
-        }
+/// Forgets the newest values and samples of a topic if it has no record that is passed on, and the topic too unless
+/// quarantine has something of it. Returns it then.
+pub(super) fn forget_if_empty(connection: &Connection, topic: i64) -> rusqlite::Result<Option<EmptyTopic>> {
+    let has_rows = |table| {
+        connection
+            .prepare_cached(&format!("SELECT EXISTS (SELECT 1 FROM {table} WHERE topic_id = ?1)"))?
+            .query_row([topic], |row| row.get::<_, bool>(0))
+    };
+    if has_rows("entries")? {
+        return Ok(None);
     }
-    Ok(forgotten)
+    connection.prepare_cached("DELETE FROM latest_values WHERE topic_id = ?1")?.execute([topic])?;
+    connection.prepare_cached("DELETE FROM sample_chunks WHERE topic_id = ?1")?.execute([topic])?;
+    let (change, gone) = match has_rows("quarantined")? {
+        // -1 is no record's offset, and a topic without records is not shown.
+        true => ("UPDATE topics SET latest_offset = -1 WHERE id = ?1 RETURNING topic", None),
+        false => ("DELETE FROM topics WHERE id = ?1 RETURNING topic", Some(topic)),
+    };
+    let name = connection.prepare_cached(change)?.query_row([topic], |row| row.get(0)).optional()?;
+    Ok(name.map(|name| EmptyTopic { name, gone }))
 }
 
 /// The offset below which everything of a datasource was removed, if something was.

@@ -1,11 +1,15 @@
 //! Retention of `records.db`, on a clock of the tests' own.
 
 use std::path::Path;
+use std::sync::Arc;
 
 use super::*;
+use crate::consume::query::{PageBudget, RecordsReader};
+use crate::consume::sink::latest_board::LatestBoard;
 use crate::consume::sink::sqlite::RECORDS_FILE_NAME;
 use crate::consume::testing::{EPOCH, record};
-use crate::log::{IncarnationStep, WithheldChange, WithheldRules};
+use crate::limits::{LATEST_TOPICS_MAX, ORIGIN_USE_OFFSETS};
+use crate::log::{IncarnationStep, RecordNote, WithheldChange, WithheldRules};
 use crate::message::{KeyId, RecordFlags, RecordRef};
 
 const SECOND: i64 = 1_000_000;
@@ -125,6 +129,126 @@ fn a_topic_of_which_nothing_is_left_is_forgotten_and_comes_back() {
     assert_eq!(sink.connection().query_row(names, [], |row| row.get(0)), Ok(0));
 }
 
+/// One message in quarantine kept every topic of its datasource, hidden, for ever.
+#[test]
+fn quarantine_keeps_the_topics_that_it_has_something_of_and_no_others() {
+    let dir = tempfile::tempdir().expect("temporary directory");
+    let mut sink = open(dir.path());
+    let on = |offset, topic, seconds| RecordRef { topic, ..at(offset, seconds) };
+    let quarantined = RecordRef { flags: RecordFlags::QUARANTINED, ..on(3, "b", 100) };
+    store(&mut sink, &[on(0, "a", 0), on(1, "b", 1), on(2, "c", 2), quarantined]);
+    let topics = |sink: &SqliteSink| {
+        let sql = "SELECT topic FROM topics ORDER BY topic";
+        let mut select = sink.connection().prepare(sql).expect("reads");
+        let rows = select.query_map([], |row| row.get::<_, String>(0)).expect("reads");
+        rows.map(|row| row.expect("reads")).collect::<Vec<_>>()
+    };
+    prune(&mut sink, AGED, 90);
+    assert_eq!(topics(&sink), ["b"], "one is hidden between two that are gone");
+    // The ids of the others are given anew.
+    let other = RecordRef { datasource: "press-5", ..on(4, "x", 101) };
+    store(&mut sink, &[other, on(5, "a", 102), on(6, "c", 103), on(7, "b", 104)]);
+    let mut select = sink
+        .connection()
+        .prepare("SELECT datasource || ' ' || topic FROM records ORDER BY offset")
+        .expect("reads");
+    let rows = select.query_map([], |row| row.get::<_, String>(0)).expect("reads");
+    let names: Vec<String> = rows.map(|row| row.expect("reads")).collect();
+    assert_eq!(names, ["press-5 x", "press-4 a", "press-4 c", "press-4 b"]);
+    drop(select);
+    prune(&mut sink, AGED, 163);
+    assert_eq!((offsets(&sink), topics(&sink)), (vec![4, 6, 7], vec!["b".into(), "c".into(), "x".into()]));
+    prune(&mut sink, AGED, 1_000);
+    assert_eq!(topics(&sink), ["x"], "with what was in quarantine");
+}
+
+#[test]
+fn what_is_set_aside_and_a_mark_leave_no_topic_behind() {
+    let dir = tempfile::tempdir().expect("temporary directory");
+    let mut sink = open(dir.path());
+    let on = |offset, topic| RecordRef { topic, ..at(offset, 0) };
+    let quarantined = RecordRef { flags: RecordFlags::QUARANTINED, ..on(2, "c") };
+    let note = RecordNote::Superseded { offset: 2, by: 1 };
+    let (flags, note) = (note.flag(), note.encode());
+    let mark = RecordRef { flags, note: &note, ..on(3, "d") };
+    sink.store([on(0, "a"), on(1, "b"), quarantined, mark].into_iter(), 4, false).expect("stored");
+    let topics = |sink: &SqliteSink| {
+        let sql = "SELECT group_concat(topic) FROM topics";
+        sink.connection().query_row(sql, [], |row| row.get::<_, String>(0)).expect("reads")
+    };
+    assert_eq!(topics(&sink), "a,b,c");
+    sink.set_aside_from(1, &dir.path().join(RECORDS_FILE_NAME)).expect("set aside");
+    assert_eq!(topics(&sink), "a");
+}
+
+/// Media types are the senders' to choose: each was a row for ever.
+#[test]
+fn an_origin_goes_with_the_last_record_that_has_it() {
+    const PART: u64 = 1_000;
+    let dir = tempfile::tempdir().expect("temporary directory");
+    let mut sink = open(dir.path());
+    let count = |sink: &SqliteSink, sql| {
+        sink.connection().query_row(sql, [], |row| row.get(0).map(offset_from_sql)).expect("reads")
+    };
+    let origins = "SELECT count(*) FROM origins";
+    let mut next = 0;
+    for seconds in (0..12).map(|part| 70 * part) {
+        let types: Vec<String> =
+            (next..next + PART).map(|offset| format!("text/{}", offset / 2 * 2)).collect();
+        let of = |(offset, content_type)| {
+            // One has no limits, and media types of its own under the same names.
+            let datasource = if offset % 100 == 0 { "press-5" } else { "press-4" };
+            RecordRef { datasource, content_type, ..at(offset, seconds) }
+        };
+        let records = (next..).zip(types.iter().map(String::as_str)).map(of);
+        next += PART;
+        sink.store(records, next, false).expect("stored");
+        prune(&mut sink, AGED, seconds + 1);
+        sink.prune_time_index().expect("pruned");
+        let nameless = "SELECT count(*) FROM records WHERE content_type <> 'text/' || (offset / 2 * 2)";
+        assert_eq!(count(&sink, nameless), 0);
+        assert_eq!(count(&sink, "SELECT count(*) FROM records WHERE content_type IS NULL"), 0);
+    }
+    let most = (ORIGIN_USE_OFFSETS + 2 * PART) / 2 + next / 100;
+    assert!((150..most).contains(&count(&sink, origins)), "{} origins", count(&sink, origins));
+    prune(&mut sink, AGED, 1_000);
+    assert_eq!(count(&sink, origins), next / 100, "those of the other one");
+    let names = "SELECT sum(name_bytes) FROM datasources";
+    assert_eq!(count(&sink, names), count(&sink, NAME_BYTES));
+    // What is known of them is what is there.
+    let steady = RecordRef { content_type: "text/0", ..at(next, 0) };
+    store(&mut sink, &[steady]);
+    assert_eq!(count(&sink, "SELECT count(*) FROM records WHERE content_type IS NULL"), 0);
+}
+
+/// What `name_bytes` has to be.
+const NAME_BYTES: &str = "SELECT (SELECT coalesce(sum(2 * octet_length(topic) + 64), 0) FROM topics)
+     + (SELECT coalesce(sum(2 * octet_length(content_type) + 64), 0) FROM origins WHERE datasource_id IS NOT NULL)";
+
+#[test]
+fn what_topics_take_counts_once_for_each() {
+    let dir = tempfile::tempdir().expect("temporary directory");
+    let mut sink = open(dir.path());
+    let topics: Vec<String> = (0..3_000).map(|n| format!("{n:01024}")).collect();
+    for (part, offset) in topics.chunks(500).zip((0..).step_by(500)) {
+        let of = |(topic, offset)| RecordRef { topic, payload: b"", ..at(offset, 0) };
+        let records = part.iter().map(String::as_str).zip(offset..).map(of);
+        sink.store(records, offset + 500, false).expect("stored");
+        prune(&mut sink, StoredLimits { age_us: None, bytes: Some(1 << 20) }, 0);
+    }
+    // 64 for the record, 64 and twice the name for its topic.
+    let most = ((1 << 20) + STORED_NAMES_FREE_BYTES) / (2 * 64 + 2 * 1024);
+    let left = offsets(&sink).len() as u64;
+    assert!((most - 1..=most).contains(&left), "{left} of {most}");
+    let number = |sql| sink.connection().query_row(sql, [], |row| row.get::<_, i64>(0)).expect("reads");
+    assert_eq!(number("SELECT sum(name_bytes) FROM datasources"), number(NAME_BYTES));
+    // A topic that many share counts no more for each.
+    let records = (3_000..9_000).map(|offset| RecordRef { topic: &topics[2_999], ..at(offset, 0) });
+    sink.store(records, 9_000, false).expect("stored");
+    prune(&mut sink, StoredLimits { age_us: None, bytes: Some(72 * 5_000) }, 0);
+    assert_eq!(offsets(&sink), (4_000..9_000).collect::<Vec<i64>>());
+}
+
 #[test]
 fn the_samples_go_with_their_records() {
     let dir = tempfile::tempdir().expect("temporary directory");
@@ -158,6 +282,45 @@ fn the_samples_go_with_their_records() {
         sink.connection().query_row("SELECT count(*) FROM sample_chunks", [], |row| row.get(0)),
         Ok(0)
     );
+}
+
+/// Whoever has a limit and a new topic for each message emptied the caches of all: samples of others had a chunk each.
+#[test]
+fn a_topic_that_is_forgotten_closes_no_chunk_and_takes_down_no_value_of_another_datasource() {
+    let dir = tempfile::tempdir().expect("temporary directory");
+    let mut sink = open(dir.path());
+    let board = Arc::<LatestBoard>::default();
+    sink.show_on(board.clone());
+    let reader = RecordsReader::new(dir.path()).with_board(board.clone());
+    let other = DatasourceId::new("press-5").expect("a slug");
+    let shown = |scope: &DatasourceId| {
+        let mut topics = Vec::new();
+        let mut budget = PageBudget::new(LATEST_TOPICS_MAX);
+        let mut each = |topic: &str, _: &[u8]| topics.push(topic.to_owned());
+        board.read(scope, None, &mut budget, &mut each).map(|_| topics)
+    };
+    for offset in (0..200).step_by(2) {
+        let topic = format!("new/{offset}");
+        let new = RecordRef { topic: &topic, ..at(offset, 0) };
+        let steady = record(offset + 1, "press-5", "a", b"{\"t\":1.5}");
+        sink.store([new, steady].into_iter(), offset + 2, false).expect("stored");
+        shown(&press());
+        shown(&other);
+        let limits = StoredLimits { age_us: None, bytes: Some(3 * 72) };
+        while sink.prune_some(&press(), limits, EPOCH).expect("pruned") == PruneStep::More {}
+    }
+    let chunks =
+        "SELECT count(*) FROM sample_chunks c JOIN topics t ON t.id = c.topic_id WHERE t.topic = 'a'";
+    assert_eq!(sink.connection().query_row(chunks, [], |row| row.get(0)), Ok(1));
+    assert_eq!(shown(&other), Some(vec!["a".to_owned()]), "it stays there");
+    let of_database = |scope: &DatasourceId| {
+        let page = reader.latest(scope, None).expect("reads");
+        page.topics.into_iter().map(|topic| topic.topic).collect::<Vec<_>>()
+    };
+    assert_eq!(shown(&press()), Some(of_database(&press())));
+    let ids =
+        "SELECT count(*) FROM records r WHERE r.topic IS NULL OR r.datasource = 'press-5' AND r.topic <> 'a'";
+    assert_eq!(sink.connection().query_row(ids, [], |row| row.get(0)), Ok(0), "ids are given anew");
 }
 
 #[test]

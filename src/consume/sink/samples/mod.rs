@@ -23,8 +23,8 @@ const CHUNK_BYTES_MAX: usize = 16 << 10;
 /// A chunk to which a topic's next samples go.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct OpenChunk {
-    id: i64,
-    base: ChunkBase,
+    pub(super) id: i64,
+    pub(super) base: ChunkBase,
 }
 
 /// The open chunks by the topics' row ids. Those that are not remembered take nothing more.

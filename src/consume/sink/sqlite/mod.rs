@@ -23,7 +23,7 @@ use super::incarnations;
 use super::insert::insert_records;
 use super::latest_board::LatestBoard;
 use super::quarantined;
-use super::retention::{self, StoredSizes};
+use super::retention::{self, EmptyTopic, StoredSizes};
 use super::schema::{RECORDS_DATABASE, offset_from_sql, sql_offset};
 use crate::log::{IncarnationHistory, IncarnationStep, WithheldChange, WithheldRules, WithheldSnapshot};
 use crate::message::{DatasourceId, Offset, RecordRef};
@@ -103,7 +103,7 @@ impl SqliteSink {
     }
 
     fn from_connection(connection: Connection, path: &Path, is_wal_in_doubt: bool) -> rusqlite::Result<Self> {
-        connection.set_prepared_statement_cache_capacity(32);
+        connection.set_prepared_statement_cache_capacity(64);
         let cursor = connection.query_row("SELECT next_offset FROM cursor", [], |row| row.get(0))?;
         let withheld_version = quarantined::stored_withheld_version(&connection)?;
         Ok(Self {
@@ -137,11 +137,6 @@ impl SqliteSink {
         self.board = board;
     }
 
-    /// Takes down what is shown: newest values have changed otherwise than by records that were stored.
-    pub(super) fn clear_board(&self) {
-        self.board.clear();
-    }
-
     /// Names the file in an error of SQLite's.
     pub(super) fn database_error(&self, error: &rusqlite::Error) -> SinkError {
         SqliteError::from_sqlite(error, &self.path).into()
@@ -165,6 +160,18 @@ impl SqliteSink {
         self.ids.clear();
         self.sizes.clear();
         self.board.clear();
+    }
+
+    /// Forgets topics of a datasource that have no record any more. What is remembered of others stays.
+    pub(super) fn forget_topics(&mut self, datasource: i64, empty: &[EmptyTopic]) {
+        let gone = empty.iter().filter_map(|topic| Some((topic.gone?, &*topic.name)));
+        self.ids.forget_topics(datasource, gone);
+        self.board.forget_topics(datasource, empty.iter().map(|topic| &*topic.name));
+    }
+
+    /// Forgets origins of a datasource that are used below an offset alone: they are gone.
+    pub(super) fn forget_origins(&mut self, datasource: i64, below: i64) {
+        self.ids.forget_origins(datasource, below);
     }
 
     /// As [`SqliteSink::clear_remembered`], if the last transaction of records was not committed.
@@ -355,6 +362,7 @@ impl SqliteSink {
             return Ok(false);
         }
         let records = records.skip_while(|record| record.offset < self.cursor);
+        self.ids.begin_transaction(next);
         let nothing = WithheldSnapshot::default();
         let left_out = self.left_out.as_ref().unwrap_or(&nothing);
         let newest = insert_records(
