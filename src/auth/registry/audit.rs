@@ -61,6 +61,11 @@ impl Actor {
         Self { who: ActorIdentity::LeakReport, address: Some(address), grant: None }
     }
 
+    /// Whether this is the holder of a key.
+    pub(super) fn is(&self, key_id: KeyId) -> bool {
+        matches!(self.who, ActorIdentity::Key(id) if id == key_id)
+    }
+
     /// The same one, for the rest of what has begun: that goes on, and is noted, whatever becomes of the key.
     pub fn under_way(&self) -> Self {
         Self { grant: None, ..self.clone() }

@@ -190,13 +190,14 @@ impl Registry {
     /// waits for.
     ///
     /// # Errors
-    /// [`RegistryError::NoDatasource`].
+    /// [`RegistryError::NoDatasource`]; [`RegistryError::Denied`] if the actor's key has ended, also while this waited: then
+    /// the keys that there were when it began have ended too, and the datasource stays, with those that it has got since.
     pub fn delete_incarnation(
         &self,
         actor: &Actor,
         wanted: &Datasource,
     ) -> Result<Vec<Arc<Key>>, RegistryError> {
-        // Here the end begins, before any lock.
+        // Here the end of the keys begins, before any lock.
         actor.check()?;
         let id = &wanted.id;
         let find_wanted = || {
@@ -210,8 +211,20 @@ impl Registry {
         let keys = self.live.keys_of(id);
         find_wanted()?;
         keys.iter().for_each(|key| self.end_at_once(key));
+        let is_alive = |key: &Key| self.live.key(id, key.id).is_some();
+        // The actor's own key may be one of them: it counts as long as nobody else has ended it.
+        let own = keys.iter().find(|key| actor.is(key.id));
+        let mut denial = None;
         let dead = self.end_keys(true, || {
             let datasource = find_wanted()?;
+            if !own.is_some_and(|key| is_alive(key))
+                && let Err(denied) = actor.check()
+            {
+                denial = Some(denied);
+                let ended: Vec<_> = keys.iter().filter(|key| is_alive(key)).cloned().collect();
+                let each = |key| KeyEnd::new(KeyEndReason::Revoked, vec![key], actor, json!({}));
+                return Ok(ended.into_iter().map(each).collect());
+            }
             let keys = self.live.keys_of(id);
             let mut what = json!({});
             add_key_ids(&mut what, keys.iter().map(|key| key.id));
@@ -219,6 +232,9 @@ impl Registry {
             end.deleted = Some(datasource);
             Ok(vec![end])
         })?;
+        if let Some(denied) = denial {
+            return Err(denied.into());
+        }
         tracing::info!(datasource = %id, keys = dead.len(), "datasource deleted");
         Ok(dead)
     }

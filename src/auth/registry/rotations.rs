@@ -46,6 +46,7 @@ impl Registry {
     /// # Errors
     /// [`RegistryError::NotReplaced`] if the old key has died at once and no new one could be made, with
     /// [`Registry::describe_unwritten`] for whether that is durable; it keeps working if it is the last admin key.
+    /// [`RegistryError::Denied`] if the actor's key has ended, the old one may have died all the same;
     /// [`RegistryError::Rotation`] if the key has expired or is being rotated already;
     /// [`RegistryError::NoDatasource`]; [`RegistryError::Database`] if it cannot be made durable.
     pub fn rotate_key(
@@ -59,8 +60,8 @@ impl Registry {
             && let Some(old) = self.rotatable_key(datasource, id)?
         {
             actor.check()?;
-            // It may be the actor's own.
-            let actor = &actor.under_way();
+            // Its own key ends here. Another one's may end while this waits, and then nothing takes the old one's place.
+            let actor = if actor.is(id) { &actor.under_way() } else { actor };
             self.end_at_once(&old);
             return self
                 .replace_key(actor, &old, grace)
@@ -81,7 +82,7 @@ impl Registry {
             Ok(vec![KeyEnd::new(KeyEndReason::Revoked, vec![key], actor, what)])
         });
         match ended {
-            Ok(dead) if !dead.is_empty() => {
+            Ok(dead) if !dead.is_empty() && !matches!(error, RegistryError::Denied(_)) => {
                 tracing::error!(key_id = %old.id, %error, "a key has ended and no new one could be made");
                 RegistryError::NotReplaced { dead: old, why: error.to_string() }
             }

@@ -92,6 +92,42 @@ fn what_was_created_is_there_after_a_restart() {
 }
 
 #[test]
+fn what_ends_with_a_change_whose_key_has_died_is_not_replaced_and_takes_nothing_along() {
+    let (_dir, registry) = empty();
+    let (all, admin) = (DatasourceId::all(), Scopes::from_slice(&[Scope::Admin]));
+    let create = || registry.create_key(&Actor::SYSTEM, &all, "", admin, None).expect("created").0;
+    let (leaked, other, _stays) = (create(), create(), create());
+    let (press, key, _) =
+        registry.create_datasource(&Actor::SYSTEM, None, "Press 4", ingest()).expect("created");
+    let actor = &Actor::of_grant(&Grant::new(leaked.clone()), None);
+    let (keys, before) = (registry.keys(&all).len(), audited(&registry).len());
+    thread::scope(|scope| {
+        let locked = registry.lock_database();
+        let rotating = scope.spawn(|| registry.rotate_key(actor, &all, other.id, Duration::ZERO));
+        let deleting = scope.spawn(|| registry.delete_datasource(actor, &press.id));
+        // Both have ended what goes at once, and wait.
+        while other.holds() || key.holds() {
+            thread::yield_now();
+        }
+        let revoking = scope.spawn(|| registry.revoke_key(&Actor::SYSTEM, &all, leaked.id));
+        while leaked.holds() {
+            thread::yield_now();
+        }
+        drop(locked);
+        assert!(revoking.join().expect("no panic").expect("revoked").is_some());
+        let rotated = rotating.join().expect("no panic");
+        assert!(matches!(rotated, Err(RegistryError::Denied(_))), "{rotated:?}");
+        let deleted = deleting.join().expect("no panic");
+        assert!(matches!(deleted, Err(RegistryError::Denied(_))), "{deleted:?}");
+    });
+    assert!(!other.holds() && !key.holds() && registry.has_datasource("press-4"));
+    assert_eq!(registry.keys(&all).len(), keys - 2, "no key is new");
+    let entries = audited(&registry);
+    let actions: Vec<_> = entries[before..].iter().map(|entry| &*entry.action).collect();
+    assert_eq!(actions, ["key.revoked"; 3]);
+}
+
+#[test]
 fn a_change_that_has_waited_until_its_key_was_dead_is_not_made() {
     let (_dir, registry) = empty();
     let (all, admin) = (DatasourceId::all(), Scopes::from_slice(&[Scope::Admin]));
