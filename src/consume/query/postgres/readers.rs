@@ -184,6 +184,8 @@ impl PostgresReaders {
         if self.pool.lock().away_since.replace(Instant::now()).is_none() {
             tracing::warn!(%error, "PostgreSQL cannot be read");
         }
+        // Whoever waits for a place learns it at once.
+        self.returned.notify_all();
     }
 
     fn note_fault(&self, fault: PostgresFault) -> QueryError {
