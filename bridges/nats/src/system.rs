@@ -172,9 +172,14 @@ impl SystemAccount {
     /// The connections of the account on all servers that answer. `None` if NATS is away.
     pub async fn connections(&self, account: &str) -> Option<NatsConnectionList> {
         let mut all = NatsConnectionList { connections: Vec::new(), is_complete: true };
+        let mut answering = None;
         for page in 0.. {
             let query = json!({ "auth": true, "acc": account, "limit": CONNZ_PAGE_CONNECTIONS, "offset": page * CONNZ_PAGE_CONNECTIONS });
-            let ServerAnswers { answers, is_complete } = self.ask_connections(&query).await?;
+            let ServerAnswers { answers, is_complete } = self.ask_connections(&query, answering).await?;
+            // One that does not answer is waited for once, and not for each page.
+            if !is_complete {
+                answering = Some(answers.len());
+            }
             let more = answers.iter().any(|(_, connections)| connections.len() >= CONNZ_PAGE_CONNECTIONS);
             all.is_complete &= is_complete;
             all.connections.extend(answers.into_iter().flat_map(|(server_id, connections)| {
@@ -200,7 +205,7 @@ impl SystemAccount {
         loop {
             let query =
                 json!({ "auth": true, "acc": account, "user": user, "limit": CONNZ_PAGE_CONNECTIONS });
-            let ServerAnswers { answers, is_complete } = self.ask_connections(&query).await?;
+            let ServerAnswers { answers, is_complete } = self.ask_connections(&query, None).await?;
             let found: Vec<_> = answers
                 .into_iter()
                 .flat_map(|(server_id, connections)| {
@@ -245,18 +250,28 @@ impl SystemAccount {
         }
     }
 
-    /// Asks each server for its connections.
-    async fn ask_connections(&self, query: &Value) -> Option<ServerAnswers<(String, Vec<ConnzConnection>)>> {
-        let ServerAnswers { answers, is_complete } = self.ask_all_servers("CONNZ", query).await?;
+    /// Asks each server for its connections, and waits for all, or for as many as are known to answer.
+    async fn ask_connections(
+        &self,
+        query: &Value,
+        answering: Option<usize>,
+    ) -> Option<ServerAnswers<(String, Vec<ConnzConnection>)>> {
+        let ServerAnswers { answers, is_complete } = self.ask_all_servers("CONNZ", query, answering).await?;
+        let is_complete = is_complete && answering.is_none();
         let of_server = |SystemAnswer { server, data, .. }: SystemAnswer| {
             (server.id, data.map_or_else(Vec::new, |data| data.connections))
         };
         Some(ServerAnswers { answers: answers.into_iter().map(of_server).collect(), is_complete })
     }
 
-    /// Asks every server, and waits until all have answered, or for [`SYSTEM_ANSWER_WAIT_MAX`]. `None` if NATS is
-    /// away.
-    async fn ask_all_servers(&self, what: &str, query: &Value) -> Option<ServerAnswers<SystemAnswer>> {
+    /// Asks every server, and waits until all have answered, or as many as are known to answer, or for
+    /// [`SYSTEM_ANSWER_WAIT_MAX`]. `None` if NATS is away.
+    async fn ask_all_servers(
+        &self,
+        what: &str,
+        query: &Value,
+        answering: Option<usize>,
+    ) -> Option<ServerAnswers<SystemAnswer>> {
         let client = self.0.client();
         let inbox = client.new_inbox();
         let mut answers = client.subscribe(inbox.clone()).await.ok()?;
@@ -264,7 +279,7 @@ impl SystemAccount {
         client.publish_with_reply(asked, inbox, query.to_string().into()).await.ok()?;
         let count = self.server_count(client);
         tokio::pin!(count);
-        let mut expected = None;
+        let mut expected = answering.map(ServerCount::Known);
         let mut got = Vec::new();
         let give_up = tokio::time::Instant::now() + SYSTEM_ANSWER_WAIT_MAX;
         loop {
@@ -280,7 +295,11 @@ impl SystemAccount {
                     Ok(answer) => got.push(answer),
                     Err(error) => debug!(%error, "a server's answer cannot be read"),
                 },
-                servers = &mut count, if expected.is_none() => expected = Some(servers?),
+                servers = &mut count, if expected.is_none() => match servers {
+                    Some(servers) => expected = Some(servers),
+                    // Who has answered has, although nobody says how many there are.
+                    None => return (!got.is_empty()).then_some(ServerAnswers { answers: got, is_complete: false }),
+                },
                 () = tokio::time::sleep_until(until.min(give_up)) => {
                     let is_complete = matches!(expected, Some(ServerCount::Untold));
                     return (!got.is_empty()).then_some(ServerAnswers { answers: got, is_complete });

@@ -99,6 +99,16 @@ impl Section {
             && self.kept_before.is_none_or(|time| Instant::now() < time)
     }
 
+    /// Whether its key is still valid, whatever has become of its datasource and its time.
+    pub fn key_holds(&self) -> bool {
+        self.lease.holds()
+    }
+
+    /// Whether it came out of quarantine: what an admin lets in, whatever has become of its key.
+    pub fn is_redriven(&self) -> bool {
+        self.places().first().is_some_and(|place| self.record(*place).flags.contains(RecordFlags::REDRIVEN))
+    }
+
     /// Gives the section an id: it is kept only if none of its ids is known.
     pub fn keep_once(&mut self, id: OnceId) {
         self.once.extend_from_slice(id.as_bytes());

@@ -22,7 +22,7 @@ use tracing::{info, warn};
 
 use super::attested::{key_of_nats_user, nats_user_of_key};
 use super::clients::NatsClientTable;
-use crate::auth::{Authorizer, Key};
+use crate::auth::{Authorizer, GrantDenial, Key};
 use crate::limits::{NATS_LET_IN_AGE_MAX, NATS_LET_IN_CLIENTS_MAX};
 use crate::message::{KeyId, Lease};
 
@@ -184,18 +184,20 @@ impl NatsConnectionKicker {
         let Some(all) = self.system.connections(&self.account).await else { return false };
         // Another gateway may have let one in under a key that is new here: what was written before the lists were made
         // has to be known.
-        if all.connections.iter().any(|(user, _)| is_of_dead_key(user, &self.authorizer))
-            && self.authorizer.registry().caught_up().await.is_err()
-        {
-            return false;
-        }
-        let listed = all.connections.into_iter().filter(|(user, _)| is_of_dead_key(user, &self.authorizer));
+        let has_dead = all.connections.iter().any(|(user, _)| is_of_dead_key(user, &self.authorizer));
+        let is_caught_up = !has_dead || self.authorizer.registry().caught_up().await.is_ok();
+        // While that cannot be known, those of expired keys go: no key that is new here is one.
+        let is_dead = |user: &str| {
+            is_of_dead_key(user, &self.authorizer)
+                && (is_caught_up || is_of_expired_key(user, &self.authorizer))
+        };
+        let listed = all.connections.into_iter().filter(|(user, _)| is_dead(user));
         let mut dead: Vec<_> = listed.map(|(_, one)| one).collect();
         if !dead.is_empty() {
             info!(count = dead.len(), "closing NATS connections of keys that have died meanwhile");
         }
         dead.extend(self.let_in.connections_of_dead_keys());
-        self.end(dead).await && all.is_complete
+        self.end(dead).await && all.is_complete && is_caught_up
     }
 
     /// Ends these. `false` if a server has not answered.
@@ -209,6 +211,13 @@ impl NatsConnectionKicker {
 /// Whether a connection's user name is that of a key that is not alive, as far as this gateway knows.
 pub(super) fn is_of_dead_key(user: &str, authorizer: &Authorizer) -> bool {
     key_of_nats_user(user).is_some_and(|(datasource, id)| authorizer.grant_of_key(&datasource, id).is_err())
+}
+
+/// Whether a connection's user name is that of a key whose time is over.
+fn is_of_expired_key(user: &str, authorizer: &Authorizer) -> bool {
+    key_of_nats_user(user).is_some_and(|(datasource, id)| {
+        matches!(authorizer.grant_of_key(&datasource, id), Err(GrantDenial::Expired))
+    })
 }
 
 #[cfg(test)]

@@ -9,6 +9,7 @@ use headgate_bridge_nats::{ManagedStream, Nats, StreamError};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
+use tokio_util::task::AbortOnDropHandle;
 use tracing::info;
 
 use super::admission::{answer_doubts, answer_followed};
@@ -21,6 +22,8 @@ use crate::message::Offset;
 /// How often to compare, and how soon again after no answer.
 const HISTORY_CHECK_INTERVAL: Duration = Duration::from_secs(1);
 const HISTORY_RETRY_PAUSE: Duration = Duration::from_millis(100);
+/// How long what is being written is waited for before the gateway starts again: a disk may stand still.
+const HISTORY_WRITE_WAIT_MAX: Duration = Duration::from_secs(10);
 
 /// The watching task's state.
 pub(in crate::gateway) struct HistoryWatch {
@@ -59,7 +62,7 @@ impl HistoryWatch {
         answering.spawn(answer_doubts(self.nats.clone(), self.known.id.clone(), self.gate.clone()));
         let notes = HistoryNotes::new(self.dir.clone(), self.registry.clone(), self.known.clone());
         let (checked, noted) = watch::channel(self.checked(false));
-        let writing = tokio::spawn(notes.write(noted));
+        let writing = AbortOnDropHandle::new(tokio::spawn(notes.write(noted)));
         let mut connections: Vec<watch::Receiver<u64>> =
             connections.iter().chain([&self.nats]).map(Nats::connections).collect();
         let mut requests = self.gate.requests();
@@ -101,7 +104,7 @@ impl HistoryWatch {
         info!("the cluster goes on from another state of its log: this gateway starts again");
         // What is being written must not come over what the next start notes.
         drop(checked);
-        let _ = writing.await;
+        let _ = tokio::time::timeout(HISTORY_WRITE_WAIT_MAX, writing).await;
         self.left.cancel();
     }
 

@@ -24,7 +24,7 @@ use tracing::warn;
 use super::JetstreamLogShared;
 use crate::log::nats_message::{RECORD_KEY_ID_HEADER, header_text, is_redriven, message_origin};
 use crate::log::{FencedListener, Section};
-use crate::message::{KeyId, Offset, RecordFlags};
+use crate::message::{KeyId, Offset};
 use crate::subject::SubjectSpace;
 
 /// The token that stands where a datasource does in other subjects; no datasource has such an id.
@@ -106,8 +106,7 @@ impl KeyFences {
 
     /// Whether a record of a section that is stored at this offset is behind the fence of its key.
     pub(super) fn shuts_out(&self, section: &Section, offset: Offset) -> bool {
-        let is_redriven = |place: &u32| section.record(*place).flags.contains(RecordFlags::REDRIVEN);
-        self.is_behind(section.key_id, offset) && !section.places().first().is_some_and(is_redriven)
+        self.is_behind(section.key_id, offset) && !section.is_redriven()
     }
 
     /// Counts a message that is behind a fence, says so, and has it removed from the stream, for clients of NATS that

@@ -123,11 +123,16 @@ impl PendingAppend {
         self.sections.iter().flat_map(|progress| &progress.offsets).max().copied().unwrap_or_default()
     }
 
-    /// Answers its caller although the follower does not have its records. A key that is dead by now and whose fence is
-    /// not known may have ended before them.
+    /// Answers its caller although the follower does not have its records. Of a key that is dead by now and whose fence is
+    /// not known, nobody can say whether it ended before them.
     pub(super) fn answer_unfollowed(mut self, shared: &JetstreamLogShared) {
-        for progress in &mut self.sections {
-            progress.dead |= !progress.section.holds() && !shared.fences.has(progress.section.key_id);
+        let is_in_doubt = |section: &Section| {
+            // What was redriven comes in under an admin's key, behind the end of its own.
+            !section.key_holds() && !section.is_redriven() && !shared.fences.has(section.key_id)
+        };
+        if self.error.is_none() && self.sections.iter().any(|progress| is_in_doubt(&progress.section)) {
+            let words = "its key has ended since it was published, and this gateway has not followed the stream so far";
+            self.error = Some(AppendError::Unknown(words.into()));
         }
         self.answer(shared);
     }

@@ -20,7 +20,9 @@ use async_nats::jetstream::stream::{LastRawMessageErrorKind, Stream as Handle};
 use async_nats::{HeaderMap, Message, StatusCode, Subject, header};
 use bytes::Bytes;
 use futures_util::StreamExt;
-use tokio::time::timeout;
+use time::OffsetDateTime;
+use time::format_description::well_known::Rfc3339;
+use tokio::time::{sleep, timeout};
 
 use crate::connection::Nats;
 use crate::pushed::AckPlace;
@@ -39,6 +41,13 @@ pub type StreamSequence = u64;
 
 /// How long JetStream may take to answer.
 const STREAM_ANSWER_WAIT_MAX: Duration = Duration::from_secs(5);
+/// The pauses after which a server that lags behind the leader is asked again.
+const LAGGING_SERVER_PAUSES: [Duration; 4] = [
+    Duration::from_millis(50),
+    Duration::from_millis(200),
+    Duration::from_millis(500),
+    Duration::from_millis(1_000),
+];
 /// The most messages that one request asks for.
 const STREAM_GET_MESSAGES_MAX: usize = 1000;
 
@@ -155,14 +164,25 @@ impl JetstreamStream {
         self.direct_get(request, max).await
     }
 
-    /// The sequence of the first message stored at or after a time (RFC 3339); `None` if the server that answers has
-    /// none: it may lag behind the others.
+    /// The sequence of the first message stored at or after a time (RFC 3339); `None` if there is none. A server that
+    /// has none is asked again as long as the leader has one: it lags behind.
     ///
     /// # Errors
-    /// [`StreamError::Away`].
+    /// [`StreamError::Away`], also if it still lags.
     pub async fn sequence_at(&self, time: &str) -> Result<Option<StreamSequence>, StreamError> {
         let request = serde_json::json!({ "start_time": time, "batch": 1 });
-        Ok(self.direct_get(request, 1).await?.first().map(|message| message.sequence))
+        for pause in LAGGING_SERVER_PAUSES {
+            if let Some(first) = self.direct_get(request.clone(), 1).await?.first() {
+                return Ok(Some(first.sequence));
+            }
+            let newest = self.newest_of_leader(self.state().await?.last).await?;
+            let since = OffsetDateTime::parse(time, &Rfc3339).map_err(|error| self.away_error(&error))?;
+            if newest.is_none_or(|newest| newest.time < since) {
+                return Ok(None);
+            }
+            sleep(pause).await;
+        }
+        Err(self.away_error(&"no server that has its newest messages answers"))
     }
 
     /// Asks any server that has the stream for messages (direct get).
@@ -219,12 +239,16 @@ impl JetstreamStream {
     /// # Errors
     /// [`StreamError::Away`].
     pub async fn newest(&self, last: StreamSequence) -> Result<Option<StoredMessage>, StreamError> {
+        Ok(self.newest_of_leader(last).await?.map(StoredMessage::from_leader))
+    }
+
+    async fn newest_of_leader(&self, last: StreamSequence) -> Result<Option<StreamMessage>, StreamError> {
         let mut found = self.await_answer(self.handle.get_raw_message(last)).await?;
         if found.as_ref().is_err_and(|error| error.kind() == LastRawMessageErrorKind::NoMessageFound) {
             found = self.await_answer(self.handle.get_last_raw_message_by_subject(">")).await?;
         }
         match found {
-            Ok(found) => Ok(Some(StoredMessage::from_leader(found))),
+            Ok(found) => Ok(Some(found)),
             Err(error) if error.kind() == LastRawMessageErrorKind::NoMessageFound => Ok(None),
             Err(error) => Err(self.away_error(&error)),
         }

@@ -197,23 +197,42 @@ impl JetstreamStream {
     /// # Errors
     /// [`StreamError::Away`].
     pub async fn mark_skipped_told(&self, name: &str) -> Result<u64, StreamError> {
-        let Some(info) = self.shared_info(name).await? else { return Ok(0) };
-        let Some(SkippedTally { messages: messages @ 1.., below }) = SkippedTally::from_consumer_info(&info)
-        else {
-            return Ok(0);
-        };
-        let told = SkippedTally { messages: 0, below };
-        let token = self.nats.client().new_inbox();
-        self.update_consumer(info, |config| {
-            config.metadata.extend(told.into_metadata());
-            config.metadata.insert(TOLD_METADATA_KEY.to_owned(), token.clone());
-        })
-        .await?;
-        sleep(CONSUMER_CHANGE_SETTLED).await;
-        // Of several nodes the last one reports them. If something else was written meanwhile, the next call does.
-        let written = self.shared_info(name).await?;
-        let is_own = written.is_some_and(|info| info.config.metadata.get(TOLD_METADATA_KEY) == Some(&token));
-        Ok(if is_own { messages } else { 0 })
+        for _ in 0..CONSUMER_CHANGES_MAX {
+            let Some(info) = self.shared_info(name).await? else { return Ok(0) };
+            let Some(SkippedTally { messages: messages @ 1.., below }) =
+                SkippedTally::from_consumer_info(&info)
+            else {
+                return Ok(0);
+            };
+            let told = SkippedTally { messages: 0, below };
+            let token = self.nats.client().new_inbox();
+            self.update_consumer(info, |config| {
+                config.metadata.extend(told.into_metadata());
+                config.metadata.insert(TOLD_METADATA_KEY.to_owned(), token.clone());
+            })
+            .await?;
+            sleep(CONSUMER_CHANGE_SETTLED).await;
+            let Some(written) = self.shared_info_again(name).await? else { return Ok(0) };
+            // What another node wrote may have brought them back: then nobody has reported them.
+            if SkippedTally::from_consumer_info(&written).is_none_or(|now| now.messages == 0) {
+                // Of several nodes the last one reports them.
+                let is_own = written.config.metadata.get(TOLD_METADATA_KEY) == Some(&token);
+                return Ok(if is_own { messages } else { 0 });
+            }
+        }
+        Ok(0)
+    }
+
+    /// As [`JetstreamStream::shared_info`], asked some more times while NATS is away.
+    async fn shared_info_again(&self, name: &str) -> Result<Option<ConsumerInfo>, StreamError> {
+        let mut left = CONSUMER_CHANGES_MAX;
+        loop {
+            left -= 1;
+            match self.shared_info(name).await {
+                Err(StreamError::Away(_)) if left > 0 => sleep(CONSUMER_CHANGE_SETTLED).await,
+                asked => return asked,
+            }
+        }
     }
 
     /// Must be called before the messages below a sequence are removed. Records with each shared place how
