@@ -17,7 +17,7 @@ async function launch() {
 async function open(browser, base, options = {}) {
   const context = await browser.newContext({ viewport: { width: 1280, height: 900 }, locale: "en-GB", timezoneId: "UTC", ...options });
   const page = await context.newPage();
-  page.setDefaultTimeout(20000);
+  page.setDefaultTimeout(60000);
   const errors = [];
   page.on("console", (message) => {
     if (message.type() === "error") errors.push(`${message.text()} ${message.location().url}`);
@@ -69,7 +69,7 @@ function check(is, words) {
 }
 
 async function until(what, ready) {
-  const deadline = Date.now() + 20000;
+  const deadline = Date.now() + 60000;
   for (;;) {
     const found = await ready();
     if (found) return found;

@@ -19,7 +19,7 @@ run(async () => {
   const windows = [page];
   while (windows.length < 8) {
     const next = await context.newPage();
-    next.setDefaultTimeout(20000);
+    next.setDefaultTimeout(60000);
     next.on("pageerror", (error) => errors.push(String(error.stack ?? error)));
     await next.goto(base);
     windows.push(next);
