@@ -9,14 +9,15 @@ use serde_json::{Value, json};
 
 use crate::common::tls::{Identity, TlsClient};
 use crate::common::wire::{
-    CONNACK, Connect, Message, Next, PINGREQ, PINGRESP, PUBACK, SESSION_EXPIRY, SUBACK, VERSIONS,
+    CONNACK, Connect, Message, Next, PINGREQ, PINGRESP, PUBACK, PUBREC, SESSION_EXPIRY, SUBACK, VERSIONS,
     Version::{self, V5, V311},
-    WILL_DELAY, Wire, four_bytes, frame, publish, subscribe,
+    WILL_DELAY, Wire, four_bytes, frame, publish, subscribe, subscribe_with,
 };
 use crate::common::ws::WsClient;
 use crate::common::{Gateway, Setup, scratch, wait_for};
 
 const GOODBYE: [u8; 2] = [0xE0, 0];
+const QUOTA_EXCEEDED: u8 = 0x97;
 /// More with `HEADGATE_TEST_ROUNDS`.
 const ROUNDS: usize = 60;
 
@@ -286,6 +287,32 @@ fn a_goodbye_counts_although_a_message_before_it_is_held_back() {
         next.let_in(&Connect { will: None, ..scene.mortal(version) });
     }
     assert_eq!(scene.kept().1, 0);
+}
+
+/// Its will was published.
+#[test]
+fn a_goodbye_counts_although_a_message_before_it_may_only_be_taken_later() {
+    let dir = scratch();
+    let setup = Setup::on(dir.path()).set("intake.exchanges_per_datasource_max", 1);
+    let gateway = setup.start();
+    let key = create(&gateway, json!({}));
+    let message = |packet_id: u16| Message::new("a", "1").at(2, packet_id);
+    let mut other = Wire::connect(gateway.mqtt, &willing(&key, "other", 0, 3600)).0;
+    other.send(&message(1).packet(V5));
+    assert_eq!(other.packet(PUBREC).reason(), 0);
+    // The goodbye is read with the message, or waits behind a request that waits for the message's answer.
+    for between in [Vec::new(), subscribe_with(V5, 2, &[("#", 1)], &[])] {
+        let mut wire = Wire::connect(gateway.mqtt, &willing(&key, "leaving", 0, 3600)).0;
+        wire.send(&[message(2).packet(V5), between, GOODBYE.to_vec()].concat());
+        wire.disconnected(QUOTA_EXCEEDED);
+        // It is let in when the connection before it has left.
+        let mut next =
+            Wire::connect(gateway.mqtt, &Connect { will: None, ..willing(&key, "leaving", 0, 0) }).0;
+        next.send(&GOODBYE);
+        next.closed();
+    }
+    drop(other);
+    assert_eq!(KilledGateway::wills(&gateway, 1), ["other"]);
 }
 
 #[test]
