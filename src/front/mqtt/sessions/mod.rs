@@ -279,7 +279,11 @@ impl Sessions {
                     None if !entry.is_turn_of(place.as_ref()) => {
                         Some(self.wait_in_queue(&key, entry, &mut place))
                     }
-                    None if !is_asked => None,
+                    None if !is_asked => {
+                        // Who comes meanwhile waits behind it, and does not enter first.
+                        drop(self.wait_in_queue(&key, entry, &mut place));
+                        None
+                    }
                     None => {
                         if entry.leave_queue(place.as_mut()) {
                             // Another one has come after it: this one only says what its client has sent.
