@@ -698,6 +698,29 @@ fn a_will_that_is_held_back_for_too_long_is_published_later_by_this_run_or_the_n
     assert_eq!(KilledGateway::wills(&gateway, 6), ["0", "1", "2", "3", "4", "5"]);
 }
 
+/// Those beyond 8 MiB were lost.
+#[test]
+fn no_will_is_lost_at_the_end_of_a_run_however_many_are_held_back() {
+    const WILLS: u32 = 150;
+    let dir = scratch();
+    let setup = Setup::on(dir.path());
+    let gateway = setup.clone().set("intake.hold_back_ms_max", 300).start();
+    let key = create(&gateway, json!({ "messages_per_s": { "max": 10, "burst": 1 } }));
+    let ids: Vec<String> = (0..WILLS).map(|n| format!("{n:03}")).collect();
+    let connect = |id: &String| {
+        // As large as a will may be, nearly.
+        let will = Some((format!("will/{id}"), vec![b'x'; 65_000]));
+        Wire::connect(gateway.mqtt, &Connect { will, ..willing(&key, id, 0, 3600) }).0
+    };
+    let wires: Vec<Wire> = ids.iter().map(connect).collect();
+    gateway.stop();
+    drop(wires);
+    // Here each is held back until it is its turn.
+    let gateway = setup.set("intake.hold_back_ms_max", 60_000).start();
+    wait_for("the wills", || (gateway.records_in_log() >= f64::from(WILLS)).then_some(()));
+    assert_eq!(KilledGateway::wills(&gateway, ids.len()), ids);
+}
+
 #[test]
 fn a_will_that_waits_goes_on_waiting_when_its_client_is_not_let_in_again() {
     let dir = scratch();

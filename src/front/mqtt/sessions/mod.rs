@@ -556,8 +556,10 @@ impl Sessions {
         (has_moved || !changes.is_empty()).then(|| store.write(changes))
     }
 
-    /// Closes every connection, including those that come later.
+    /// Closes every connection, including those that come later. A will that is refused from now on is left to the next
+    /// run.
     pub(super) fn drain(&self) {
+        self.refused_wills.close();
         let mut clients = self.lock_clients();
         clients.draining = true;
         let connected = clients.entries.values().filter_map(|entry| entry.connected.as_ref());
@@ -578,7 +580,6 @@ impl Sessions {
                 false => self.spawn_will(will),
             }
         }
-        self.refused_wills.close();
         self.wills.close();
         self.wills.wait().await;
         if let Some(written) = self.write_cursors() {

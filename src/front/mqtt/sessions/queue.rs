@@ -1,6 +1,6 @@
 //! The queue of a client's connections: those that wait for an earlier one to leave, or are asked whether they may enter,
-//! enter in the order in which they came. A client that connects again before it was answered is that of its latest connection, whichever task runs
-//! first.
+//! enter in the order in which they came. A client that connects again before it was answered is that of its latest
+//! connection, whichever task runs first.
 
 use std::collections::VecDeque;
 use std::sync::Arc;

@@ -24,17 +24,21 @@ struct RefusedWillQueue {
 }
 
 impl RefusedWills {
-    /// Keeps a will that was refused, unless its tenant has too many of them.
+    /// Keeps a will that was refused, unless its tenant has too many of them. One that is refused at the end of the gateway
+    /// takes nothing of a share: its copy stays.
     pub(super) fn keep(&self, mut will: Box<MqttWill>, shares: &TenantShares) {
+        let mut queue = self.0.lock();
+        if queue.is_closed {
+            drop(queue);
+            will.note_due();
+            return will.leave_copy();
+        }
         if will.charge_refused(shares).is_err() {
+            drop(queue);
             warn!(datasource = %will.datasource(), "a refused will is given up: too many wait to be published again");
             return;
         }
         will.note_due();
-        let mut queue = self.0.lock();
-        if queue.is_closed {
-            return will.leave_copy();
-        }
         queue.entered += 1;
         let at = (Instant::now() + will.retry_pause(), queue.entered);
         queue.waiting.insert(at, will);
