@@ -698,6 +698,30 @@ fn a_will_that_is_held_back_for_too_long_is_published_later_by_this_run_or_the_n
     assert_eq!(KilledGateway::wills(&gateway, 6), ["0", "1", "2", "3", "4", "5"]);
 }
 
+/// It was tried again until the rate let it in, by the next run too.
+#[test]
+fn a_will_that_a_rate_rejects_is_gone() {
+    const WILLS: u32 = 10;
+    let dir = scratch();
+    let gateway = Gateway::start(dir.path());
+    let key = create(&gateway, json!({ "messages_per_s": { "max": 1, "burst": 1, "policy": "reject" } }));
+    let ids = (0..WILLS).map(|n| n.to_string());
+    let wires: Vec<Wire> =
+        ids.map(|id| Wire::connect(gateway.mqtt, &willing(&key, &id, 0, 3600)).0).collect();
+    drop(wires);
+    let refused =
+        || gateway.metric("headgate_refused_total{transport=\"mqtt\",cause=\"limit_messages_per_s\"}");
+    wait_for("each to be kept or refused", || {
+        (gateway.records_in_log() + refused() >= f64::from(WILLS)).then_some(())
+    });
+    let (rejected, kept) = (refused(), gateway.records_in_log());
+    assert!(rejected > 0.0 && rejected + kept <= f64::from(WILLS), "{rejected} and {kept}");
+    gateway.stop();
+    let gateway = Gateway::start(dir.path());
+    gateway.settle();
+    assert_eq!(gateway.records_in_log().to_string(), kept.to_string());
+}
+
 /// Those beyond 8 MiB were lost.
 #[test]
 fn no_will_is_lost_at_the_end_of_a_run_however_many_are_held_back() {
