@@ -246,7 +246,7 @@ impl Sessions {
     /// Lets a client in, whose key has this scope: ends its earlier connection, and finds or makes its session. With `clean` an
     /// existing session ends. A client that `is_new` has an identifier that nobody had before, so no
     /// session is looked for. `may_enter` is asked when an earlier connection has left and no longer counts; if it refuses, the
-    /// client stays away as it is.
+    /// client stays away as it is. [`EnterError::TooMany`] is found out later: `clean` has ended the earlier session then.
     ///
     /// # Errors
     /// [`EnterError`].
