@@ -688,7 +688,10 @@ fn a_will_that_is_held_back_for_too_long_is_published_later_by_this_run_or_the_n
         let before = gateway.metric(refused);
         let wires = ids.map(|id| Wire::connect(gateway.mqtt, &willing(&key, id, 0, 3600)).0);
         drop(wires);
-        wait_for("one to be refused", || (gateway.metric(refused) > before).then_some(()));
+        wait_for("all to be gone, and one to be refused", || {
+            let is_gone = gateway.metric("headgate_mqtt_connections") == 0.0;
+            (is_gone && gateway.metric(refused) > before).then_some(())
+        });
     };
     lose(&gateway, ["0", "1", "2"]);
     assert_eq!(KilledGateway::wills(&gateway, 3), ["0", "1", "2"]);
