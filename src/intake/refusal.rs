@@ -115,7 +115,7 @@ pub enum Refusal {
     /// large by itself.
     #[error("{0}")]
     Memory(Box<MemoryExceeded>),
-    /// Transient: the log cannot take it.
+    /// The log cannot take it. Transient, unless it is too large.
     #[error("{0}")]
     Log(#[from] AppendError),
 }
@@ -129,6 +129,8 @@ impl Refusal {
             Refusal::Limited(limited) if limited.limit.is_rate() => Some(limited.wait),
             Refusal::Limited(limited) if limited.limit == Limit::Connections => Some(RETRY_AFTER),
             Refusal::Memory(exceeded) if !exceeded.is_too_large => Some(RETRY_AFTER),
+            // What is larger than a frame of the log stays so.
+            Refusal::Log(AppendError::TooLarge { .. }) => None,
             Refusal::Log(_) | Refusal::Exchanges | Refusal::Ids => Some(RETRY_AFTER),
             Refusal::Asked(asked) => asked.refusal.retry_after(),
             _ => None,
@@ -276,5 +278,18 @@ pub(super) fn quarantine_reason(limited: &LimitExceeded) -> QuarantineReason<'st
         pointer: "".into(),
         words: limited.to_string().into(),
         schema_version: 0,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_time_does_not_help_is_not_to_come_again() {
+        let too_large = Refusal::Log(AppendError::TooLarge { bytes: 2, bytes_max: 1 });
+        assert!(too_large.retry_after().is_none() && !too_large.is_transient());
+        let full = Refusal::Log(AppendError::DiskFull);
+        assert!(full.retry_after().is_some() && full.is_transient());
     }
 }

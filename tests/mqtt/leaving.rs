@@ -9,14 +9,15 @@ use serde_json::{Value, json};
 
 use crate::common::tls::{Identity, TlsClient};
 use crate::common::wire::{
-    CONNACK, Connect, Message, Next, PINGREQ, PINGRESP, PUBACK, SESSION_EXPIRY, SUBACK, VERSIONS,
+    CONNACK, Connect, Message, Next, PINGREQ, PINGRESP, PUBACK, PUBREC, SESSION_EXPIRY, SUBACK, VERSIONS,
     Version::{self, V5, V311},
-    WILL_DELAY, Wire, four_bytes, frame, publish, subscribe,
+    WILL_DELAY, Wire, four_bytes, frame, publish, subscribe, subscribe_with,
 };
 use crate::common::ws::WsClient;
 use crate::common::{Gateway, Setup, scratch, wait_for};
 
 const GOODBYE: [u8; 2] = [0xE0, 0];
+const QUOTA_EXCEEDED: u8 = 0x97;
 /// More with `HEADGATE_TEST_ROUNDS`.
 const ROUNDS: usize = 60;
 
@@ -286,6 +287,32 @@ fn a_goodbye_counts_although_a_message_before_it_is_held_back() {
         next.let_in(&Connect { will: None, ..scene.mortal(version) });
     }
     assert_eq!(scene.kept().1, 0);
+}
+
+/// Its will was published.
+#[test]
+fn a_goodbye_counts_although_a_message_before_it_may_only_be_taken_later() {
+    let dir = scratch();
+    let setup = Setup::on(dir.path()).set("intake.exchanges_per_datasource_max", 1);
+    let gateway = setup.start();
+    let key = create(&gateway, json!({}));
+    let message = |packet_id: u16| Message::new("a", "1").at(2, packet_id);
+    let mut other = Wire::connect(gateway.mqtt, &willing(&key, "other", 0, 3600)).0;
+    other.send(&message(1).packet(V5));
+    assert_eq!(other.packet(PUBREC).reason(), 0);
+    // The goodbye is read with the message, or waits behind a request that waits for the message's answer.
+    for between in [Vec::new(), subscribe_with(V5, 2, &[("#", 1)], &[])] {
+        let mut wire = Wire::connect(gateway.mqtt, &willing(&key, "leaving", 0, 3600)).0;
+        wire.send(&[message(2).packet(V5), between, GOODBYE.to_vec()].concat());
+        wire.disconnected(QUOTA_EXCEEDED);
+        // It is let in when the connection before it has left.
+        let mut next =
+            Wire::connect(gateway.mqtt, &Connect { will: None, ..willing(&key, "leaving", 0, 0) }).0;
+        next.send(&GOODBYE);
+        next.closed();
+    }
+    drop(other);
+    assert_eq!(KilledGateway::wills(&gateway, 1), ["other"]);
 }
 
 #[test]
@@ -661,7 +688,10 @@ fn a_will_that_is_held_back_for_too_long_is_published_later_by_this_run_or_the_n
         let before = gateway.metric(refused);
         let wires = ids.map(|id| Wire::connect(gateway.mqtt, &willing(&key, id, 0, 3600)).0);
         drop(wires);
-        wait_for("one to be refused", || (gateway.metric(refused) > before).then_some(()));
+        wait_for("all to be gone, and one to be refused", || {
+            let is_gone = gateway.metric("headgate_mqtt_connections") == 0.0;
+            (is_gone && gateway.metric(refused) > before).then_some(())
+        });
     };
     lose(&gateway, ["0", "1", "2"]);
     assert_eq!(KilledGateway::wills(&gateway, 3), ["0", "1", "2"]);
@@ -669,6 +699,53 @@ fn a_will_that_is_held_back_for_too_long_is_published_later_by_this_run_or_the_n
     gateway.stop();
     let gateway = setup.start();
     assert_eq!(KilledGateway::wills(&gateway, 6), ["0", "1", "2", "3", "4", "5"]);
+}
+
+/// It was tried again until the rate let it in, by the next run too.
+#[test]
+fn a_will_that_a_rate_rejects_is_gone() {
+    const WILLS: u32 = 10;
+    let dir = scratch();
+    let gateway = Gateway::start(dir.path());
+    let key = create(&gateway, json!({ "messages_per_s": { "max": 1, "burst": 1, "policy": "reject" } }));
+    let ids = (0..WILLS).map(|n| n.to_string());
+    let wires: Vec<Wire> =
+        ids.map(|id| Wire::connect(gateway.mqtt, &willing(&key, &id, 0, 3600)).0).collect();
+    drop(wires);
+    let refused =
+        || gateway.metric("headgate_refused_total{transport=\"mqtt\",cause=\"limit_messages_per_s\"}");
+    wait_for("each to be kept or refused", || {
+        (gateway.records_in_log() + refused() >= f64::from(WILLS)).then_some(())
+    });
+    let (rejected, kept) = (refused(), gateway.records_in_log());
+    assert!(rejected > 0.0 && rejected + kept <= f64::from(WILLS), "{rejected} and {kept}");
+    gateway.stop();
+    let gateway = Gateway::start(dir.path());
+    gateway.settle();
+    assert_eq!(gateway.records_in_log().to_string(), kept.to_string());
+}
+
+/// Those beyond 8 MiB were lost.
+#[test]
+fn no_will_is_lost_at_the_end_of_a_run_however_many_are_held_back() {
+    const WILLS: u32 = 150;
+    let dir = scratch();
+    let setup = Setup::on(dir.path());
+    let gateway = setup.clone().set("intake.hold_back_ms_max", 300).start();
+    let key = create(&gateway, json!({ "messages_per_s": { "max": 10, "burst": 1 } }));
+    let ids: Vec<String> = (0..WILLS).map(|n| format!("{n:03}")).collect();
+    let connect = |id: &String| {
+        // As large as a will may be, nearly.
+        let will = Some((format!("will/{id}"), vec![b'x'; 65_000]));
+        Wire::connect(gateway.mqtt, &Connect { will, ..willing(&key, id, 0, 3600) }).0
+    };
+    let wires: Vec<Wire> = ids.iter().map(connect).collect();
+    gateway.stop();
+    drop(wires);
+    // Here each is held back until it is its turn.
+    let gateway = setup.set("intake.hold_back_ms_max", 60_000).start();
+    wait_for("the wills", || (gateway.records_in_log() >= f64::from(WILLS)).then_some(()));
+    assert_eq!(KilledGateway::wills(&gateway, ids.len()), ids);
 }
 
 #[test]

@@ -11,11 +11,11 @@ use crate::common::cluster::first_offset;
 use crate::common::load::{Ledger, mqtt_sender};
 use crate::common::wire::{
     Connect, Frame, Message, Next, PINGREQ, PINGRESP, PUBACK, PUBCOMP, PUBLISH, PUBREC, PUBREL,
-    SESSION_EXPIRY, SUBACK,
+    SESSION_EXPIRY, SUBACK, UNSUBACK,
     Version::{self, V5, V311},
-    Wire, ack, four_bytes, publish, subscribe_with, user_property,
+    Wire, ack, four_bytes, publish, subscribe_with, unsubscribe, user_property,
 };
-use crate::common::{Gateway, PATIENCE, Setup, Source, kept, scratch};
+use crate::common::{Gateway, PATIENCE, Setup, Source, kept, scratch, wait_for};
 
 fn scene() -> (tempfile::TempDir, Gateway, Source) {
     let dir = scratch();
@@ -304,38 +304,101 @@ fn what_retention_removed_before_it_was_read_is_told_to_the_client() {
     gateway.says("retention has removed records before a subscriber read them");
 }
 
+/// A session that was sent retained messages whose records have left the log since.
+struct RetainedInFlight {
+    gateway: Gateway,
+    setup: Setup,
+    dir: tempfile::TempDir,
+    hello: Connect,
+    /// Those that it has not acknowledged.
+    sent: Vec<Message>,
+}
+
+impl RetainedInFlight {
+    /// Before it leaves, the session also says this.
+    fn after(last_words: impl FnOnce(&mut Wire)) -> Self {
+        let dir = scratch();
+        let setup =
+            Setup::on(dir.path()).set("log.segment_bytes", 1 << 20).set("log.retention_bytes", 3 << 20);
+        let gateway = setup.start();
+        let source = gateway.create_open("press-4");
+        let mut publisher = Wire::login(gateway.mqtt, V5, &source.key);
+        for topic in ["kept/1", "kept/2", "kept/3"] {
+            publisher.send(&Message::new(topic, topic).at(1, 1).retained().packet(V5));
+            publisher.packet(PUBACK);
+        }
+        let behind = gateway.metric("headgate_log_next_offset");
+        let hello = staying(V5, &source.key, "away for too long");
+        let (mut wire, _) = Wire::connect(gateway.mqtt, &hello);
+        subscribed(&mut wire, V5, &[("kept/+", 1)], &[]);
+        let mut sent: Vec<Message> = (0..3).map(|_| Message::read(V5, &wire.packet(PUBLISH))).collect();
+        wire.send(&ack(PUBACK, sent.remove(1).packet_id));
+        last_words(&mut wire);
+        wire.send(&PINGREQ);
+        wire.packet(PINGRESP);
+        drop(wire);
+        // More than is kept in memory besides.
+        for _ in 0..250 {
+            publisher.send(&publish(V5, 1, "a", &vec![b'x'; 100_000]));
+            publisher.packet(PUBACK);
+        }
+        wait_for("their records to leave the log", || {
+            (gateway.metric("headgate_log_first_offset") >= behind).then_some(())
+        });
+        Self { gateway, setup, dir, hello, sent }
+    }
+
+    /// All of them are sent again as they were.
+    fn come_again(&self, wire: &mut Wire) {
+        for message in &self.sent {
+            assert!(message.retain);
+            let again = Message::read(V5, &wire.packet(PUBLISH));
+            assert_eq!(Message { dup: false, ..again }, *message);
+            wire.send(&ack(PUBACK, message.packet_id));
+        }
+    }
+}
+
 /// It was given up, and its packet identifier with it.
 #[test]
 fn a_retained_message_in_flight_comes_again_although_its_record_has_left_the_log() {
-    let dir = scratch();
-    let setup = Setup::on(dir.path()).set("log.segment_bytes", 1 << 20).set("log.retention_bytes", 3 << 20);
-    let gateway = setup.start();
-    let source = gateway.create_open("press-4");
-    let mut publisher = Wire::login(gateway.mqtt, V5, &source.key);
-    for topic in ["kept/1", "kept/2", "kept/3"] {
-        publisher.send(&Message::new(topic, topic).at(1, 1).retained().packet(V5));
-        publisher.packet(PUBACK);
-    }
-    let hello = staying(V5, &source.key, "away for too long");
-    let (mut wire, _) = Wire::connect(gateway.mqtt, &hello);
-    subscribed(&mut wire, V5, &[("kept/+", 1)], &[]);
-    let mut sent: Vec<Message> = (0..3).map(|_| Message::read(V5, &wire.packet(PUBLISH))).collect();
-    wire.send(&ack(PUBACK, sent.remove(1).packet_id));
+    let scene = RetainedInFlight::after(|_| ());
+    let (mut wire, _) = Wire::connect(scene.gateway.mqtt, &scene.hello);
+    scene.come_again(&mut wire);
+}
+
+/// It was looked for under the filters of the session's present subscriptions.
+#[test]
+fn a_retained_message_in_flight_comes_again_also_when_its_subscription_is_gone() {
+    let scene = RetainedInFlight::after(|wire| {
+        wire.send(&unsubscribe(V5, 2, &["kept/+"]));
+        wire.packet(UNSUBACK);
+    });
+    let (mut wire, _) = Wire::connect(scene.gateway.mqtt, &scene.hello);
+    scene.come_again(&mut wire);
+}
+
+/// It was given up when the database could not be read at that moment.
+#[test]
+fn a_retained_message_in_flight_waits_for_a_database_that_cannot_be_opened_yet() {
+    let mut scene = RetainedInFlight::after(|_| ());
+    scene.gateway.stop();
+    let database =
+        rusqlite::Connection::open(scene.dir.path().join("retained.db")).expect("retained.db opens");
+    let format: i64 =
+        database.pragma_query_value(None, "user_version", |row| row.get(0)).expect("it has a format");
+    let set_format = |format: i64| database.pragma_update(None, "user_version", format).expect("set");
+    // As if a newer version had written it: it is left as it is, and tried again.
+    set_format(99);
+    scene.gateway = scene.setup.start();
+    let (mut wire, _) = Wire::connect(scene.gateway.mqtt, &scene.hello);
     wire.send(&PINGREQ);
     wire.packet(PINGRESP);
-    drop(wire);
-    // More than is kept in memory besides.
-    for _ in 0..250 {
-        publisher.send(&publish(V5, 1, "a", &vec![b'x'; 100_000]));
-        publisher.packet(PUBACK);
-    }
-    let (mut wire, _) = Wire::connect(gateway.mqtt, &hello);
-    for message in sent {
-        assert!(message.retain);
-        let again = Message::read(V5, &wire.packet(PUBLISH));
-        assert_eq!(Message { dup: false, ..again }, message);
-        wire.send(&ack(PUBACK, message.packet_id));
-    }
+    // It is asked for in vain meanwhile.
+    std::thread::sleep(Duration::from_millis(500));
+    set_format(format);
+    scene.come_again(&mut wire);
+    assert_eq!(scene.gateway.metric("headgate_subscriber_skipped_total"), 0.0);
 }
 
 #[test]

@@ -61,13 +61,16 @@ impl AckWaits {
     fn poll(
         &mut self,
         acks: &ReadAcks,
+        version: MqttVersion,
         closer: &ExchangeCloser<'_>,
         cx: &mut Context<'_>,
     ) -> Poll<Result<(), Refusal>> {
         if let Some(admitted) = &mut self.admitted {
             let accepted = ready!(Pin::new(admitted).poll(cx))?;
             self.admitted = None;
-            let refused = acks.refused_exchanges(&accepted.outcomes, closer);
+            let refused = acks.refused_packet_ids(&accepted.outcomes, version, closer.is_first);
+            let exchange = |packet_id| Exchange { session: closer.session, packet_id };
+            let refused: Vec<Exchange> = refused.into_iter().map(exchange).collect();
             self.ended = (!refused.is_empty()).then(|| closer.intake.release(&refused));
             self.accepted = Some(accepted);
         }
@@ -227,9 +230,15 @@ impl ReadAcks {
         self.acks.is_empty()
     }
 
-    /// The exchanges of messages that are refused now that the log has answered: an earlier connection of the
-    /// session may have brought them into the log.
-    fn refused_exchanges(&self, outcomes: &[SectionOutcome], closer: &ExchangeCloser<'_>) -> Vec<Exchange> {
+    /// The packet identifiers of messages that are refused now that the log has answered, and whose exchanges end with
+    /// that: an earlier connection of the session may have brought them into the log, unless this one `is_first`. One
+    /// that gets no answer is sent again, and its packet identifier goes on to be that of the message.
+    fn refused_packet_ids(
+        &self,
+        outcomes: &[SectionOutcome],
+        version: MqttVersion,
+        is_first: bool,
+    ) -> Vec<u16> {
         if self.unacknowledged == self.acks.len() {
             return Vec::new();
         }
@@ -237,9 +246,11 @@ impl ReadAcks {
             let verdict = self.verdict(ack);
             let outcome = verdict.outcome(outcomes);
             let is_conflict = matches!(outcome, Some(SectionOutcome::Conflict { in_exchange: true, .. }));
-            outcome.is_some() && (is_conflict || !closer.is_first) && verdict.refused(outcomes).is_some()
+            outcome.is_some()
+                && (is_conflict || !is_first)
+                && verdict.refused(outcomes).is_some_and(|refused| !refused.is_repeatable(version))
         });
-        refused.map(|ack| Exchange { session: closer.session, packet_id: ack.packet_id }).collect()
+        refused.map(|ack| ack.packet_id).collect()
     }
 
     /// Writes the answers, and settles the exchanges that they are about.
@@ -304,6 +315,18 @@ enum RefusedAck<'a> {
     Refusal(Refusal),
     /// What was said before the log was asked.
     Words(ReasonCode, &'a str),
+}
+
+impl RefusedAck<'_> {
+    /// Whether the client gets no answer, and sends the same message again to who may take it: the refusal is transient,
+    /// or its key is dead and its version of MQTT cannot express that.
+    fn is_repeatable(&self, version: MqttVersion) -> bool {
+        match self {
+            RefusedAck::Refusal(Refusal::Denied(_)) => version != MqttVersion::V5,
+            RefusedAck::Refusal(refusal) => refusal.is_transient(),
+            RefusedAck::Words(..) => false,
+        }
+    }
 }
 
 impl<'a> AckVerdict<'a> {
@@ -400,7 +423,8 @@ impl PendingAcks {
     /// Writes the answers that are due to `to`, and settles their exchanges. Ready when no answer waits.
     ///
     /// # Errors
-    /// Why the connection has to end: a transient refusal, or one that MQTT 3.1.1 has no answer for. Neither its messages nor any later ones may be answered.
+    /// Why the connection has to end: a transient refusal, or one that MQTT 3.1.1 has no answer for. Neither its messages
+    /// nor any later ones may be answered.
     pub(super) fn poll_write(
         &mut self,
         form: PacketForm,
@@ -410,7 +434,7 @@ impl PendingAcks {
         cx: &mut Context<'_>,
     ) -> Poll<Result<(), StopReason>> {
         while let Some((waits, acks)) = self.waiting.front_mut() {
-            ready!(waits.poll(acks, closer, cx)).map_err(StopReason::Transient)?;
+            ready!(waits.poll(acks, form.version, closer, cx)).map_err(StopReason::Transient)?;
             let outcomes = waits.accepted.as_ref().map_or(&[][..], |accepted| &accepted.outcomes);
             let kept = outcomes.iter().filter_map(|outcome| match outcome {
                 SectionOutcome::Kept(offsets) => Some(offsets.last() + 1),
@@ -456,6 +480,28 @@ mod tests {
         let states = [1, 2, 3].map(|packet_id| exchanges.state(packet_id));
         assert_eq!(states, [Some(ExchangeState::Open), None, Some(ExchangeState::Open)]);
         assert_eq!(exchanges.unreleased(), 2);
+    }
+
+    /// Its exchange was released, and the log kept the message a second time.
+    #[test]
+    fn a_message_that_gets_no_answer_keeps_its_exchange_also_that_of_an_earlier_connection() {
+        let mut acks = ReadAcks::default();
+        (0..4).for_each(|origin| acks.push_admitted(AckKind::Pubrec, 11 + origin, usize::from(origin)));
+        acks.push_asked(AckKind::Pubrec, 15, 4, Refusal::Ids);
+        acks.push_asked(AckKind::Pubrec, 16, 5, Refusal::ContentType);
+        let conflict = SectionOutcome::Conflict { earlier: Offsets::consecutive(0, 1), in_exchange: true };
+        let outcomes = [
+            SectionOutcome::ExchangesFull,
+            SectionOutcome::IdsFull,
+            SectionOutcome::KeyDead,
+            conflict,
+            SectionOutcome::Unknown,
+            SectionOutcome::Unknown,
+        ];
+        let refused = |version, is_first| acks.refused_packet_ids(&outcomes, version, is_first);
+        assert_eq!(refused(MqttVersion::V5, false), [13, 14, 16]);
+        assert_eq!(refused(MqttVersion::V311, false), [14, 16]);
+        assert_eq!(refused(MqttVersion::V5, true), [14], "nothing else can be in the log");
     }
 
     #[test]

@@ -12,7 +12,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use self::follow::{RetainedFollower, RetainedFollowerState};
-use self::page::{RetainedSelection, read_retained_page};
+use self::page::{RetainedSelection, read_retained_at, read_retained_page};
 use self::table::{RETAINED_DATABASE, RETAINED_FILE_NAME, RetainedTable};
 use crate::filter::TopicFilter;
 use crate::log::{Log, WithheldRules};
@@ -238,29 +238,76 @@ impl RetainedStore {
         if !self.handle.shared.is_open() {
             return Ok(RetainedPage::default());
         }
-        if tokio::time::timeout(RETAINED_WAIT_MAX, self.wait_caught_up(below)).await.is_err() {
-            let trouble = self.trouble().unwrap_or_else(|| "there is much to read".to_owned());
-            return Err(RetainedError::Behind {
-                consumed: self.handle.shared.cursor(),
-                wanted: below,
-                trouble,
-            });
-        }
+        self.wait_consumed(below).await?;
         let wanted = match RetainedSelection::new(datasource, filter) {
             Some(wanted) if !self.is_empty() => wanted,
             _ => return Ok(RetainedPage::default()),
         };
-        let share = self.handle.turns.share(datasource.unwrap_or(&DatasourceId::all()));
-        let handle = self.handle.clone();
-        let page = share.read_in_turn(move || {
+        let read = move |handle: &RetainedHandle| {
             let mut page = read_retained_page(&handle.readers, &wanted, below, after, bytes_max)?;
             let left_out = handle.withheld.now();
             if !left_out.is_nothing() {
                 page.messages.retain(|message| !left_out.withholds(&message.as_record()));
             }
             Ok::<_, SqliteError>(page)
-        });
-        match page.await.map_err(|_| RetainedError::Closed)? {
+        };
+        self.read_in_turn(datasource, below, read).await
+    }
+
+    /// The messages that are retained still of those at some offsets, in the given order; `None` for one that is not.
+    /// With a `datasource` only its own are found. Waits first until the newest of them is consumed. The answer ends
+    /// after about `bytes_max`, which is never before the first: the rest is to be asked for again.
+    ///
+    /// # Errors
+    /// As [`RetainedStore::page`]; [`RetainedError::Behind`] also as long as the database cannot be opened.
+    pub async fn messages_at(
+        &self,
+        datasource: Option<&DatasourceId>,
+        offsets: Vec<Offset>,
+        bytes_max: usize,
+    ) -> Result<Vec<Option<RetainedMessage>>, RetainedError> {
+        let Some(below) = offsets.iter().max().map(|newest| newest + 1) else { return Ok(Vec::new()) };
+        if !self.handle.shared.is_open() {
+            return Err(self.behind(below));
+        }
+        self.wait_consumed(below).await?;
+        let of = datasource.filter(|datasource| !datasource.is_all()).map(|of| of.as_str().to_owned());
+        let read = move |handle: &RetainedHandle| {
+            let mut found = read_retained_at(&handle.readers, of.as_deref(), &offsets, bytes_max)?;
+            let left_out = handle.withheld.now();
+            for place in &mut found {
+                if place.as_ref().is_some_and(|message| left_out.withholds(&message.as_record())) {
+                    *place = None;
+                }
+            }
+            Ok::<_, SqliteError>(found)
+        };
+        self.read_in_turn(datasource, below, read).await
+    }
+
+    /// Waits until everything below `below` is consumed.
+    async fn wait_consumed(&self, below: Offset) -> Result<(), RetainedError> {
+        let waiting = tokio::time::timeout(RETAINED_WAIT_MAX, self.wait_caught_up(below));
+        waiting.await.map_err(|_| self.behind(below))
+    }
+
+    /// What is not consumed is asked for again later.
+    fn behind(&self, wanted: Offset) -> RetainedError {
+        let trouble = self.trouble().unwrap_or_else(|| "there is much to read".to_owned());
+        RetainedError::Behind { consumed: self.handle.shared.cursor(), wanted, trouble }
+    }
+
+    /// Reads the database in a turn of the datasource, where everything below `below` is consumed. Has damage mended.
+    async fn read_in_turn<T: Send + 'static>(
+        &self,
+        datasource: Option<&DatasourceId>,
+        below: Offset,
+        read: impl FnOnce(&RetainedHandle) -> Result<T, SqliteError> + Send + 'static,
+    ) -> Result<T, RetainedError> {
+        let share = self.handle.turns.share(datasource.unwrap_or(&DatasourceId::all()));
+        let handle = self.handle.clone();
+        let read = share.read_in_turn(move || read(&handle)).await.map_err(|_| RetainedError::Closed)?;
+        match read {
             Err(damage) if damage.is_damage() && self.handle.shared.mend(damage.clone()).await => {
                 Err(RetainedError::Behind {
                     consumed: self.handle.shared.cursor(),
@@ -268,7 +315,7 @@ impl RetainedStore {
                     trouble: damage.to_string(),
                 })
             }
-            page => Ok(page?),
+            read => Ok(read?),
         }
     }
 

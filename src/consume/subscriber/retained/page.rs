@@ -2,13 +2,14 @@
 //!
 //! The matches of a filter lie in a few ranges of the index over datasource and topic: an exact filter is
 //! one look-up, `a/b/#` is the topic `a/b` and every topic that begins with `a/b/`. Within a range topics
-//! are matched by name, and no page scans more than [`QUERY_SCANNED_MAX`] of them.
+//! are matched by name, and no page scans more than [`QUERY_SCANNED_MAX`] of them. Single messages are found by their
+//! offsets.
 
 use rusqlite::types::{ToSqlOutput, ValueRef};
 use rusqlite::{Connection, OptionalExtension, params};
 
-use super::table::{SELECT_RETAINED_MESSAGE, retained_message_of_row};
-use super::{RetainedPage, RetainedPageStart};
+use super::table::{SELECT_RETAINED_AT, SELECT_RETAINED_MESSAGE, retained_message_of_row};
+use super::{RetainedMessage, RetainedPage, RetainedPageStart};
 use crate::consume::sink::schema::sql_offset;
 use crate::filter::TopicFilter;
 use crate::limits::QUERY_SCANNED_MAX;
@@ -28,6 +29,32 @@ pub(super) fn read_retained_page(
     bytes_max: usize,
 ) -> Result<RetainedPage, SqliteError> {
     readers.read(|connection| RetainedScan::new(connection, wanted, below, bytes_max).page(after))
+}
+
+/// The messages at some offsets, in the given order, from a snapshot of the database; with a `datasource`, only its own.
+/// `None` for one that is not retained. The answer ends after about `bytes_max`. Blocks, so use it where blocking is
+/// allowed.
+pub(super) fn read_retained_at(
+    readers: &SqliteReaders,
+    datasource: Option<&str>,
+    offsets: &[Offset],
+    bytes_max: usize,
+) -> Result<Vec<Option<RetainedMessage>>, SqliteError> {
+    readers.read(|connection| {
+        let mut message = connection.prepare_cached(SELECT_RETAINED_AT)?;
+        let (mut found, mut bytes) = (Vec::with_capacity(offsets.len()), 0);
+        for &offset in offsets {
+            if bytes >= bytes_max.max(1) {
+                break;
+            }
+            let at = message
+                .query_row(params![sql_offset(offset), datasource], retained_message_of_row)
+                .optional()?;
+            bytes += at.as_ref().map_or(0, RetainedMessage::weight);
+            found.push(at);
+        }
+        Ok(found)
+    })
 }
 
 /// Which messages a page is to have.

@@ -10,7 +10,8 @@
 //! A `publisher` is an unsigned number, stored as the signed number with the same bits.
 //!
 //! The index over datasource and topic, in byte order, finds the rows. It is separate from them, so that
-//! matching many topics against a filter reads their names only.
+//! matching many topics against a filter reads their names only. Another one, over the offset, finds single messages
+//! again.
 //!
 //! As in `records.db`, most transactions are not synced. After a loss of power the file may be back at an
 //! earlier one, with its cursor; the log has the rest, because it is told only durable cursors.
@@ -32,7 +33,8 @@ pub(in crate::consume) const RETAINED_FILE_NAME: &str = "retained.db";
 /// The database, as its only writer opens it.
 pub(in crate::consume) const RETAINED_DATABASE: SqliteProfile = SqliteProfile {
     // `withheld` may be missing in a database that was made without it: see `RetainedTable::from_connection`.
-    migrations: &["
+    migrations: &[
+        "
         CREATE TABLE cursor (
             id          INTEGER PRIMARY KEY CHECK (id = 0),
             next_offset INTEGER NOT NULL
@@ -53,7 +55,11 @@ pub(in crate::consume) const RETAINED_DATABASE: SqliteProfile = SqliteProfile {
             payload      BLOB NOT NULL,
             UNIQUE (datasource, topic)
         ) STRICT;
-    "],
+    ",
+        "
+        CREATE INDEX messages_offset ON messages (offset);
+    ",
+    ],
     // Damage that only a subscriber's query would meet is found at the start, where it can be mended.
     is_checked: true,
     ..SqliteProfile::SHARED
@@ -69,6 +75,10 @@ macro_rules! columns {
 /// The message with a row id, unless it is too new.
 pub(super) const SELECT_RETAINED_MESSAGE: &str =
     concat!("SELECT ", columns!(), " FROM messages WHERE id = ?1 AND offset < ?2");
+
+/// The message at an offset, if it is of a datasource. NULL is any.
+pub(super) const SELECT_RETAINED_AT: &str =
+    concat!("SELECT ", columns!(), " FROM messages WHERE offset = ?1 AND (?2 IS NULL OR datasource = ?2)");
 
 const PUT_RETAINED_MESSAGE: &str = concat!(
     "INSERT INTO messages (",

@@ -103,6 +103,19 @@ async fn found(
     }
 }
 
+/// The offset and the topic of what is found at each of these offsets.
+async fn found_at(
+    retained: &RetainedStore,
+    datasource: Option<&str>,
+    offsets: &[Offset],
+    bytes_max: usize,
+) -> Vec<Option<(Offset, String)>> {
+    let datasource = datasource.map(id);
+    let found = retained.messages_at(datasource.as_ref(), offsets.to_vec(), bytes_max).await;
+    let found = found.expect("they are read").into_iter();
+    found.map(|message| message.map(|message| (message.offset, message.topic))).collect()
+}
+
 /// Datasource, topic and payload of every retained message.
 async fn everything(retained: &RetainedStore, log: &Arc<dyn Log>) -> Vec<(String, String, Vec<u8>)> {
     let messages = found(retained, log, None, "#", 1 << 20).await;
@@ -578,6 +591,31 @@ async fn looking_for_a_filter_reads_names_and_no_rows() {
         })
         .expect("a plan");
     assert!(plan.contains("USING COVERING INDEX") && plan.contains("topic>? AND topic<?"), "{plan}");
+}
+
+#[tokio::test]
+async fn single_messages_are_found_again_by_their_offsets() {
+    let dir = directory();
+    let log = open_log(dir.path());
+    let retained = start(dir.path(), &log);
+    append(&log, [("press-4", "a", &b"0"[..], RETAIN), ("press-4", "b", b"1", RETAIN)]).await;
+    append(&log, [("press-5", "c", &b"2"[..], RETAIN), ("press-5", "d", b"3", PLAIN)]).await;
+    append(&log, [("press-4", "a", &b"4"[..], RETAIN)]).await;
+    let (a, b, c) = (Some((4, "a".to_owned())), Some((1, "b".to_owned())), Some((2, "c".to_owned())));
+    let all = found_at(&retained, None, &[4, 0, 2, 1, 3], 1 << 20).await;
+    assert_eq!(all, [a.clone(), None, c, b.clone(), None], "replaced, or not retained");
+    assert_eq!(found_at(&retained, Some("press-4"), &[2, 1, 4], 1 << 20).await, [None, b.clone(), a]);
+    assert_eq!(found_at(&retained, None, &[0, 1, 4], 1).await, [None, b], "as much as is asked for");
+    retained.stop(Instant::now() + DEADLINE).await;
+    // As a file of the first format has it.
+    let connection = Connection::open(dir.path().join(RETAINED_FILE_NAME)).expect("opens");
+    connection.execute_batch("DROP INDEX messages_offset; PRAGMA user_version = 1").expect("runs");
+    drop((connection, retained));
+    drop(start(dir.path(), &log));
+    let connection = Connection::open(dir.path().join(RETAINED_FILE_NAME)).expect("opens");
+    let plan = format!("EXPLAIN QUERY PLAN {}", table::SELECT_RETAINED_AT);
+    let plan: String = connection.query_row(&plan, ["", ""], |row| row.get(3)).expect("a plan");
+    assert!(plan.contains("messages_offset (offset=?)"), "{plan}");
 }
 
 proptest! {

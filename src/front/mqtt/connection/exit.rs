@@ -103,14 +103,23 @@ impl MqttConnection<'_> {
         }
     }
 
-    /// The DISCONNECT that the client has sent, although the connection ends for another reason: it lies behind
-    /// what was not taken in.
+    /// The DISCONNECT that the client has sent, although the connection ends for another reason: it was read when that came
+    /// up, or lies behind what was not taken in.
     pub(super) fn find_goodbye(&mut self, stop: &StopReason) -> Option<DisconnectPacket> {
-        match stop {
-            // The client has broken a rule before, or the key is dead, and the will with it.
-            StopReason::End(InboundEnd::Goodbye(_) | InboundEnd::Violation(_) | InboundEnd::Refused(_))
-            | StopReason::Close(CloseReason::KeyDead) => return None,
-            _ => {}
+        if matches!(stop, StopReason::Close(CloseReason::KeyDead)) {
+            // The will is dead with the key.
+            return None;
+        }
+        let read = self.ended.take();
+        let stopped_by = if let StopReason::End(end) = stop { Some(end) } else { None };
+        for end in stopped_by.into_iter().chain(&read) {
+            match end {
+                InboundEnd::Goodbye(goodbye) => return Some(*goodbye),
+                // What breaks a rule, or may never be taken, is in front of the goodbye.
+                InboundEnd::Violation(_) => return None,
+                InboundEnd::Refused(refusal) if !refusal.is_transient() => return None,
+                InboundEnd::Refused(_) | InboundEnd::Lost => {}
+            }
         }
         let mut bytes_left = MQTT_EXIT_BYTES_MAX;
         let Self { stream, inbound, .. } = self;

@@ -1,12 +1,14 @@
 //! The messages that were in flight when the last connection ended: read from the log again, and sent with
 //! the packet identifiers that they had. Retained messages may have left the log since: they are looked for among those
-//! that are retained now.
+//! that are retained now, by their offsets, whatever the session subscribes to by now.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::VecDeque;
 use std::future::Future;
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
+use std::time::Duration;
 
+use tokio::time::Instant;
 use tracing::debug;
 
 use super::super::delivery::Delivery;
@@ -16,13 +18,25 @@ use super::{Outbound, OutboundError};
 use crate::consume::subscriber::feed::fetch_in_turn;
 use crate::consume::subscriber::retained::{RetainedError, RetainedMessage, RetainedStore};
 use crate::consume::subscriber::sessions::FlightOrigin;
-use crate::filter::TopicFilter;
-use crate::limits::{BATCH_BYTES_MAX, REFETCH_BYTES, REFETCH_RECORDS, RETAINED_PAGE_BYTES};
+use crate::limits::{BATCH_BYTES_MAX, REFETCH_BYTES, REFETCH_RECORDS};
 use crate::log::{Batch, RecordPlace};
 use crate::message::{DatasourceId, Offset, RecordRef};
 
-/// Reads messages in flight again: the first ones, in their order. `None` for one that is nowhere any more.
-type RefetchTask = Pin<Box<dyn Future<Output = Result<Vec<Option<FoundMessage>>, OutboundError>> + Send>>;
+/// How long a session waits for retained messages that cannot be read now, before they are given up.
+const RETAINED_REFETCH_TIME_MAX: Duration = Duration::from_secs(30);
+/// The pause before they are asked for again.
+const RETAINED_REFETCH_PAUSE: Duration = Duration::from_secs(1);
+
+/// Reads messages in flight again.
+type RefetchTask = Pin<Box<dyn Future<Output = Result<Refetch, OutboundError>> + Send>>;
+
+/// The first of the messages that were asked for.
+struct Refetch {
+    /// In their order. `None` for one that is nowhere any more.
+    found: Vec<Option<FoundMessage>>,
+    /// It ends in front of a retained message that could not be read.
+    has_failed: bool,
+}
 
 /// A message that was found again.
 enum FoundMessage {
@@ -34,13 +48,15 @@ enum FoundMessage {
 pub(super) struct PendingResend {
     flights: VecDeque<(u16, MqttFlight)>,
     fetching: Option<RefetchTask>,
+    /// Since when the first of them, a retained message, cannot be read.
+    failing_since: Option<Instant>,
 }
 
 impl PendingResend {
     /// The messages in flight of a session; `None` if there are none.
     pub(super) fn of_session(session: &MqttSession) -> Option<Self> {
         let flights: VecDeque<_> = session.flights.all_sent().into();
-        (!flights.is_empty()).then_some(Self { flights, fetching: None })
+        (!flights.is_empty()).then_some(Self { flights, fetching: None, failing_since: None })
     }
 }
 
@@ -61,7 +77,9 @@ impl Outbound {
         let Some(fetching) = &mut resending.fetching else { return self.begin_fetching() };
         let found = ready!(fetching.as_mut().poll(cx));
         resending.fetching = None;
-        let found = found?;
+        let Refetch { found, has_failed } = found?;
+        resending.failing_since = has_failed
+            .then(|| resending.failing_since.filter(|_| found.is_empty()).unwrap_or_else(Instant::now));
         let again: Vec<_> = resending.flights.drain(..found.len()).zip(found).collect();
         let mut gone = 0;
         for ((packet_id, flight), found) in again {
@@ -115,24 +133,22 @@ impl Outbound {
         let wanted: Vec<MqttFlight> =
             resending.flights.iter().take(room).map(|(_, flight)| *flight).collect();
         let offsets: Vec<Offset> = wanted.iter().map(|flight| flight.offset).collect();
-        let filters =
-            session.subscriptions.iter().flatten().filter_map(|s| SubscriptionFilter::parse(&s.filter));
+        let failing_since = resending.failing_since;
         let search = RetainedSearch {
             store: self.subscribers.retained.clone(),
             datasource: (!self.datasource.is_all()).then(|| self.datasource.clone()),
-            filters: match wanted.iter().any(|flight| flight.origin == FlightOrigin::Retained) {
-                true => filters.filter(|wanted| wanted.group.is_none()).map(|wanted| wanted.filter).collect(),
-                false => Vec::new(),
-            },
+            is_last_try: failing_since.is_some_and(|since| since.elapsed() >= RETAINED_REFETCH_TIME_MAX),
         };
         let fetching = fetch_in_turn(self.feed.mailbox().share(), &self.subscribers.log, offsets);
         resending.fetching = Some(Box::pin(async move {
+            if failing_since.is_some() {
+                tokio::time::sleep(RETAINED_REFETCH_PAUSE).await;
+            }
             let logged = |found: Option<(Batch, RecordPlace)>| {
                 found.map(|(batch, place)| FoundMessage::Logged(batch, place))
             };
-            let mut found = fetching.await?.into_iter().map(logged).collect();
-            search.find(&wanted, &mut found).await?;
-            Ok(found)
+            let found = fetching.await?.into_iter().map(logged).collect();
+            Ok(search.find(&wanted, found).await?)
         }));
         Poll::Ready(Ok(()))
     }
@@ -175,73 +191,44 @@ struct RetainedSearch {
     store: RetainedStore,
     /// `None` for a key of all datasources.
     datasource: Option<DatasourceId>,
-    /// The filters that they may have come by.
-    filters: Vec<TopicFilter>,
+    /// What cannot be read now is given up.
+    is_last_try: bool,
 }
 
 impl RetainedSearch {
     /// Adds what is retained still of the `wanted` messages that are not among `found`. Cuts `found` behind the first of
-    /// them that take about [`REFETCH_BYTES`].
+    /// them that take about [`REFETCH_BYTES`], or in front of the first one if they cannot be read now.
     ///
     /// # Errors
-    /// [`RetainedError::Closed`]. Where the messages cannot be read for another reason, none are added.
+    /// [`RetainedError::Closed`].
     async fn find(
         self,
         wanted: &[MqttFlight],
-        found: &mut Vec<Option<FoundMessage>>,
-    ) -> Result<(), RetainedError> {
-        let mut missing: HashMap<Offset, Vec<usize>> = HashMap::new();
-        for (at, flight) in wanted.iter().enumerate().take(found.len()) {
-            if found[at].is_none() && flight.origin == FlightOrigin::Retained {
-                missing.entry(flight.offset).or_default().push(at);
+        mut found: Vec<Option<FoundMessage>>,
+    ) -> Result<Refetch, RetainedError> {
+        let is_missing = |at: &usize| found[*at].is_none() && wanted[*at].origin == FlightOrigin::Retained;
+        let missing: Vec<usize> = (0..found.len()).filter(is_missing).collect();
+        let Some(first) = missing.first() else { return Ok(Refetch { found, has_failed: false }) };
+        let offsets = missing.iter().map(|at| wanted[*at].offset).collect();
+        match self.store.messages_at(self.datasource.as_ref(), offsets, REFETCH_BYTES).await {
+            Ok(messages) => {
+                if let Some(cut) = missing.get(messages.len()) {
+                    found.truncate(*cut);
+                }
+                for (at, message) in missing.into_iter().zip(messages) {
+                    found[at] = message.map(|message| FoundMessage::Retained(Box::new(message)));
+                }
+                Ok(Refetch { found, has_failed: false })
+            }
+            Err(RetainedError::Closed) => Err(RetainedError::Closed),
+            Err(error) => {
+                let is_last_try = self.is_last_try;
+                debug!(%error, is_last_try, "retained messages in flight cannot be read again now");
+                if !is_last_try {
+                    found.truncate(*first);
+                }
+                Ok(Refetch { found, has_failed: !is_last_try })
             }
         }
-        let Some(newest) = missing.keys().max().copied() else { return Ok(()) };
-        for filter in &self.filters {
-            let mut after = None;
-            loop {
-                let (store, datasource) = (&self.store, self.datasource.as_ref());
-                let page = store.page(datasource, filter, newest + 1, after, RETAINED_PAGE_BYTES).await;
-                let page = match page {
-                    Ok(page) => page,
-                    Err(RetainedError::Closed) => return Err(RetainedError::Closed),
-                    Err(error) => {
-                        debug!(%error, "retained messages in flight cannot be read again");
-                        return Ok(());
-                    }
-                };
-                for message in page.messages {
-                    for at in missing.remove(&message.offset).into_iter().flatten() {
-                        // Those behind a cut are asked for again.
-                        if let Some(place) = found.get_mut(at) {
-                            *place = Some(FoundMessage::Retained(Box::new(message.clone())));
-                        }
-                    }
-                }
-                cut_retained(found);
-                missing.retain(|_, places| places[0] < found.len());
-                if missing.is_empty() {
-                    return Ok(());
-                }
-                after = page.next;
-                if after.is_none() {
-                    break;
-                }
-            }
-        }
-        Ok(())
     }
-}
-
-/// Cuts what was found behind the first retained messages that take about [`REFETCH_BYTES`].
-fn cut_retained(found: &mut Vec<Option<FoundMessage>>) {
-    let mut bytes = 0;
-    let over = found.iter().position(|found| {
-        let is_over = bytes >= REFETCH_BYTES;
-        if let Some(FoundMessage::Retained(message)) = found {
-            bytes += message.payload.len();
-        }
-        is_over
-    });
-    found.truncate(over.unwrap_or(found.len()));
 }

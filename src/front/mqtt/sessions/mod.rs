@@ -246,7 +246,7 @@ impl Sessions {
     /// Lets a client in, whose key has this scope: ends its earlier connection, and finds or makes its session. With `clean` an
     /// existing session ends. A client that `is_new` has an identifier that nobody had before, so no
     /// session is looked for. `may_enter` is asked when an earlier connection has left and no longer counts; if it refuses, the
-    /// client stays away as it is.
+    /// client stays away as it is. [`EnterError::TooMany`] is found out later: `clean` has ended the earlier session then.
     ///
     /// # Errors
     /// [`EnterError`].
@@ -279,7 +279,11 @@ impl Sessions {
                     None if !entry.is_turn_of(place.as_ref()) => {
                         Some(self.wait_in_queue(&key, entry, &mut place))
                     }
-                    None if !is_asked => None,
+                    None if !is_asked => {
+                        // Who comes meanwhile waits behind it, and does not enter first.
+                        drop(self.wait_in_queue(&key, entry, &mut place));
+                        None
+                    }
                     None => {
                         if entry.leave_queue(place.as_mut()) {
                             // Another one has come after it: this one only says what its client has sent.
@@ -552,8 +556,10 @@ impl Sessions {
         (has_moved || !changes.is_empty()).then(|| store.write(changes))
     }
 
-    /// Closes every connection, including those that come later.
+    /// Closes every connection, including those that come later. A will that is refused from now on is left to the next
+    /// run.
     pub(super) fn drain(&self) {
+        self.refused_wills.close();
         let mut clients = self.lock_clients();
         clients.draining = true;
         let connected = clients.entries.values().filter_map(|entry| entry.connected.as_ref());
@@ -574,7 +580,6 @@ impl Sessions {
                 false => self.spawn_will(will),
             }
         }
-        self.refused_wills.close();
         self.wills.close();
         self.wills.wait().await;
         if let Some(written) = self.write_cursors() {

@@ -1,6 +1,6 @@
-//! The queue of a client's connections: those that wait for an earlier one to leave enter in the order in which they
-//! came. A client that connects again before it was answered is that of its latest connection, whichever task runs
-//! first.
+//! The queue of a client's connections: those that wait for an earlier one to leave, or are asked whether they may enter,
+//! enter in the order in which they came. A client that connects again before it was answered is that of its latest
+//! connection, whichever task runs first.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -58,7 +58,12 @@ impl ClientEntry {
         let ticket = place.and_then(|place| place.ticket.take());
         let Some(queue) = &mut self.queue else { return false };
         queue.tickets.retain(|waiting| Some(*waiting) != ticket);
-        !queue.tickets.is_empty()
+        if queue.tickets.is_empty() {
+            // A connected client holds no queue. Who waits without a place looks again.
+            queue.moved.notify_waiters();
+            self.queue = None;
+        }
+        self.queue.is_some()
     }
 
     /// Resolves when the entry has changed.
