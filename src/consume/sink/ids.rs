@@ -1,6 +1,8 @@
 //! A cache of the row ids of datasources, topics and origins in `records.db`, so that a record costs a
 //! few look-ups in memory and no statement.
 
+use std::cmp::Reverse;
+
 use hashbrown::HashMap;
 use rusqlite::types::FromSqlError;
 use rusqlite::{Connection, params};
@@ -106,14 +108,19 @@ impl RememberedIds {
         std::mem::take(&mut self.open_chunks)
     }
 
-    /// Remembers that. Beyond what is remembered of anything, those of the datasource that has the most topics give way:
-    /// whoever invents topics closes no chunk of another one.
+    /// Remembers that. Beyond what is remembered of anything, those of the datasources that have the most topics give way,
+    /// one after the other until the rest fits: whoever invents topics closes no chunk of another one.
     pub(super) fn keep_open_chunks(&mut self, mut open_chunks: OpenChunks) {
-        if open_chunks.len() > OPEN_CHUNKS_MAX
-            && let Some(largest) = self.datasources.values().max_by_key(|known| known.topics.len())
-        {
-            for topic in largest.topics.values() {
-                open_chunks.remove(topic);
+        if open_chunks.len() > OPEN_CHUNKS_MAX {
+            let mut largest: Vec<&RememberedDatasource> = self.datasources.values().collect();
+            largest.sort_unstable_by_key(|known| Reverse(known.topics.len()));
+            for known in largest {
+                for topic in known.topics.values() {
+                    open_chunks.remove(topic);
+                }
+                if open_chunks.len() <= OPEN_CHUNKS_MAX {
+                    break;
+                }
             }
         }
         if open_chunks.len() <= OPEN_CHUNKS_MAX {
@@ -256,5 +263,12 @@ mod tests {
         let mut left: Vec<i64> = ids.take_open_chunks().into_keys().collect();
         left.sort_unstable();
         assert_eq!(left, (0..10).collect::<Vec<i64>>());
+        // Where those of one are not enough, the next largest follows.
+        ids.datasources.insert("press-6".into(), remembered(3, count + 1..2 * count));
+        ids.datasources.insert("press-7".into(), remembered(4, 2 * count..3 * count - 2));
+        ids.keep_open_chunks((0..3 * count - 2).map(|topic| (topic, open)).collect());
+        let mut left: Vec<i64> = ids.take_open_chunks().into_keys().collect();
+        left.sort_unstable();
+        assert_eq!(left, (0..10).chain(2 * count..3 * count - 2).collect::<Vec<i64>>());
     }
 }
