@@ -1,5 +1,5 @@
-//! A cache of the row ids of datasources, topics, origins and sets of keys in PostgreSQL, so that a record costs a few look-ups in
-//! memory and no question to the server.
+//! A cache of the row ids of datasources, topics, origins and sets of keys in PostgreSQL, so that a record costs a few
+//! look-ups in memory and no question to the server.
 
 use std::borrow::Cow;
 use std::collections::{HashMap, HashSet};
