@@ -404,6 +404,82 @@ fn ids_have_room_beyond_those_of_an_int_whose_end_is_told() {
     assert_eq!(server.sql(may_read), ["1"]);
 }
 
+/// Run by another role than the gateway's the views became that one's, and the gateway could neither read nor change them.
+#[test]
+fn widening_ids_leaves_the_views_to_whom_they_belong() {
+    const WIDE_IDS: &str = include_str!("../../src/consume/sink/postgres/wide_ids.sql");
+    let (dir, server) = (scratch(), PostgresServer::start());
+    server.sql("CREATE ROLE gate LOGIN PASSWORD 'of the gate'; GRANT CREATE ON DATABASE postgres TO gate");
+    let setup = Setup::embedded_on(dir.path())
+        .set("storage.sinks", "postgres")
+        .set("storage.postgres.url", format!("postgres://gate@127.0.0.1:{}/postgres", server.port))
+        .set("storage.postgres.password", "of the gate");
+    let gateway = setup.start();
+    let source = gateway.create("press-4");
+    send(&gateway, &source, "a", br#"{"t": 1}"#);
+    gateway.settle();
+    gateway.stop();
+    server.sql(
+        "CREATE ROLE analyst; GRANT SELECT ON records TO analyst WITH GRANT OPTION; GRANT SELECT (topic) ON latest TO PUBLIC;
+         ALTER VIEW samples SET (security_barrier = true)",
+    );
+    let views = || {
+        server.sql(
+            "SELECT relname, pg_get_userbyid(relowner), relacl, reloptions,
+                 (SELECT string_agg(attname || attacl::text, ' ') FROM pg_attribute WHERE attrelid = c.oid)
+             FROM pg_class c WHERE relkind = 'v' AND relnamespace = 'headgate'::regnamespace ORDER BY relname",
+        )
+    };
+    let before = views();
+    assert_eq!(before.len(), 4, "{before:?}");
+    // By a superuser.
+    server.sql(&WIDE_IDS.replace("TYPE bigint", "TYPE int"));
+    assert_eq!(views(), before);
+    server.sql(WIDE_IDS);
+    assert_eq!(views(), before);
+    assert_eq!(server.sql("SET ROLE gate; SELECT topic FROM records"), ["a"]);
+    let gateway = setup.start();
+    send(&gateway, &source, "b", br#"{"t": 2}"#);
+    gateway.settle();
+    assert_eq!(gateway.records("press-4").len(), 2);
+}
+
+/// The rows of a hypertable are in other tables, which were not counted: a start wrote all of them anew under a lock.
+#[test]
+fn ids_stay_as_they_are_where_rows_are_in_other_tables() {
+    const WIDE_IDS: &str = include_str!("../../src/consume/sink/postgres/wide_ids.sql");
+    let (dir, server) = (scratch(), PostgresServer::start());
+    let setup = server.stored_into(Setup::embedded_on(dir.path()).set("storage.sinks", "postgres"));
+    let gateway = setup.start();
+    let source = gateway.create("press-4");
+    send(&gateway, &source, "a", br#"{"t": 1}"#);
+    gateway.settle();
+    gateway.stop();
+    server.sql("CREATE TABLE public.chunk () INHERITS (sample_rows)");
+    for (change, is_wide) in [("SELECT", false), ("DROP TABLE public.chunk", true)] {
+        // As format 3 has them.
+        server.sql(&WIDE_IDS.replace("TYPE bigint", "TYPE int"));
+        server.sql(
+            "DROP INDEX quarantined_topic;
+             ALTER TABLE origins DROP COLUMN datasource_id, DROP COLUMN used_below, ADD UNIQUE (key_id, transport, content_type);
+             UPDATE headgate_format SET version = 3",
+        );
+        server.sql(change);
+        let gateway = setup.start();
+        wait_for("the tables to be brought up to date", || {
+            (server.sql("SELECT version FROM headgate_format") == ["4"]).then_some(())
+        });
+        gateway.stop();
+        for table in ["entries", "sample_rows"] {
+            let kind = format!(
+                "SELECT format_type(atttypid, NULL) FROM pg_attribute
+                 WHERE attrelid = 'headgate.{table}'::regclass AND attname = 'topic_id'"
+            );
+            assert_eq!(server.sql(&kind), [if is_wide { "bigint" } else { "integer" }], "{table}");
+        }
+    }
+}
+
 #[test]
 fn leak_surgery_its_undo_deletion_and_purge_reach_it() {
     let (dir, server) = (scratch(), PostgresServer::start());

@@ -76,6 +76,15 @@ impl SqliteSink {
         Ok(offset_from_sql(missing.map_err(|error| self.database_error(&error))?))
     }
 
+    /// Forgets marks below `first`, where the log begins: it ends nowhere before, so that nothing is asked of them.
+    ///
+    /// # Errors
+    /// [`SinkError::Database`].
+    pub fn forget_marks_below(&self, first: Offset) -> Result<(), SinkError> {
+        let forgotten = self.connection().execute("DELETE FROM marks WHERE offset < ?1", [sql_offset(first)]);
+        forgotten.map(drop).map_err(|error| self.database_error(&error))
+    }
+
     /// Moves the records from `end` on into a database of their own, in tables `records` and `quarantine` with
     /// the columns of the views of that name, and the cursor back to `end`. Everything is on the disk
     /// afterwards; a crash in between leaves them in both.

@@ -1,14 +1,17 @@
 //! A cache of the row ids of datasources, topics and origins in `records.db`, so that a record costs a
 //! few look-ups in memory and no statement.
 
+use std::cmp::Reverse;
+
 use hashbrown::HashMap;
 use rusqlite::types::FromSqlError;
 use rusqlite::{Connection, params};
 
 use super::incarnations;
+use super::origins::{OriginUses, RememberedOrigin};
 use super::samples::OpenChunks;
 use super::schema::sql_offset;
-use crate::limits::{ORIGIN_USE_OFFSETS, REMEMBERED_NAME_BYTES, REMEMBERED_NAMES_BYTES_MAX};
+use crate::limits::{REMEMBERED_NAME_BYTES, REMEMBERED_NAMES_BYTES_MAX};
 use crate::message::{DatasourceId, Incarnation, KeyId, Offset, RecordRef, Transport};
 
 /// Open chunks that are remembered from one transaction to the next.
@@ -36,20 +39,13 @@ impl RememberedDatasource {
     }
 }
 
-/// An origin.
-struct RememberedOrigin {
-    id: i64,
-    /// All records that the database knows it of are below.
-    used_below: i64,
-}
-
 /// The remembered row ids.
 #[derive(Default)]
 pub(super) struct RememberedIds {
     datasources: HashMap<Box<str>, RememberedDatasource>,
     remembered_bytes: usize,
-    /// What is noted with the origins that the present transaction uses.
-    used_below: i64,
+    /// The origins that the present transaction uses.
+    origin_uses: OriginUses,
     /// Where the samples of remembered topics go.
     open_chunks: OpenChunks,
 }
@@ -58,13 +54,26 @@ impl RememberedIds {
     /// Forgets everything. Call this when a transaction that may have inserted names was not committed:
     /// their ids do not exist.
     pub(super) fn clear(&mut self) {
-        *self = Self { used_below: self.used_below, ..Self::default() };
+        // Within a transaction, what it has used so far is still to be noted.
+        *self = Self { origin_uses: std::mem::take(&mut self.origin_uses), ..Self::default() };
     }
 
-    /// Begins a transaction of records below `next`. What it uses is noted as used somewhat further on, so that small ones
-    /// note it seldom.
+    /// Begins a transaction of records below `next`.
     pub(super) fn begin_transaction(&mut self, next: Offset) {
-        self.used_below = sql_offset(next.next_multiple_of(ORIGIN_USE_OFFSETS));
+        self.origin_uses.begin_transaction(next);
+    }
+
+    /// Notes the origins that the present transaction uses, at its end.
+    ///
+    /// # Errors
+    /// The database's.
+    pub(super) fn note_origins(&mut self, connection: &Connection) -> rusqlite::Result<()> {
+        let mut update =
+            connection.prepare_cached("UPDATE origins SET used_below = max(used_below, ?2) WHERE id = ?1")?;
+        for origin in self.origin_uses.take_unnoted() {
+            update.execute([origin, self.origin_uses.known_below])?;
+        }
+        Ok(())
     }
 
     /// Forgets topics of a datasource that are no longer there, as their row ids are given anew. Those of others stay.
@@ -99,14 +108,19 @@ impl RememberedIds {
         std::mem::take(&mut self.open_chunks)
     }
 
-    /// Remembers that. Beyond what is remembered of anything, those of the datasource that has the most topics give way:
-    /// whoever invents topics closes no chunk of another one.
+    /// Remembers that. Beyond what is remembered of anything, those of the datasources that have the most topics give way,
+    /// one after the other until the rest fits: whoever invents topics closes no chunk of another one.
     pub(super) fn keep_open_chunks(&mut self, mut open_chunks: OpenChunks) {
-        if open_chunks.len() > OPEN_CHUNKS_MAX
-            && let Some(largest) = self.datasources.values().max_by_key(|known| known.topics.len())
-        {
-            for topic in largest.topics.values() {
-                open_chunks.remove(topic);
+        if open_chunks.len() > OPEN_CHUNKS_MAX {
+            let mut largest: Vec<&RememberedDatasource> = self.datasources.values().collect();
+            largest.sort_unstable_by_key(|known| Reverse(known.topics.len()));
+            for known in largest {
+                for topic in known.topics.values() {
+                    open_chunks.remove(topic);
+                }
+                if open_chunks.len() <= OPEN_CHUNKS_MAX {
+                    break;
+                }
             }
         }
         if open_chunks.len() <= OPEN_CHUNKS_MAX {
@@ -132,13 +146,12 @@ impl RememberedIds {
         }
     }
 
-    fn find_remembered(&self, record: &RecordRef<'_>, name: &str) -> Option<RowIds> {
-        let datasource = self.datasources.get(name)?;
+    fn find_remembered(&mut self, record: &RecordRef<'_>, name: &str) -> Option<RowIds> {
+        let datasource = self.datasources.get_mut(name)?;
         let topic = *datasource.topics.get(record.topic)?;
-        let origins = datasource.origins.get(&(record.key_id, record.transport))?;
-        let origin = origins.get(record.content_type)?;
-        let is_noted = sql_offset(record.offset) < origin.used_below;
-        is_noted.then_some(RowIds { datasource: datasource.id, topic, origin: origin.id })
+        let origins = datasource.origins.get_mut(&(record.key_id, record.transport))?;
+        let origin = self.origin_uses.use_at(record.offset, origins.get_mut(record.content_type)?);
+        Some(RowIds { datasource: datasource.id, topic, origin })
     }
 
     #[cold]
@@ -171,14 +184,18 @@ impl RememberedIds {
                 topic
             }
         };
-        let origin = origin_of(connection, record, known.id, self.used_below)?;
-        let ids = RowIds { datasource: known.id, topic, origin: origin.id };
         let origins = known.origins.entry((record.key_id, record.transport)).or_default();
-        if origins.insert(record.content_type.into(), origin).is_none() {
-            new_bytes += REMEMBERED_NAME_BYTES + record.content_type.len();
-        }
+        let origin = match origins.get_mut(record.content_type) {
+            Some(origin) => self.origin_uses.use_at(record.offset, origin),
+            None => {
+                let origin = origin_of(connection, record, known.id, &self.origin_uses)?;
+                origins.insert(record.content_type.into(), origin);
+                new_bytes += REMEMBERED_NAME_BYTES + record.content_type.len();
+                origin.id
+            }
+        };
         self.remembered_bytes += new_bytes;
-        Ok(ids)
+        Ok(RowIds { datasource: known.id, topic, origin })
     }
 }
 
@@ -194,24 +211,30 @@ fn topic_id(connection: &Connection, record: &RecordRef<'_>, datasource: i64) ->
         .query_row(params![datasource, record.topic], |row| row.get(0))
 }
 
-/// The origin of a record in a datasource, noted as used below an offset.
+/// The origin of a record in a datasource, noted as used.
 fn origin_of(
     connection: &Connection,
     record: &RecordRef<'_>,
     datasource: i64,
-    used_below: i64,
+    uses: &OriginUses,
 ) -> rusqlite::Result<RememberedOrigin> {
-    let used_below = used_below.max(sql_offset(record.offset).saturating_add(1));
     let key_id = record.key_id.to_string();
     connection
         .prepare_cached(
             "INSERT INTO origins (key_id, transport, content_type, datasource_id, used_below) VALUES (?1, ?2, ?3, ?4, ?5)
              ON CONFLICT (key_id, transport, content_type, datasource_id)
-                 DO UPDATE SET used_below = max(used_below, excluded.used_below)
+                 DO UPDATE SET used_below = max(used_below, ?6)
              RETURNING id, used_below",
         )?
         .query_row(
-            params![key_id, record.transport.as_str(), record.content_type, datasource, used_below],
+            params![
+                key_id,
+                record.transport.as_str(),
+                record.content_type,
+                datasource,
+                uses.new_below,
+                uses.known_below
+            ],
             |row| Ok(RememberedOrigin { id: row.get(0)?, used_below: row.get(1)? }),
         )
 }
@@ -240,5 +263,12 @@ mod tests {
         let mut left: Vec<i64> = ids.take_open_chunks().into_keys().collect();
         left.sort_unstable();
         assert_eq!(left, (0..10).collect::<Vec<i64>>());
+        // Where those of one are not enough, the next largest follows.
+        ids.datasources.insert("press-6".into(), remembered(3, count + 1..3 * count));
+        ids.datasources.insert("press-7".into(), remembered(4, 3 * count..4 * count + 5));
+        ids.keep_open_chunks((1..4 * count + 5).map(|topic| (topic, open)).collect());
+        let mut left: Vec<i64> = ids.take_open_chunks().into_keys().collect();
+        left.sort_unstable();
+        assert_eq!(left, (1..count + 1).collect::<Vec<i64>>());
     }
 }

@@ -13,6 +13,7 @@ mod insert;
 pub(in crate::consume) mod lake;
 pub(in crate::consume) mod latest_board;
 mod newest;
+mod origins;
 mod payloads;
 pub(in crate::consume) mod postgres;
 pub mod quarantined;

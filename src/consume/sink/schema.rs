@@ -3,7 +3,8 @@
 //! Four views are for reading, even while the gateway runs:
 //!
 //! - `records`: `offset`, `datasource`, `topic`, `payload`, `content_type`, `key_id`, `transport`,
-//!   `received_at`, `received_us`, and `event_at`, `event_us`: when it was measured, NULL if nobody says so. A payload is TEXT when it is UTF-8 without a NUL, else BLOB.
+//!   `received_at`, `received_us`, and `event_at`, `event_us`: when it was measured, NULL if nobody says so. A payload is
+//!   TEXT when it is UTF-8 without a NUL, else BLOB.
 //! - `latest`: `datasource`, `topic`, `key`, `value`, `offset`, `received_at`, `received_us`: the
 //!   newest value of each top-level key of a topic's JSON objects, and under the key `''` of its
 //!   other payloads.
@@ -322,8 +323,7 @@ const ADD_RETENTION: &str = "
 ";
 
 /// Turns format 5 into format 6.
-const BOUND_NAMES: &str = concat!(
-    "
+const BOUND_NAMES: &str = "
     -- Says whether quarantine has anything of a topic.
     CREATE INDEX quarantined_topic ON quarantined (topic_id);
 
@@ -338,9 +338,10 @@ const BOUND_NAMES: &str = concat!(
         AND NOT EXISTS (SELECT 1 FROM quarantined q WHERE q.topic_id = t.id);
 
     -- Whose records have an origin: NULL where that is not known, or not one datasource's. All of them are below used_below.
-    DROP VIEW records;
-    DROP VIEW quarantine;
-    CREATE TABLE used_origins (
+    -- No table is renamed: that fails where somebody has a view of their own on records or quarantine.
+    CREATE TABLE earlier_origins AS SELECT id, key_id, transport, content_type FROM origins;
+    DROP TABLE origins;
+    CREATE TABLE origins (
         id            INTEGER PRIMARY KEY,
         key_id        TEXT NOT NULL,
         transport     TEXT NOT NULL,
@@ -349,36 +350,10 @@ const BOUND_NAMES: &str = concat!(
         used_below    INTEGER NOT NULL,
         UNIQUE (key_id, transport, content_type, datasource_id)
     );
-    INSERT INTO used_origins (id, key_id, transport, content_type, used_below)
-    SELECT id, key_id, transport, content_type, (SELECT next_offset FROM cursor) FROM origins;
-    DROP TABLE origins;
-    ALTER TABLE used_origins RENAME TO origins;
+    INSERT INTO origins (id, key_id, transport, content_type, used_below)
+    SELECT id, key_id, transport, content_type, (SELECT next_offset FROM cursor) FROM earlier_origins;
+    DROP TABLE earlier_origins;
     CREATE INDEX origins_used ON origins (datasource_id, used_below);
-
-    CREATE VIEW records AS
-    SELECT e.offset, d.datasource, t.topic, e.payload, o.content_type, o.key_id, o.transport,
-        ",
-    rfc3339!("e.received_us"),
-    " AS received_at, e.received_us, ",
-    rfc3339_of_any!("e.event_us"),
-    " AS event_at, e.event_us
-    FROM entries e
-    LEFT JOIN datasources d ON d.id = e.datasource_id
-    LEFT JOIN topics t ON t.id = e.topic_id AND t.datasource_id = e.datasource_id
-    LEFT JOIN origins o ON o.id = e.origin_id;
-
-    CREATE VIEW quarantine AS
-    SELECT q.offset, d.datasource, t.topic, q.payload, o.content_type, o.key_id, o.transport,
-        ",
-    rfc3339!("q.received_us"),
-    " AS received_at, q.received_us, q.cause, q.keyword, q.pointer, q.detail, q.schema_version,
-        q.redriven_offset, ",
-    rfc3339_of_any!("q.event_us"),
-    " AS event_at, q.event_us
-    FROM quarantined q
-    LEFT JOIN datasources d ON d.id = q.datasource_id
-    LEFT JOIN topics t ON t.id = q.topic_id
-    LEFT JOIN origins o ON o.id = q.origin_id;
 
     -- Offsets of marks, which have no row.
     CREATE TABLE marks (
@@ -410,8 +385,7 @@ const BOUND_NAMES: &str = concat!(
         UPDATE datasources SET name_bytes = name_bytes - 2 * octet_length(OLD.content_type) - 64
         WHERE id = OLD.datasource_id;
     END;
-    "
-);
+";
 
 #[cfg(test)]
 mod tests {
@@ -474,6 +448,28 @@ mod tests {
         assert_eq!(list("SELECT used_below || '' FROM origins WHERE datasource_id IS NULL"), "9");
     }
 
+    /// To rename a table fails where a view reads what is not there at the moment: the gateway did not start any more.
+    #[test]
+    fn a_view_of_somebody_elses_is_in_no_migrations_way_and_stays() {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let path = dir.path().join("records.db");
+        of_format_5(
+            &path,
+            "INSERT INTO datasources (id, datasource) VALUES (1, 'press-4');
+             INSERT INTO topics VALUES (1, 1, 'a', 7);
+             INSERT INTO origins VALUES (1, '0a0a0a0a0a0a', 'mqtt', '');
+             INSERT INTO entries VALUES (7, 1, 1, 1, 0, 'x', NULL);
+             UPDATE cursor SET next_offset = 8;
+             CREATE VIEW mine AS SELECT r.topic, o.key_id FROM records r JOIN origins o USING (key_id);
+             CREATE VIEW refused AS SELECT count(*) AS count FROM quarantine;",
+        );
+        let connection = RECORDS_DATABASE.open(&path).expect("upgraded");
+        let text = |sql| connection.query_row(sql, [], |row| row.get::<_, String>(0)).expect("reads");
+        assert_eq!(text("SELECT topic || key_id FROM mine"), "a0a0a0a0a0a0a");
+        assert_eq!(text("SELECT count || '' FROM refused"), "0");
+        assert_eq!(text("SELECT count(*) || '' FROM sqlite_schema WHERE name = 'earlier_origins'"), "0");
+    }
+
     #[test]
     fn a_new_database_can_give_pages_back() {
         let dir = tempfile::tempdir().expect("temporary directory");
@@ -481,6 +477,7 @@ mod tests {
         let mode: i64 = connection.pragma_query_value(None, "auto_vacuum", |row| row.get(0)).expect("reads");
         assert_eq!(mode, 2, "incremental");
     }
+
     #[test]
     fn sql_finds_the_records_of_a_topic_by_their_event_times_with_an_index() {
         let dir = tempfile::tempdir().expect("temporary directory");

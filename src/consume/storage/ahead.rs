@@ -3,7 +3,8 @@
 //!
 //! A start does that by itself only if nothing acknowledged is in doubt: the log is the one that was stored from
 //! (the newest record that both have is the same), and storage has every record that the log lacks, up to
-//! its cursor, but for those that were removed or are not stored at all. Otherwise it is `headgate repair` that does it, so that somebody knows what is lost.
+//! its cursor, but for those that were removed or are not stored at all. Otherwise it is `headgate repair` that does it, so
+//! that somebody knows what is lost.
 
 use std::path::Path;
 
@@ -23,8 +24,8 @@ enum HistoryDoubt {
     OtherLog(String),
 }
 
-/// Sets aside what `sink` has from `log_end` on, the end that the log had at the start. Also returns what to tell the operator. With
-/// `is_ordered`, also if something acknowledged is in doubt: then all that is stored may be set aside.
+/// Sets aside what `sink` has from `log_end` on, the end that the log had at the start. Also returns what to tell the
+/// operator. With `is_ordered`, also if something acknowledged is in doubt: then all that is stored may be set aside.
 ///
 /// # Errors
 /// [`StorageError::LogBehind`] if it is in doubt; [`StorageError::Sink`].

@@ -189,6 +189,16 @@ async fn the_log_may_forget_what_is_stored_and_nothing_else() {
     assert!(log.first_offset() > 0, "segments have gone");
     assert_eq!(offsets(dir.path()), (0..160_000).collect::<Vec<_>>());
 
+    // Marks of what the log has no longer go at the next start.
+    storage.stop(Instant::now() + DEADLINE).await;
+    let by_hand = Connection::open(dir.path().join(RECORDS_FILE_NAME)).expect("opens");
+    by_hand.execute("INSERT INTO marks VALUES (0), (159999)", []).expect("written");
+    let storage = start(dir.path(), &log).expect("starts");
+    let marks: String =
+        by_hand.query_row("SELECT group_concat(offset) FROM marks", [], |row| row.get(0)).expect("reads");
+    assert_eq!(marks, "159999");
+    drop(by_hand);
+
     // Without its database storage cannot restore them: it continues with what the log has left.
     storage.stop(Instant::now() + DEADLINE).await;
     let empty = tempfile::tempdir().expect("temporary directory");

@@ -47,8 +47,8 @@ pub const STORED_RECORD_BYTES: u64 = 64;
 pub const STORED_NAME_BYTES: u64 = 64;
 /// ... So much of all of a datasource's is not counted: what records of a few hundred topics share.
 pub const STORED_NAMES_FREE_BYTES: u64 = 64 << 10;
-/// Offsets for which one use of an origin is noted: it goes when so many more are gone that it cannot have been used in.
-pub const ORIGIN_USE_OFFSETS: u64 = 4096;
+/// Offsets for which a second use of an origin is noted: it goes when so many more are gone that it cannot have been used in.
+pub const ORIGIN_USE_OFFSETS: u64 = 64 << 10;
 /// Origins without a datasource that are removed at a time.
 pub const PRUNE_ORIGINS_PER_TRANSACTION: i64 = 10_000;
 /// How often is looked at what is over the limits of what is stored, ...

@@ -1,5 +1,5 @@
-//! A cache of the row ids of datasources, topics, origins and sets of keys in PostgreSQL, so that a record costs a few look-ups in
-//! memory and no question to the server.
+//! A cache of the row ids of datasources, topics, origins and sets of keys in PostgreSQL, so that a record costs a few
+//! look-ups in memory and no question to the server.
 
 use std::borrow::Cow;
 use std::collections::{HashMap, HashSet};
@@ -7,11 +7,9 @@ use std::collections::{HashMap, HashSet};
 use headgate_bridge_postgres::{CopyRows, PostgresFault};
 
 use super::{PostgresError, PostgresSink};
+use crate::consume::sink::origins::{OriginUses, RememberedOrigin};
 use crate::consume::sink::quarantined::is_mark;
-use crate::consume::sink::schema::sql_offset;
-use crate::limits::{
-    ORIGIN_USE_OFFSETS, POSTGRES_KEY_SETS_PER_TOPIC_MAX, REMEMBERED_NAME_BYTES, REMEMBERED_NAMES_BYTES_MAX,
-};
+use crate::limits::{POSTGRES_KEY_SETS_PER_TOPIC_MAX, REMEMBERED_NAME_BYTES, REMEMBERED_NAMES_BYTES_MAX};
 use crate::message::{DatasourceId, Incarnation, KeyId, Offset, RecordRef, Transport};
 
 /// How far ahead in a transaction topics are learnt together with one that is not known.
@@ -37,21 +35,13 @@ struct RememberedDatasource {
     origins: HashMap<(KeyId, Transport), HashMap<Box<str>, RememberedOrigin>>,
 }
 
-/// An origin.
-#[derive(Clone, Copy)]
-struct RememberedOrigin {
-    id: i64,
-    /// All records that the database knows it of are below.
-    used_below: i64,
-}
-
 /// The remembered row ids.
 #[derive(Default)]
 pub(super) struct RememberedNames {
     /// By what `datasources` calls it.
     datasources: HashMap<Box<str>, RememberedDatasource>,
-    /// What is noted with the origins that the present transaction uses.
-    used_below: i64,
+    /// The origins that the present transaction uses.
+    origin_uses: OriginUses,
     /// By topic.
     key_sets: HashMap<(i64, KeySetDigest), i64>,
     /// The topics that have as many sets as they may. All of these are remembered.
@@ -102,10 +92,9 @@ impl RememberedNames {
         }
     }
 
-    /// Begins a transaction of records below `next`. What it uses is noted as used somewhat further on, so that small ones
-    /// note it seldom.
+    /// Begins a transaction of records below `next`.
     pub(super) fn begin_transaction(&mut self, next: Offset) {
-        self.used_below = sql_offset(next.next_multiple_of(ORIGIN_USE_OFFSETS));
+        self.origin_uses.begin_transaction(next);
     }
 
     /// Makes room for the names of a transaction, before it: it relies on what it has remembered.
@@ -115,18 +104,22 @@ impl RememberedNames {
         }
     }
 
-    fn find(&self, record: &RecordRef<'_>, name: &str) -> Option<RecordNameIds> {
-        let known = self.datasources.get(name)?;
+    fn find(&mut self, record: &RecordRef<'_>, name: &str) -> Option<RecordNameIds> {
+        let known = self.datasources.get_mut(name)?;
         let topic = *known.topics.get(record.topic)?;
-        Some(RecordNameIds { datasource: known.id, topic, origin: known.origin(record)? })
+        let origin = self.origin_uses.use_at(record.offset, known.origin_mut(record)?);
+        Some(RecordNameIds { datasource: known.id, topic, origin })
     }
 }
 
 impl RememberedDatasource {
-    /// The origin of a record, if it is noted that it has one so far on.
-    fn origin(&self, record: &RecordRef<'_>) -> Option<i64> {
-        let origin = self.origins.get(&(record.key_id, record.transport))?.get(record.content_type)?;
-        (sql_offset(record.offset) < origin.used_below).then_some(origin.id)
+    fn has_origin(&self, record: &RecordRef<'_>) -> bool {
+        let origins = self.origins.get(&(record.key_id, record.transport));
+        origins.is_some_and(|origins| origins.contains_key(record.content_type))
+    }
+
+    fn origin_mut(&mut self, record: &RecordRef<'_>) -> Option<&mut RememberedOrigin> {
+        self.origins.get_mut(&(record.key_id, record.transport))?.get_mut(record.content_type)
     }
 }
 
@@ -162,11 +155,25 @@ impl PostgresSink {
         self.learn_topics(datasource, name, record, ahead)?;
         let known = self.names.datasources.get(name);
         let topic = known.and_then(|known| known.topics.get(record.topic)).copied().unwrap_or_default();
-        let origin = match known.and_then(|known| known.origin(record)) {
-            Some(origin) => origin,
-            None => self.learn_origin(datasource, name, record, ahead)?,
-        };
-        Ok(RecordNameIds { datasource, topic, origin })
+        if !known.is_some_and(|known| known.has_origin(record)) {
+            self.learn_origin(datasource, name, record, ahead)?;
+        }
+        let names = &mut self.names;
+        let known = names.datasources.get_mut(name);
+        let origin = known.and_then(|known| known.origin_mut(record)).ok_or_else(no_id)?;
+        Ok(RecordNameIds { datasource, topic, origin: names.origin_uses.use_at(record.offset, origin) })
+    }
+
+    /// Notes the origins that the present transaction uses, at its end and all at once.
+    pub(super) fn note_origins(&mut self) -> Result<(), PostgresError> {
+        let unnoted = self.names.origin_uses.take_unnoted();
+        if !unnoted.is_empty() {
+            self.connection.execute(
+                "UPDATE origins SET used_below = $2::bigint WHERE id = ANY($1::bigint[]) AND used_below < $2::bigint",
+                &[&unnoted, &self.names.origin_uses.known_below],
+            )?;
+        }
+        Ok(())
     }
 
     /// Learns the topic of a record, unless it is known, and those of the records after it under the same key, which is of
@@ -225,21 +232,20 @@ impl PostgresSink {
 
     /// Learns the origin of a record, and those of the records after it under the same key over the same transport, and notes
     /// that this transaction uses them: media types are the senders' to choose, and one question for each record would hold
-    /// up everybody's.
+    /// up everybody's. Those that were there before are noted some way ahead, as they come again.
     fn learn_origin(
         &mut self,
         datasource: i32,
         name: &str,
         record: &RecordRef<'_>,
         ahead: &[RecordRef<'_>],
-    ) -> Result<i64, PostgresError> {
+    ) -> Result<(), PostgresError> {
         let names = &mut self.names;
-        let no_id = || PostgresFault::Io(std::io::Error::other("the server has given no id"));
         let known = names.datasources.get_mut(name).ok_or_else(no_id)?;
         let is_of_same = |next: &&RecordRef<'_>| {
             (next.key_id, next.transport, next.datasource)
                 == (record.key_id, record.transport, record.datasource)
-                && known.origin(next).is_none()
+                && !known.has_origin(next)
                 && !is_mark(next)
         };
         let ahead = ahead.iter().take(LEARNT_AHEAD_RECORDS).filter(is_of_same);
@@ -253,7 +259,7 @@ impl PostgresSink {
                  WHERE o.key_id = $1::text AND o.transport = $2::text AND o.content_type = w.content_type
                      AND o.datasource_id = $4::int RETURNING o.id, o.content_type, o.used_below),
              made AS (INSERT INTO origins (key_id, transport, content_type, datasource_id, used_below)
-                 SELECT $1::text, $2::text, w.content_type, $4::int, $5::bigint FROM wanted w
+                 SELECT $1::text, $2::text, w.content_type, $4::int, $6::bigint FROM wanted w
                  WHERE NOT EXISTS (SELECT FROM used u WHERE u.content_type = w.content_type)
                  RETURNING id, content_type, used_below)
              SELECT id::bigint, content_type, used_below, true FROM made
@@ -263,7 +269,8 @@ impl PostgresSink {
                 &record.transport.as_str(),
                 &texts,
                 &datasource,
-                &names.used_below.max(sql_offset(record.offset).saturating_add(1)),
+                &names.origin_uses.known_below,
+                &names.origin_uses.new_below,
             ],
         )?;
         let mut learnt: HashMap<&str, RememberedOrigin> = HashMap::new();
@@ -281,7 +288,7 @@ impl PostgresSink {
                 names.bytes += REMEMBERED_NAME_BYTES + content_type.len();
             }
         }
-        Ok(known.origin(record).ok_or_else(no_id)?)
+        Ok(())
     }
 
     /// The row id of a set of a topic's keys, if it is remembered.
@@ -382,6 +389,10 @@ impl PostgresSink {
     }
 }
 
+fn no_id() -> PostgresFault {
+    PostgresFault::Io(std::io::Error::other("the server has given no id"))
+}
+
 /// By what a set of keys is found: a digest of them in their order.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(super) struct KeySetDigest([u8; 32]);
@@ -403,5 +414,34 @@ pub(in crate::consume) fn text_of(text: &str) -> Cow<'_, str> {
     match text.contains('\0') {
         false => Cow::Borrowed(text),
         true => Cow::Owned(text.replace('\0', "\u{2400}")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::consume::testing::record;
+    use crate::limits::ORIGIN_USE_OFFSETS;
+
+    /// With as many devices of their own keys as offsets are noted ahead, each record was a question to the server.
+    #[test]
+    fn a_record_of_a_known_origin_costs_no_question_whatever_came_in_between() {
+        let first = record(0, "press-4", "a", b"");
+        let origin = RememberedOrigin { id: 7, used_below: 1 };
+        let known = RememberedDatasource {
+            id: 1,
+            topics: [("a".into(), 2)].into(),
+            origins: [((first.key_id, first.transport), [(first.content_type.into(), origin)].into())].into(),
+        };
+        let mut names = RememberedNames::default();
+        names.datasources.insert("press-4".into(), known);
+        let mut noted = 0;
+        for offset in [0, ORIGIN_USE_OFFSETS, ORIGIN_USE_OFFSETS + 1, 10 * ORIGIN_USE_OFFSETS] {
+            names.begin_transaction(offset + 1);
+            let ids = names.find(&record(offset, "press-4", "a", b""), "press-4").expect("known");
+            assert_eq!((ids.datasource, ids.topic, ids.origin), (1, 2, 7));
+            noted += names.origin_uses.take_unnoted().len();
+        }
+        assert_eq!(noted, 2);
     }
 }

@@ -133,6 +133,7 @@ impl PostgresSink {
         // What is wrong with a copy is why nothing else is done after it.
         copied?;
         added?;
+        self.note_origins()?;
         if scope.has_records() { self.write_facts(facts) } else { Ok(()) }
     }
 

@@ -88,16 +88,18 @@ fn migrate(connection: &PostgresConnection, schema: &str, json: &str) -> Result<
 }
 
 /// Makes ids bigint where that is soon done. Where it is not, or other views are in the way, there are still as many as an
-/// int has.
+/// int has. Where rows are in other tables (a hypertable's chunks, partitions), nothing says how long it would take.
 fn widen_ids(connection: &PostgresConnection, schema: &str) -> Result<(), PostgresFault> {
-    let bytes = connection.query_one(
-        "SELECT coalesce(sum(pg_total_relation_size(c.oid)), 0)::bigint FROM pg_class c
-         JOIN pg_namespace n ON n.oid = c.relnamespace WHERE n.nspname = $1 AND c.relkind = 'r'",
+    let tables = connection.query_one(
+        "SELECT coalesce(sum(pg_total_relation_size(c.oid)), 0)::bigint,
+             coalesce(bool_or(EXISTS (SELECT FROM pg_inherits i WHERE i.inhparent = c.oid)), false)
+         FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+         WHERE n.nspname = $1 AND c.relkind IN ('r', 'p')",
         &[&schema],
     )?;
-    let bytes: i64 = bytes.get(0);
-    if bytes > WIDENED_BYTES_MAX {
-        tracing::info!(bytes, "PostgreSQL: ids in tables of this size stay int (docs/operating.md)");
+    let (bytes, has_parts): (i64, bool) = (tables.get(0), tables.get(1));
+    if bytes > WIDENED_BYTES_MAX || has_parts {
+        tracing::info!(bytes, has_parts, "PostgreSQL: ids in these tables stay int (docs/operating.md)");
         return Ok(());
     }
     connection.run("SAVEPOINT narrow_ids")?;

@@ -1,12 +1,13 @@
 //! Retention of what is stored: the oldest records of a datasource are removed from `records.db`, whatever the log still
 //! has, once they are older than its limit, or take more than that.
 //!
-//! What names take, which senders invent, counts too: topics and origins (key, transport and media type of a record) go with the
-//! last record that has them. An origin is noted as used up to some offset, once in a transaction at most.
+//! What names take, which senders invent, counts too: topics and origins (key, transport and media type of a record) go with
+//! the last record that has them. Below which offset an origin is used is noted seldom ([`super::origins`]).
 //!
 //! Each transaction removes a bounded number, the oldest first, in quarantine or not. A topic of which nothing is left goes;
-//! one of which quarantine alone has something loses its newest values. What is removed stays known: `retention` says below which offset. The rules about leaked keys and
-//! incarnations are followed by what is left, and an incarnation that has ended is kept until it is purged.
+//! one of which quarantine alone has something loses its newest values. What is removed stays known: `retention` says below
+//! which offset. The rules about leaked keys and incarnations are followed by what is left, and an incarnation that has ended
+//! is kept until it is purged.
 //!
 //! How much a datasource with a limit in bytes takes is counted once, in steps, and then kept up to date in the
 //! transactions that store and remove; whatever else moves records makes it be counted anew.

@@ -8,7 +8,7 @@ use crate::consume::query::{PageBudget, RecordsReader};
 use crate::consume::sink::latest_board::LatestBoard;
 use crate::consume::sink::sqlite::RECORDS_FILE_NAME;
 use crate::consume::testing::{EPOCH, record};
-use crate::limits::{LATEST_TOPICS_MAX, ORIGIN_USE_OFFSETS};
+use crate::limits::LATEST_TOPICS_MAX;
 use crate::log::{IncarnationStep, RecordNote, WithheldChange, WithheldRules};
 use crate::message::{KeyId, RecordFlags, RecordRef};
 
@@ -209,8 +209,7 @@ fn an_origin_goes_with_the_last_record_that_has_it() {
         assert_eq!(count(&sink, nameless), 0);
         assert_eq!(count(&sink, "SELECT count(*) FROM records WHERE content_type IS NULL"), 0);
     }
-    let most = (ORIGIN_USE_OFFSETS + 2 * PART) / 2 + next / 100;
-    assert!((150..most).contains(&count(&sink, origins)), "{} origins", count(&sink, origins));
+    assert_eq!(count(&sink, origins), PART / 2 + next / 100, "of the last part, and those of the other one");
     prune(&mut sink, AGED, 1_000);
     assert_eq!(count(&sink, origins), next / 100, "those of the other one");
     let names = "SELECT sum(name_bytes) FROM datasources";
@@ -219,6 +218,39 @@ fn an_origin_goes_with_the_last_record_that_has_it() {
     let steady = RecordRef { content_type: "text/0", ..at(next, 0) };
     store(&mut sink, &[steady]);
     assert_eq!(count(&sink, "SELECT count(*) FROM records WHERE content_type IS NULL"), 0);
+}
+
+/// With as many devices of their own keys as offsets are noted ahead, each record was a statement about its origin.
+#[test]
+fn many_keys_in_turn_are_noted_seldom_and_go_with_their_records() {
+    const KEYS: u64 = 5_000;
+    let dir = tempfile::tempdir().expect("temporary directory");
+    let mut sink = open(dir.path());
+    sink.connection()
+        .execute_batch(
+            "CREATE TEMP TABLE notes (id);
+             CREATE TEMP TRIGGER noted AFTER UPDATE ON main.origins BEGIN INSERT INTO notes VALUES (NEW.id); END;",
+        )
+        .expect("counts");
+    let of = |offset: Offset| {
+        let [a, b, c, d] = u32::try_from(offset % KEYS).expect("small").to_be_bytes();
+        RecordRef { key_id: KeyId([0x0b, 0, a, b, c, d]), ..at(offset, 0) }
+    };
+    for first in (0..6).map(|round| round * KEYS) {
+        sink.store((first..first + KEYS).map(of), first + KEYS, false).expect("stored");
+    }
+    let number = |sink: &SqliteSink, sql| {
+        sink.connection().query_row(sql, [], |row| row.get(0).map(offset_from_sql)).expect("reads")
+    };
+    assert_eq!(number(&sink, "SELECT count(*) FROM origins"), KEYS);
+    assert_eq!(number(&sink, "SELECT count(*) FROM notes"), KEYS, "once when they come again");
+    let keys = "SELECT count(*) FROM records WHERE key_id IS NOT printf('0b00%08x', offset % 5000)";
+    assert_eq!(number(&sink, keys), 0);
+    let early =
+        "SELECT count(*) FROM entries e JOIN origins o ON o.id = e.origin_id WHERE o.used_below <= e.offset";
+    assert_eq!(number(&sink, early), 0, "used below what is noted alone");
+    prune(&mut sink, AGED, 1_000);
+    assert_eq!(number(&sink, "SELECT count(*) FROM origins"), 0);
 }
 
 /// What `name_bytes` has to be.

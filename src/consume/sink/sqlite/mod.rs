@@ -431,6 +431,7 @@ impl SqliteSink {
             self.keeps_samples,
             records,
         )?;
+        self.ids.note_origins(&transaction)?;
         self.sizes.write(&transaction)?;
         transaction.commit()?;
         match newest {
