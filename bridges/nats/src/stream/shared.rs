@@ -242,18 +242,6 @@ impl JetstreamStream {
     /// # Errors
     /// [`StreamError::Away`].
     pub async fn note_skipped(&self, below: StreamSequence) -> Result<(), StreamError> {
-        for _ in 0..CONSUMER_CHANGES_MAX {
-            if !self.note_skipped_once(below).await? {
-                return Ok(());
-            }
-            sleep(CONSUMER_CHANGE_SETTLED).await;
-        }
-        Err(self.away_error(&"other nodes change the shared places all the time"))
-    }
-
-    /// `false` if nothing was left to note.
-    async fn note_skipped_once(&self, below: StreamSequence) -> Result<bool, StreamError> {
-        let mut has_noted = false;
         let mut consumers = self.handle.consumers();
         while let Some(info) = self.await_answer(consumers.next()).await? {
             let info = info.map_err(|error| self.away_error(&error))?;
@@ -265,19 +253,18 @@ impl JetstreamStream {
             let mut first = below;
             for subject in std::iter::once(&info.config.filter_subject).chain(&info.config.filter_subjects) {
                 if next < below && !subject.is_empty() {
-                    let request = serde_json::json!({ "seq": next, "next_by_subj": subject, "batch": 1 });
-                    let found = self.direct_get(request, 1).await?;
-                    first = found.first().map_or(first, |message| first.min(message.sequence));
+                    let found = self.first_of_leader(subject, next).await?;
+                    first = found.map_or(first, |message| first.min(message.sequence));
                 }
             }
             let messages = (below - first).min(info.num_pending);
             if messages > 0 {
                 let noted = SkippedTally { messages: noted.messages + messages, below };
+                // Not read back: the messages are to be gone before a member takes one that counts as removed.
                 self.update_consumer(info, |config| config.metadata.extend(noted.into_metadata())).await?;
-                has_noted = true;
             }
         }
-        Ok(has_noted)
+        Ok(())
     }
 
     /// Changes the consumer of a place, and again until the change is there: another node may have written what it had
