@@ -2,11 +2,16 @@
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::Duration;
 
 use super::{BudgetState, MemoryExceeded, MemoryUse, OwnerUse, WaitKind, WaitingQueue};
+use crate::scheduler::polite_lock;
 
 /// What is to be sent may take one part in so many of a share.
-const SEND_PARTS: usize = 2;
+pub(super) const SEND_PARTS: usize = 2;
+/// How often those who wait look again unasked: other limits may be set, and an owner that has come to hold little may use
+/// the reserve.
+const LOOK_INTERVAL: Duration = Duration::from_secs(2);
 
 /// What is charged together: a key and its datasource, or an address and all strangers.
 pub struct MemoryAccount {
@@ -91,25 +96,25 @@ impl MemoryAccount {
 
     /// Waits until something may be taken in again.
     pub async fn wait_room(&self) {
-        self.wait_part(1, WaitKind::Room).await;
+        self.wait_part(WaitKind::Room).await;
     }
 
     /// Waits until something may be prepared to be sent again.
     pub async fn wait_room_to_send(&self) {
-        self.wait_part(SEND_PARTS, WaitKind::RoomToSend).await;
+        self.wait_part(WaitKind::RoomToSend).await;
     }
 
-    async fn wait_part(&self, parts: usize, kind: WaitKind) {
-        let mut turns = WaitTurns::default();
-        while let Some(used_up) = self.used_up(parts) {
-            turns.wait(self, used_up, kind, || self.used_up(parts).is_none().then_some(())).await;
+    async fn wait_part(&self, kind: WaitKind) {
+        let mut turns = WaitTurns::new(kind, 1);
+        while let Some(used_up) = self.used_up(kind.parts()) {
+            turns.wait(self, used_up, || self.used_up(kind.parts()).is_none().then_some(())).await;
         }
         self.wake_next(kind);
     }
 
     /// Waits until `bytes` can be charged.
     pub async fn wait_for(self: &Arc<Self>, bytes: usize) -> MemoryCharge {
-        let mut turns = WaitTurns::default();
+        let mut turns = WaitTurns::new(WaitKind::Bytes, bytes);
         let charge = loop {
             let exceeded = match self.charge(bytes) {
                 Ok(charge) => break charge,
@@ -117,7 +122,7 @@ impl MemoryAccount {
             };
             let is_it = |owner: &&Arc<OwnerUse>| exceeded.owner.as_ref() == Some(&owner.owner);
             let used_up = self.owners().find(is_it).map_or(&self.budget.all, |owner| &owner.held);
-            let charged = turns.wait(self, used_up, WaitKind::Bytes, || self.charge(bytes).ok()).await;
+            let charged = turns.wait(self, used_up, || self.charge(bytes).ok()).await;
             if let Some(charge) = charged {
                 break charge;
             }
@@ -133,7 +138,20 @@ impl MemoryAccount {
 
     /// There may be room for one more of those that wait for the same.
     fn wake_next(&self, kind: WaitKind) {
-        self.uses().for_each(|held| held.queues[kind as usize].tell_one());
+        self.uses().for_each(|held| held.tell_who_fits(kind));
+    }
+
+    /// What may be held of `held`, which refuses it, for `bytes` more to fit.
+    fn held_max(&self, held: &MemoryUse, kind: WaitKind, bytes: usize) -> Option<usize> {
+        let bytes_max = match self.owners().find(|owner| std::ptr::eq(&owner.held, held)) {
+            Some(owner) => self.budget.share_of(&owner.owner) / kind.parts(),
+            // Whether an owner holds little is asked when the bytes are charged to it already.
+            None if matches!(kind, WaitKind::Bytes) => {
+                self.budget.bytes_max_of(self.own.held.bytes().saturating_add(bytes))
+            }
+            None => self.budget.bytes_max_of(self.own.held.bytes()),
+        };
+        bytes_max.checked_sub(bytes)
     }
 
     /// Adds `bytes` to a charge of `charged`, if no more than one part in `parts` of the shares is held then.
@@ -141,7 +159,7 @@ impl MemoryAccount {
         for (nth, owner) in self.owners().enumerate() {
             let bytes_max = self.budget.share_of(&owner.owner) / parts;
             if !owner.held.try_add(bytes, bytes_max) {
-                self.owners().take(nth).for_each(|owner| owner.held.release(bytes));
+                self.owners().take(nth).for_each(|owner| owner.held.take_back(bytes));
                 let of = Some(owner.owner.clone());
                 let is_too_large = charged.saturating_add(bytes) > bytes_max;
                 return Err(MemoryExceeded { owner: of, bytes_max, is_too_large });
@@ -151,7 +169,7 @@ impl MemoryAccount {
         if budget.all.try_add(bytes, budget.bytes_max_of(self.own.held.bytes())) {
             return Ok(());
         }
-        self.owners().for_each(|owner| owner.held.release(bytes));
+        self.owners().for_each(|owner| owner.held.take_back(bytes));
         let bytes_max = budget.bytes_max.load(Ordering::Relaxed);
         let is_too_large = charged.saturating_add(bytes) > bytes_max;
         Err(MemoryExceeded { owner: None, bytes_max, is_too_large })
@@ -232,58 +250,79 @@ impl Drop for MemoryCharge {
 }
 
 /// The turns of somebody who waits. One of those in a queue is told of what was freed, and may not be able to use it: it is
-/// too little, or something else is used up too. Then the next one is told, by each of them once for what was freed.
-#[derive(Default)]
+/// too little, or something else is used up too. Then the next one is told, as long as what is free is enough for any of
+/// them: those of equal need are not told one after the other of what is enough for none.
 struct WaitTurns {
+    kind: WaitKind,
+    /// What is needed at least.
+    bytes: usize,
     /// Where it was told last, as a place among [`MemoryAccount::uses`].
     told_at: Option<usize>,
-    /// What it has told the next one of, at each place.
-    passed_on: [u64; USES_MAX],
 }
 
-/// An account charges a key or address, what that is a part of, and the whole.
-const USES_MAX: usize = 3;
-
 impl WaitTurns {
+    fn new(kind: WaitKind, bytes: usize) -> Self {
+        Self { kind, bytes, told_at: None }
+    }
+
     /// Waits until something of `used_up` is freed, or returns what `look` finds once this is in line.
     async fn wait<T>(
         &mut self,
         account: &MemoryAccount,
         used_up: &MemoryUse,
-        kind: WaitKind,
         look: impl FnOnce() -> Option<T>,
     ) -> Option<T> {
-        if let Some(place) = self.told_at.take()
-            && let Some(told) = account.uses().nth(place)
-        {
-            told.queues[kind as usize].pass_on(&mut self.passed_on[place]);
-        }
-        let queue = &used_up.queues[kind as usize];
-        let _waiting = WaitingClient::new(queue);
+        let told = self.told_at.take().and_then(|place| account.uses().nth(place));
+        let queue = &used_up.queues[self.kind as usize];
         let mut freed = std::pin::pin!(queue.freed.notified());
+        let waiting = WaitingClient::new(queue, || account.held_max(used_up, self.kind, self.bytes));
         // In line first: what is freed between the look and the wait is seen by one of the two.
         freed.as_mut().enable();
         let found = look();
-        if found.is_none() {
-            freed.await;
+        if found.is_some() {
+            return found;
+        }
+        if let Some(told) = told {
+            told.tell_who_fits(self.kind);
+        }
+        // If something else refuses it by now, that is what it has to wait for.
+        let is_refused = waiting.held_max.is_none_or(|held_max| used_up.bytes() > held_max);
+        if !is_refused || tokio::time::timeout(LOOK_INTERVAL, freed).await.is_ok() {
             self.told_at = account.uses().position(|held| std::ptr::eq(held, used_up));
         }
-        found
+        None
     }
 }
 
 /// Counts somebody who waits, for as long as it exists.
-struct WaitingClient<'a>(&'a WaitingQueue);
+struct WaitingClient<'a> {
+    queue: &'a WaitingQueue,
+    held_max: Option<usize>,
+}
 
 impl<'a> WaitingClient<'a> {
-    fn new(queue: &'a WaitingQueue) -> Self {
+    /// `held_max`: what may be held for it to go on, looked at once it is counted.
+    fn new(queue: &'a WaitingQueue, held_max: impl FnOnce() -> Option<usize>) -> Self {
         queue.waiting.fetch_add(1, Ordering::SeqCst);
-        Self(queue)
+        let held_max = held_max();
+        if let Some(held_max) = held_max {
+            *polite_lock(&queue.held_max).entry(held_max).or_default() += 1;
+        }
+        Self { queue, held_max }
     }
 }
 
 impl Drop for WaitingClient<'_> {
     fn drop(&mut self) {
-        self.0.waiting.fetch_sub(1, Ordering::SeqCst);
+        if let Some(held_max) = self.held_max {
+            let mut all = polite_lock(&self.queue.held_max);
+            if let Some(count) = all.get_mut(&held_max) {
+                *count -= 1;
+                if *count == 0 {
+                    all.remove(&held_max);
+                }
+            }
+        }
+        self.queue.waiting.fetch_sub(1, Ordering::SeqCst);
     }
 }

@@ -14,10 +14,10 @@ mod charge;
 #[cfg(test)]
 mod tests;
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fmt;
 use std::net::IpAddr;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Weak};
 
 use parking_lot::Mutex;
@@ -93,14 +93,22 @@ enum WaitKind {
 
 impl WaitKind {
     const COUNT: usize = 3;
+
+    /// It may take one part in so many of a share.
+    fn parts(self) -> usize {
+        match self {
+            Self::RoomToSend => charge::SEND_PARTS,
+            Self::Room | Self::Bytes => 1,
+        }
+    }
 }
 
 #[derive(Default)]
 struct WaitingQueue {
     waiting: AtomicUsize,
     freed: Notify,
-    /// How often something was freed while anybody waited.
-    told: AtomicU64,
+    /// What may be held for those who wait to go on, and how many wait for that.
+    held_max: Mutex<BTreeMap<usize, usize>>,
 }
 
 impl WaitingQueue {
@@ -111,18 +119,16 @@ impl WaitingQueue {
     /// Tells one of those that wait, if anybody does.
     fn tell_one(&self) {
         if self.has_waiting() {
-            self.told.fetch_add(1, Ordering::SeqCst);
             self.freed.notify_one();
         }
     }
 
-    /// Tells the next one of what somebody was told of and cannot use, unless that one has done so before: `passed_on` is
-    /// what it has told of.
-    fn pass_on(&self, passed_on: &mut u64) {
-        let told = self.told.load(Ordering::SeqCst);
-        if std::mem::replace(passed_on, told) != told && self.has_waiting() {
-            self.freed.notify_one();
-        }
+    /// Whether any of those that wait could go on with so much held.
+    fn has_one_for(&self, held: usize) -> bool {
+        let is_enough = |held_max: &BTreeMap<usize, usize>| {
+            held_max.last_key_value().is_some_and(|(&held_max, _)| held <= held_max)
+        };
+        self.has_waiting() && is_enough(&polite_lock(&self.held_max))
     }
 }
 
@@ -187,6 +193,23 @@ impl MemoryUse {
     fn release(&self, bytes: usize) {
         self.bytes.fetch_sub(bytes, Ordering::SeqCst);
         self.queues.iter().for_each(WaitingQueue::tell_one);
+    }
+
+    /// Takes back what was added for a charge that is refused. Nothing is freed by it; but somebody may have looked while
+    /// it was there, and have room now.
+    fn take_back(&self, bytes: usize) {
+        self.bytes.fetch_sub(bytes, Ordering::SeqCst);
+        [WaitKind::Room, WaitKind::RoomToSend, WaitKind::Bytes]
+            .into_iter()
+            .for_each(|kind| self.tell_who_fits(kind));
+    }
+
+    /// Tells one of those that wait for a kind, if there is room for any of them.
+    fn tell_who_fits(&self, kind: WaitKind) {
+        let queue = &self.queues[kind as usize];
+        if queue.has_one_for(self.bytes()) {
+            queue.freed.notify_one();
+        }
     }
 }
 

@@ -128,6 +128,67 @@ async fn who_cannot_use_what_is_freed_leaves_it_to_the_next_in_line() {
     assert_eq!(budget.held_bytes(), 0);
 }
 
+/// Waits for `bytes`, and counts how often it is woken.
+async fn wait_counted(account: Arc<MemoryAccount>, bytes: usize, polls: Arc<AtomicUsize>) -> MemoryCharge {
+    let mut waiting = std::pin::pin!(account.wait_for(bytes));
+    let polled = std::future::poll_fn(|cx| {
+        polls.fetch_add(1, Ordering::Relaxed);
+        waiting.as_mut().poll(cx)
+    });
+    polled.await
+}
+
+/// Each release, and each one that went on, woke all others of them, in vain.
+#[tokio::test]
+async fn those_who_wait_for_the_same_are_woken_once_each() {
+    const COUNT: usize = 1000;
+    let budget = MemoryBudget::new(100 * MIB, 10 * MIB);
+    let account = account(&budget, 1, "press-4");
+    let held: Vec<_> = (0..10).map(|_| account.charge(MIB).expect("fits")).collect();
+    let polls = Arc::new(AtomicUsize::new(0));
+    let waiting: Vec<_> = (0..COUNT)
+        .map(|_| tokio::spawn(wait_counted(account.clone(), MIB, polls.clone())))
+        .map(|waiting| tokio::spawn(async move { drop(waiting.await.expect("no panic")) }))
+        .collect();
+    while polls.load(Ordering::Relaxed) < COUNT {
+        tokio::task::yield_now().await;
+    }
+    drop(held);
+    let all = async {
+        for waiting in waiting {
+            waiting.await.expect("goes on");
+        }
+    };
+    tokio::time::timeout(std::time::Duration::from_secs(60), all).await.expect("there is room for all");
+    let woken = polls.load(Ordering::Relaxed) - COUNT;
+    assert!(woken <= 4 * COUNT, "{woken} times for {COUNT}");
+    assert_eq!(budget.held_bytes(), 0);
+}
+
+/// What it had taken of one share, and gave back because of the other, was told like something that is freed.
+#[tokio::test]
+async fn a_refused_charge_wakes_nobody_for_whom_there_is_no_room() {
+    let budget = MemoryBudget::new(100 * MIB, 10 * MIB);
+    let (first, other) = (account(&budget, 1, "press-4"), account(&budget, 2, "press-4"));
+    let (held, held_too) = (first.charge(4 * MIB).expect("fits"), other.charge(6 * MIB).expect("fits"));
+    let polls = Arc::new(AtomicUsize::new(0));
+    let wait = |_| {
+        let waiting = wait_counted(first.clone(), 7 * MIB, polls.clone());
+        tokio::spawn(async move { drop(waiting.await) })
+    };
+    let waiting: Vec<_> = (0..10).map(wait).collect();
+    tokio::task::yield_now().await;
+    for _ in 0..100 {
+        assert!(first.charge(MIB).is_err(), "the datasource's share is used up");
+        tokio::task::yield_now().await;
+    }
+    assert_eq!(polls.load(Ordering::Relaxed), 10, "once each, when it came");
+    drop((held, held_too));
+    for waiting in waiting {
+        waiting.await.expect("no panic");
+    }
+}
+
 #[test]
 fn owners_without_an_account_are_forgotten() {
     let budget = MemoryBudget::new(100 * MIB, 10 * MIB);
