@@ -100,6 +100,31 @@ pub enum RestoreError {
         /// The data directory.
         dir: PathBuf,
     },
+    /// What was moved aside is no longer where the mark says, so that nothing may be removed: it may be all that there is.
+    #[error(
+        "{} is not there or has nothing in it, and it should have what was in {} before: nothing is changed. Put it back \
+         there; or, if what is in {} now is what was there, remove {RESTORE_MARK} from it",
+        aside.display(), dir.display(), dir.display()
+    )]
+    AsideMissing {
+        /// The data directory.
+        dir: PathBuf,
+        /// Where it should be.
+        aside: PathBuf,
+    },
+    /// The mark does not say where what was there is, and there is something that was moved aside.
+    #[error(
+        "the restore into {} that was interrupted does not say where what was there before is, and it may be in {name}: \
+         nothing is changed. Restore into it again; or remove what was copied beside {name}, move back what is in that, \
+         and then remove {RESTORE_MARK}",
+        dir.display()
+    )]
+    AsideUnknown {
+        /// The data directory.
+        dir: PathBuf,
+        /// A directory in it.
+        name: String,
+    },
     /// There is too little room, or the operating system reported an error.
     #[error(transparent)]
     Copy(#[from] BackupError),
@@ -161,6 +186,7 @@ pub fn restore_files(
     let needed: u64 = manifest.files.iter().map(|file| file.bytes).sum();
     let aside = match RestoreMark::read(data_dir) {
         Some(RestoreMark::Copying { aside }) => {
+            aside.as_ref().map_or(Ok(()), |aside| check_aside(data_dir, aside))?;
             remove_entries(data_dir)?;
             check_room(data_dir, needed)?;
             aside
@@ -196,12 +222,20 @@ pub fn restore_files(
 /// interrupted too, and called again.
 ///
 /// # Errors
-/// [`RestoreError::NotInterrupted`], or [`RestoreError::Copy`].
+/// [`RestoreError::NotInterrupted`]; [`RestoreError::AsideMissing`] or [`RestoreError::AsideUnknown`], and nothing is changed
+/// then; [`RestoreError::Copy`].
 pub fn undo(data_dir: &Path) -> Result<(), RestoreError> {
     match RestoreMark::read(data_dir) {
         None => return Err(RestoreError::NotInterrupted { dir: data_dir.to_owned() }),
-        Some(RestoreMark::Copying { aside: None }) => remove_entries(data_dir)?,
+        Some(RestoreMark::Copying { aside: None }) => {
+            // An earlier Headgate has not noted where it moved what was there.
+            if let Some(name) = any_aside(data_dir)? {
+                return Err(RestoreError::AsideUnknown { dir: data_dir.to_owned(), name });
+            }
+            remove_entries(data_dir)?;
+        }
         Some(RestoreMark::Copying { aside: Some(aside) }) => {
+            check_aside(data_dir, &aside)?;
             remove_entries(data_dir)?;
             sync_dir(data_dir)?;
             // From here on what is in the directory is what was there.
@@ -211,6 +245,17 @@ pub fn undo(data_dir: &Path) -> Result<(), RestoreError> {
         Some(RestoreMark::Moving { aside }) => put_back(data_dir, &data_dir.join(aside))?,
     }
     Ok(finish(data_dir)?)
+}
+
+/// Ensures that a restore into a directory was interrupted. It changes nothing, and needs no lock.
+///
+/// # Errors
+/// [`RestoreError::NotInterrupted`].
+pub fn check_interrupted(data_dir: &Path) -> Result<(), RestoreError> {
+    match RestoreMark::read(data_dir) {
+        None => Err(RestoreError::NotInterrupted { dir: data_dir.to_owned() }),
+        Some(_) => Ok(()),
+    }
 }
 
 /// Takes the mark away: the data directory is whole.
@@ -254,6 +299,26 @@ fn entries(dir: &Path) -> Result<Vec<OsString>, BackupError> {
     }
     names.sort();
     Ok(names)
+}
+
+/// Ensures that what was there is aside, before what is there now is removed. It is moved back, and its directory removed,
+/// only once the mark says that it is being moved.
+fn check_aside(data_dir: &Path, name: &str) -> Result<(), RestoreError> {
+    let aside = data_dir.join(name);
+    let is_dir = fs::symlink_metadata(&aside).is_ok_and(|file| file.is_dir());
+    if is_dir && fs::read_dir(&aside).name_path(&aside)?.next().is_some() {
+        return Ok(());
+    }
+    Err(RestoreError::AsideMissing { dir: data_dir.to_owned(), aside })
+}
+
+/// The name of a directory into which a restore has moved something.
+fn any_aside(dir: &Path) -> Result<Option<String>, BackupError> {
+    let mut names = Vec::new();
+    for entry in fs::read_dir(dir).name_path(dir)? {
+        names.push(entry.name_path(dir)?.file_name().to_string_lossy().into_owned());
+    }
+    Ok(names.into_iter().filter(|name| name.starts_with(ASIDE_BEGIN)).max())
 }
 
 /// What an unfinished restore is doing.
@@ -478,5 +543,40 @@ mod tests {
         assert!(restored.is_some_and(|aside| aside.join("log/0.log").exists()));
         finish(dir).expect("done");
         assert_eq!(fs::read_to_string(dir.join(REGISTRY_FILE_NAME)).expect("there"), "after");
+    }
+
+    /// It removed what was in the directory, and took what was not there for something that was moved back already.
+    #[test]
+    fn nothing_is_removed_unless_what_was_there_is_where_the_mark_says() {
+        let data = TempDir::new().expect("temporary directory");
+        let dir = data.path();
+        fs::write(dir.join(REGISTRY_FILE_NAME), "moved back by hand").expect("written");
+        let aside = format!("{ASIDE_BEGIN}20260101T000000Z");
+        let (backup, manifest) = backup(5, blake3::hash(b"after").to_hex().as_str());
+        let is_missing = |done| matches!(done, Err(RestoreError::AsideMissing { .. }));
+
+        RestoreMark::Copying { aside: Some(aside.clone()) }.write(dir).expect("written");
+        for is_empty in [false, true] {
+            if is_empty {
+                fs::create_dir(dir.join(&aside)).expect("made");
+            }
+            let before = content(dir);
+            assert!(is_missing(undo(dir)));
+            assert!(is_missing(restore_files(backup.path(), &manifest, dir, true).map(drop)));
+            assert_eq!(content(dir), before);
+        }
+
+        // As an earlier Headgate wrote it.
+        RestoreMark::Copying { aside: None }.write(dir).expect("written");
+        let before = content(dir);
+        let refused = undo(dir).expect_err("what was there may be aside");
+        assert!(matches!(&refused, RestoreError::AsideUnknown { name, .. } if *name == aside), "{refused}");
+        assert_eq!(content(dir), before);
+
+        // While it moves back, what is not there any more is back.
+        fs::remove_dir(dir.join(&aside)).expect("removed");
+        RestoreMark::Moving { aside }.write(dir).expect("written");
+        undo(dir).expect("undone");
+        assert_eq!(fs::read_to_string(dir.join(REGISTRY_FILE_NAME)).expect("there"), "moved back by hand");
     }
 }

@@ -94,6 +94,8 @@ pub fn undo_restore(data_dir: &Path) -> anyhow::Result<()> {
     if !data_dir.is_dir() {
         bail!("there is no directory {}", data_dir.display());
     }
+    // Before the lock: nothing is made in a directory that there is nothing to undo in.
+    restore::check_interrupted(data_dir)?;
     let _lock = lock_existing(data_dir)?;
     Ok(restore::undo(data_dir)?)
 }
@@ -105,4 +107,17 @@ fn open_once(config: &Config) -> anyhow::Result<Offset> {
         EmbeddedLog::open(dir, &config.log, &config.intake).map_err(|error| explain_log_error(dir, error))?;
     Registry::open_existing(dir).map_err(|error| explain_registry_error(dir, error))?;
     Ok(log.next_offset())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_undo_of_nothing_makes_nothing_in_the_directory() {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let refused = undo_restore(dir.path()).expect_err("no restore was interrupted");
+        assert!(refused.to_string().contains("nothing to undo"), "{refused}");
+        assert_eq!(std::fs::read_dir(dir.path()).expect("readable").count(), 0);
+    }
 }
