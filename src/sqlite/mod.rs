@@ -20,7 +20,9 @@ use rusqlite::ErrorCode;
 use rusqlite::ffi::SQLITE_IOERR_SHMSIZE;
 
 pub(crate) use aside::{new_file_aside, open_or_set_aside, set_aside};
-pub(crate) use open::{SqliteProfile, check_write_ahead_log, checkpoint, has_write_ahead_log};
+pub(crate) use open::{
+    SqliteProfile, check_write_ahead_log, checkpoint, has_write_ahead_log, sync_write_ahead_log,
+};
 pub(crate) use readers::SqliteReaders;
 pub(crate) use snapshot::{SqliteSnapshot, copy_database};
 

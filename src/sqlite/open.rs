@@ -196,6 +196,18 @@ pub(crate) fn has_write_ahead_log(path: &Path) -> bool {
     std::fs::metadata(with_suffix(path, "-wal")).is_ok_and(|file| file.len() > 0)
 }
 
+/// Has the disk write what the kernel has of the write-ahead log beside the database at `path`, if there is one. Where this
+/// succeeds, and no sync of it has failed before, all that can be read of it is there.
+///
+/// # Errors
+/// The operating system's.
+pub(crate) fn sync_write_ahead_log(path: &Path) -> io::Result<()> {
+    match File::open(with_suffix(path, "-wal")) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        wal => wal?.sync_data(),
+    }
+}
+
 /// Creates an empty file if there is none, so that others can never read it, not even for a moment.
 /// SQLite gives its WAL files the same mode.
 pub(super) fn create_private(path: &Path) -> io::Result<()> {

@@ -128,6 +128,7 @@ impl StorageFollower {
             }
             Ok(round)
         });
+        self.shared.warning.set(self.sink.as_ref().and_then(|sink| sink.warning()));
         if let Err(StorageRoundError::Sink(error)) = &round
             && !error.is_clean_rollback()
         {

@@ -39,6 +39,7 @@ use super::sink::sqlite::SinkError;
 use crate::config::SinkKind;
 use crate::log::{Hold, Log};
 use crate::message::{Offset, TimeMicros, now_micros};
+use crate::trouble::TroubleCell;
 
 pub use sinks::{SinkState, StorageSinks};
 pub use sqlite_place::{repair, set_back_records};
@@ -124,6 +125,8 @@ struct StorageProgress {
     /// Whether this gateway writes into the sink now; another one may, where they share it.
     is_writer: watch::Sender<bool>,
     pace: Mutex<StoragePace>,
+    /// What is to be told of a sink that takes records.
+    warning: TroubleCell,
     /// The newest error and when it was, also if it is over.
     last_error: Mutex<Option<(TimeMicros, String)>>,
     /// How much may stay stored, once that is known.
@@ -158,6 +161,7 @@ impl StorageConsumer {
             set_aside: Mutex::new(said.flatten()),
             is_writer: watch::Sender::new(true),
             pace: Mutex::default(),
+            warning: TroubleCell::new("storage", "storage: that is over"),
             last_error: Mutex::default(),
             limits: OnceLock::new(),
         });
@@ -187,9 +191,14 @@ impl StorageConsumer {
         *self.shared.cursor.borrow()
     }
 
-    /// The present error, while storage fails.
+    /// The present error, while storage fails; or what the operator has to be told of a sink that takes records.
     pub fn trouble(&self) -> Option<String> {
-        self.control.trouble()
+        self.control.trouble().or_else(|| self.shared.warning.current())
+    }
+
+    /// Whether storage fails.
+    fn is_failing(&self) -> bool {
+        self.control.trouble().is_some()
     }
 
     /// What was set aside since the start, and where it is.

@@ -76,6 +76,11 @@ pub(in crate::consume) trait RecordSink: Send {
     /// [`SinkFault`].
     fn keep_within(&mut self, limits: &StoredLimitsSource, storing: Duration) -> Result<(), SinkFault>;
 
+    /// What the operator has to be told of it although it takes records.
+    fn warning(&self) -> Option<String> {
+        None
+    }
+
     /// Brings it into its best state to be left alone, once no more is stored.
     ///
     /// # Errors

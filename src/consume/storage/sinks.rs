@@ -140,7 +140,7 @@ impl StorageSinks {
                 return reconciled.await;
             }
             let failing = async {
-                while consumer.trouble().is_none() {
+                while !consumer.is_failing() {
                     tokio::time::sleep(SINK_TROUBLE_INTERVAL).await;
                 }
             };

@@ -26,12 +26,14 @@ pub(in crate::consume) struct SqlitePlace {
     keeps_samples: bool,
     /// Where the newest values are shown from.
     board: Arc<LatestBoard>,
+    /// Whether this process has tried to open it.
+    was_tried: bool,
 }
 
 impl SqlitePlace {
     /// That of the data directory `dir`.
     pub(in crate::consume) fn new(dir: &Path, keeps_samples: bool, board: Arc<LatestBoard>) -> Self {
-        Self { path: dir.join(RECORDS_FILE_NAME), keeps_samples, board }
+        Self { path: dir.join(RECORDS_FILE_NAME), keeps_samples, board, was_tried: false }
     }
 
     fn in_use(&self, mut sink: SqliteSink) -> Box<dyn RecordSink> {
@@ -51,12 +53,15 @@ impl SinkPlace for SqlitePlace {
     }
 
     fn open(&mut self, log: &dyn Log, log_end: Offset, is_ordered: bool) -> Result<OpenedSink, StorageError> {
-        let (sink, said) = open_right(&self.path, log, log_end, is_ordered)?;
+        // What has failed may have been a sync of the write-ahead log.
+        let open =
+            if std::mem::replace(&mut self.was_tried, true) { SqliteSink::reopen } else { SqliteSink::open };
+        let (sink, said) = open_right(&self.path, open, log, log_end, is_ordered)?;
         Ok(OpenedSink { sink: self.in_use(sink), said })
     }
 
     fn reopen(&mut self) -> Result<Box<dyn RecordSink>, SinkFault> {
-        Ok(self.in_use(SqliteSink::open(&self.path)?))
+        Ok(self.in_use(SqliteSink::reopen(&self.path)?))
     }
 
     fn begin_anew(&mut self, log: &dyn Log) -> Result<OpenedSink, SinkFault> {
@@ -103,6 +108,10 @@ impl RecordSink for SqliteStore {
 
     fn keep_within(&mut self, limits: &StoredLimitsSource, storing: Duration) -> Result<(), SinkFault> {
         Ok(self.retention.take_turn(&mut self.sink, limits, storing)?)
+    }
+
+    fn warning(&self) -> Option<String> {
+        self.sink.warning()
     }
 
     /// Copies the write-ahead log into the one file, if nobody else reads it.
@@ -173,18 +182,19 @@ pub fn set_back_records(dir: &Path, end: Offset) -> Result<Option<String>, Stora
     )))
 }
 
-/// Opens `records.db`. One that is damaged is set aside, and so is what it has behind `log_end`, the end of the log at
-/// the start: then also returns what to tell the operator. `is_ordered` is that of [`ahead::put_right`].
+/// Opens `records.db` with `open`. One that is damaged is set aside, and so is what it has behind `log_end`, the end of the
+/// log at the start: then also returns what to tell the operator. `is_ordered` is that of [`ahead::put_right`].
 ///
 /// # Errors
 /// [`StorageError::Sink`] if it cannot be opened; [`StorageError::LogBehind`].
 fn open_right(
     path: &Path,
+    open: fn(&Path) -> Result<SqliteSink, SinkError>,
     log: &dyn Log,
     log_end: Offset,
     is_ordered: bool,
 ) -> Result<(SqliteSink, Option<String>), StorageError> {
-    let (sink, said) = match SqliteSink::open(path) {
+    let (sink, said) = match open(path) {
         Err(damage) if damage.is_damage() => {
             error!(%damage, "storage");
             let (sink, said) = begin_anew(path, log, WAS_DAMAGED)?;

@@ -10,11 +10,13 @@
 //! acknowledgements wait for one sync a second, not one per transaction.
 //!
 //! After a sync that failed, a later one that succeeds says nothing about the pages that the kernel gave up on, and a loss of
-//! power leaves a hole in the write-ahead log. So a sink that finds one when it is opened calls nothing durable before it
-//! has been copied into the database, and begun anew.
+//! power leaves a hole in the write-ahead log. So a sink that finds one when it is opened again calls nothing durable before
+//! it has been copied into the database, and begun anew. What a kill has left, at a start, is synced and believed: the kernel
+//! tells a failure that nobody was told of yet to the first who asks.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use rusqlite::{Connection, TransactionBehavior};
 
@@ -27,10 +29,15 @@ use super::retention::{self, EmptyTopic, StoredSizes};
 use super::schema::{RECORDS_DATABASE, offset_from_sql, sql_offset};
 use crate::log::{IncarnationHistory, IncarnationStep, WithheldChange, WithheldRules, WithheldSnapshot};
 use crate::message::{DatasourceId, Offset, RecordRef};
-use crate::sqlite::{SqliteError, checkpoint, has_write_ahead_log};
+use crate::sqlite::{SqliteError, checkpoint, has_write_ahead_log, sync_write_ahead_log};
 
 /// The file's name in the data directory.
 pub const RECORDS_FILE_NAME: &str = "records.db";
+
+/// How often a write-ahead log in doubt is tried to be copied: who reads it holds each attempt up for a quarter of a second.
+const WAL_DOUBT_INTERVAL: Duration = Duration::from_secs(10);
+/// How long it may be in doubt before the operator is told.
+const WAL_DOUBT_MAX: Duration = Duration::from_secs(60);
 
 /// Why the sink did not take records, or could not be opened.
 #[derive(Debug, thiserror::Error)]
@@ -66,8 +73,8 @@ pub struct SqliteSink {
     sizes: StoredSizes,
     cursor: Offset,
     durable_cursor: Offset,
-    /// The write-ahead log is from before it was opened: a sync may have failed, and left a part of it in memory alone.
-    is_wal_in_doubt: bool,
+    /// The write-ahead log is one of which a sync may have failed, and left a part of it in memory alone.
+    wal_doubt: Option<WalDoubt>,
     /// The version of the rules about leaked keys that the tables follow.
     withheld_version: u64,
     /// Those rules, once [`SqliteSink::reconcile`] has got them.
@@ -82,6 +89,23 @@ pub struct SqliteSink {
     ids_uncertain: bool,
 }
 
+/// Since when a write-ahead log is in doubt.
+struct WalDoubt {
+    since: Instant,
+    /// When it was tried to be copied.
+    tried_at: Option<Instant>,
+}
+
+impl WalDoubt {
+    fn now() -> Self {
+        Self { since: Instant::now(), tried_at: None }
+    }
+
+    fn is_tried_now(&self) -> bool {
+        self.tried_at.is_none_or(|at| at.elapsed() >= WAL_DOUBT_INTERVAL)
+    }
+}
+
 impl Drop for SqliteSink {
     /// Whoever opens it next may find something else there.
     fn drop(&mut self) {
@@ -90,19 +114,39 @@ impl Drop for SqliteSink {
 }
 
 impl SqliteSink {
-    /// Opens the database at `path`, or makes it.
+    /// Opens the database at `path`, or makes it. This process has not had it open.
     ///
     /// # Errors
     /// [`SinkError::Database`], also for a database that this Headgate must not write.
     pub fn open(path: &Path) -> Result<Self, SinkError> {
+        let synced = sync_write_ahead_log(path);
+        if let Err(error) = &synced {
+            tracing::warn!(%error, path = %path.display(), "the write-ahead log that was found cannot be synced");
+        }
+        Self::open_with(path, synced.is_err().then(WalDoubt::now))
+    }
+
+    /// As [`SqliteSink::open`], after an error: it may have been a sync that failed.
+    ///
+    /// # Errors
+    /// As [`SqliteSink::open`].
+    pub fn reopen(path: &Path) -> Result<Self, SinkError> {
         // Looked at first: to open it makes one.
-        let is_wal_in_doubt = has_write_ahead_log(path);
+        let wal_doubt = has_write_ahead_log(path).then(WalDoubt::now);
+        Self::open_with(path, wal_doubt)
+    }
+
+    fn open_with(path: &Path, wal_doubt: Option<WalDoubt>) -> Result<Self, SinkError> {
         let connection = RECORDS_DATABASE.open(path)?;
-        let opened = Self::from_connection(connection, path, is_wal_in_doubt);
+        let opened = Self::from_connection(connection, path, wal_doubt);
         Ok(opened.map_err(|error| SqliteError::from_sqlite(&error, path))?)
     }
 
-    fn from_connection(connection: Connection, path: &Path, is_wal_in_doubt: bool) -> rusqlite::Result<Self> {
+    fn from_connection(
+        connection: Connection,
+        path: &Path,
+        wal_doubt: Option<WalDoubt>,
+    ) -> rusqlite::Result<Self> {
         connection.set_prepared_statement_cache_capacity(64);
         let cursor = connection.query_row("SELECT next_offset FROM cursor", [], |row| row.get(0))?;
         let withheld_version = quarantined::stored_withheld_version(&connection)?;
@@ -115,7 +159,7 @@ impl SqliteSink {
             // The stored records may be in the operating system's memory only. Until the first synced
             // transaction the durable cursor stays 0, so that the log keeps everything.
             durable_cursor: 0,
-            is_wal_in_doubt,
+            wal_doubt,
             withheld_version,
             left_out: None,
             purging: None,
@@ -184,7 +228,7 @@ impl SqliteSink {
     /// Notes that the database was brought back to `end`, and synced.
     pub(super) fn set_back(&mut self, end: Offset) {
         self.clear_remembered();
-        (self.cursor, self.durable_cursor) = (end, if self.is_wal_in_doubt { 0 } else { end });
+        (self.cursor, self.durable_cursor) = (end, if self.wal_doubt.is_some() { 0 } else { end });
         (self.withheld_version, self.left_out) = (0, None);
     }
 
@@ -206,10 +250,21 @@ impl SqliteSink {
     }
 
     /// The cursor as a loss of power would leave it: the sink never needs the log below this. 0 until the first synced
-    /// transaction; where a write-ahead log was found, the first one since that was copied into the database, which a
+    /// transaction; where the write-ahead log is in doubt, the first one since that was copied into the database, which a
     /// process that reads prevents.
     pub fn durable_cursor(&self) -> Offset {
         self.durable_cursor
+    }
+
+    /// What to tell the operator of a write-ahead log that has been in doubt for long.
+    pub fn warning(&self) -> Option<String> {
+        self.wal_doubt.as_ref().filter(|doubt| doubt.since.elapsed() >= WAL_DOUBT_MAX)?;
+        let path = self.path.display();
+        Some(format!(
+            "an error of the disk leaves in doubt what it has of {path}-wal, which cannot be copied into {path} as long as a \
+             process reads it. The log keeps all that is stored, up to log.retention_bytes, and then nothing is taken in: \
+             `fuser -v {path}` names who has it open; end its transaction, or the process"
+        ))
     }
 
     /// The version of the rules about leaked keys that the stored records follow.
@@ -325,9 +380,13 @@ impl SqliteSink {
         sync: bool,
     ) -> Result<(), SinkError> {
         self.forget_uncertain();
-        if sync && self.is_wal_in_doubt {
+        if sync && let Some(doubt) = &self.wal_doubt {
             // Before the transaction: it begins the new write-ahead log, durably, so that nothing is read of the one before.
-            self.checkpoint()?;
+            let is_copied = doubt.is_tried_now() && self.checkpoint()?;
+            if !is_copied && next == self.cursor {
+                // Nothing is stored, and a sync would make nothing durable.
+                return Ok(());
+            }
         }
         self.ids_uncertain = true;
         let moved = self.write(records, next, sync).map_err(|error| {
@@ -340,7 +399,7 @@ impl SqliteSink {
         }
         self.ids_uncertain = false;
         self.cursor = next;
-        if sync && !self.is_wal_in_doubt {
+        if sync && self.wal_doubt.is_none() {
             self.durable_cursor = next;
         }
         Ok(())
@@ -388,9 +447,12 @@ impl SqliteSink {
     /// SQLite's.
     pub fn checkpoint(&mut self) -> Result<bool, SinkError> {
         let is_copied = checkpoint(&self.connection).map_err(|error| self.database_error(&error))?;
-        // Where the old one was in doubt, only the next synced transaction puts another one in its place.
-        if is_copied && !std::mem::take(&mut self.is_wal_in_doubt) {
-            self.durable_cursor = self.cursor;
+        match &mut self.wal_doubt {
+            None if is_copied => self.durable_cursor = self.cursor,
+            // Only the next synced transaction puts another one in its place.
+            Some(_) if is_copied => self.wal_doubt = None,
+            Some(doubt) => doubt.tried_at = Some(Instant::now()),
+            None => {}
         }
         Ok(is_copied)
     }

@@ -242,34 +242,79 @@ fn a_second_writer_is_noticed_before_anything_is_stored_twice() {
     assert_eq!(content(dir.path()), (vec![0], 1));
 }
 
-/// A sync had failed, the next one succeeded, and the log removed what only the kernel's memory had.
-#[test]
-fn a_write_ahead_log_that_was_found_makes_nothing_durable_until_it_is_copied() {
-    let dir = tempfile::tempdir().expect("temporary directory");
-    let path = dir.path().join(RECORDS_FILE_NAME);
-    let mut sink = open(dir.path());
-    let mut next = 0;
-    let mut store = |sink: &mut SqliteSink, sync| {
-        sink.store([record(next, "press-4", "a", PAYLOAD)].into_iter(), next + 1, sync).expect("stored");
-        next += 1;
-        (sink.cursor(), sink.durable_cursor())
-    };
-    assert_eq!((store(&mut sink, true), store(&mut sink, false)), ((1, 1), (2, 1)));
-    // It keeps the write-ahead log from being copied when the sink is closed.
+/// A sink with two records, the last one in a write-ahead log that could not be copied when it was closed, because of the
+/// reader.
+fn closed_while_it_is_read(dir: &Path) -> Connection {
+    let path = dir.join(RECORDS_FILE_NAME);
+    let mut sink = open(dir);
+    store_next(&mut sink, true);
+    assert_eq!(store_next(&mut sink, false), (2, 1));
     let reader = Connection::open(&path).expect("opens");
     reader.execute_batch("BEGIN; SELECT count(*) FROM records").expect("reads");
     drop(sink);
-    let mut sink = open(dir.path());
-    assert_eq!(store(&mut sink, true), (3, 0), "nobody knows what the disk has of the first two");
+    assert!(has_write_ahead_log(&path));
+    reader
+}
+
+/// Stores one more record. Returns both cursors.
+fn store_next(sink: &mut SqliteSink, sync: bool) -> (Offset, Offset) {
+    let next = sink.cursor();
+    sink.store([record(next, "press-4", "a", PAYLOAD)].into_iter(), next + 1, sync).expect("stored");
+    (sink.cursor(), sink.durable_cursor())
+}
+
+/// A sync had failed, the next one succeeded, and the log removed what only the kernel's memory had.
+#[test]
+fn a_write_ahead_log_in_doubt_makes_nothing_durable_until_it_is_copied() {
+    let dir = tempfile::tempdir().expect("temporary directory");
+    let path = dir.path().join(RECORDS_FILE_NAME);
+    let reader = closed_while_it_is_read(dir.path());
+    let mut sink = SqliteSink::reopen(&path).expect("opens");
+    assert_eq!(store_next(&mut sink, true), (3, 0), "nobody knows what the disk has of the first two");
     assert!(!sink.checkpoint().expect("no error"));
-    assert_eq!(store(&mut sink, true), (4, 0));
+    assert_eq!(store_next(&mut sink, true), (4, 0));
+    let wal_bytes = || std::fs::metadata(dir.path().join("records.db-wal")).expect("there").len();
+    let before = wal_bytes();
+    sink.store(std::iter::empty(), 4, true).expect("nothing to store");
+    assert_eq!(wal_bytes(), before, "nothing is written for a sync that would make nothing durable");
     reader.execute_batch("COMMIT").expect("ends");
-    assert_eq!(store(&mut sink, false), (5, 0), "only a sync asks");
-    assert_eq!(store(&mut sink, true), (6, 6));
-    assert_eq!(store(&mut sink, true), (7, 7));
+    assert_eq!(store_next(&mut sink, true), (5, 0), "it was tried a moment ago");
+    let tried_long_ago = |sink: &mut SqliteSink| {
+        sink.wal_doubt.as_mut().expect("in doubt").tried_at = None;
+    };
+    tried_long_ago(&mut sink);
+    assert_eq!(store_next(&mut sink, false), (6, 0), "only a sync asks");
+    assert_eq!(store_next(&mut sink, true), (7, 7));
+    assert_eq!(store_next(&mut sink, true), (8, 8));
     drop((reader, sink));
     // Closed in order, it leaves none.
+    let mut sink = SqliteSink::reopen(&path).expect("opens");
+    assert_eq!(store_next(&mut sink, true), (9, 9));
+    assert_eq!(content(dir.path()), ((0..9).collect(), 9));
+}
+
+#[test]
+fn who_keeps_a_write_ahead_log_in_doubt_for_long_is_named() {
+    let dir = tempfile::tempdir().expect("temporary directory");
+    let reader = closed_while_it_is_read(dir.path());
+    let mut sink = SqliteSink::reopen(&dir.path().join(RECORDS_FILE_NAME)).expect("opens");
+    store_next(&mut sink, true);
+    assert_eq!(sink.warning(), None, "it may be over in a moment");
+    let since = Instant::now().checked_sub(WAL_DOUBT_MAX).expect("the machine has run for so long");
+    let doubt = sink.wal_doubt.as_mut().expect("in doubt");
+    (doubt.since, doubt.tried_at) = (since, None);
+    let words = sink.warning().expect("long enough");
+    assert!(words.contains("process reads it") && words.contains("records.db"), "{words}");
+    reader.execute_batch("COMMIT").expect("ends");
+    assert_eq!((store_next(&mut sink, true), sink.warning()), ((4, 4), None));
+}
+
+/// While another process read it, nothing was durable after a kill, and the log kept everything.
+#[test]
+fn a_write_ahead_log_that_a_kill_has_left_is_synced_and_believed() {
+    let dir = tempfile::tempdir().expect("temporary directory");
+    let _reader = closed_while_it_is_read(dir.path());
     let mut sink = open(dir.path());
-    assert_eq!(store(&mut sink, true), (8, 8));
-    assert_eq!(content(dir.path()), ((0..8).collect(), 8));
+    assert_eq!((store_next(&mut sink, true), sink.warning()), ((3, 3), None));
+    assert_eq!((store_next(&mut sink, false), store_next(&mut sink, true)), ((4, 3), (5, 5)));
 }
