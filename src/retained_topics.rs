@@ -126,10 +126,16 @@ impl RetainedTopics {
         Ok(())
     }
 
-    /// The consumer has a topic's message of `bytes` now; with 0 it has none any more.
+    /// The consumer has a topic's message of `bytes` now; with 0 it has none any more. It confirms each message in turn, so that
+    /// a larger one that was let in is still on its way behind this one, and goes on to count.
     pub fn confirm(&self, datasource: &str, topic: &str, bytes: u64) {
         let hash = self.hash.hash_one(topic);
         let mut tables = self.tables_of(datasource);
+        let on_its_way = tables.get_mut(datasource).and_then(|table| table.topics.get_mut(&hash));
+        if let Some(topic) = on_its_way.filter(|topic| topic.unconfirmed.is_some() && bytes < topic.bytes) {
+            topic.confirmed_bytes = bytes;
+            return;
+        }
         if bytes == 0 {
             let Some(table) = tables.get_mut(datasource) else { return };
             table.bytes -= table.topics.remove(&hash).map_or(0, |topic| topic.bytes);
@@ -192,6 +198,7 @@ mod tests {
         assert_eq!(enter("x", 41), Err(RetainedFull::Bytes));
         assert_eq!(enter("x", 40), Ok(()));
         assert_eq!(topics.try_enter("b", "z", 100, 2, 100), Ok(()), "another datasource has its own");
+        topics.confirm("a", "y", 60);
         topics.confirm("a", "y", 10);
         assert_eq!(enter("x", 90), Ok(()), "there is room now");
         topics.confirm("a", "x", 90);
@@ -199,8 +206,10 @@ mod tests {
         topics.confirm("a", "x", 0);
         assert_eq!(enter("z", 90), Ok(()), "a cleared topic makes room");
         topics.confirm("a", "y", 0);
-        topics.confirm("a", "z", 0);
-        topics.confirm("b", "z", 0);
+        for (datasource, bytes) in [("a", 90), ("b", 100)] {
+            topics.confirm(datasource, "z", bytes);
+            topics.confirm(datasource, "z", 0);
+        }
         assert!(topics.shards.iter().all(|shard| shard.lock().is_empty()));
     }
 
@@ -216,6 +225,7 @@ mod tests {
         assert_eq!((enter("x", 60), enter("y", 39)), (Ok(()), Ok(())));
         assert_eq!(enter("z", 2), Err(RetainedFull::Bytes));
         assert_eq!(enter("y", 38), Ok(()), "a smaller one counts once it is there");
+        topics.confirm("a", "y", 39);
         topics.confirm("a", "y", 38);
         assert_eq!(enter("z", 2), Ok(()));
         // The one of 60 bytes is lost.
@@ -229,6 +239,25 @@ mod tests {
         assert_eq!(enter("new", 59), Ok(()), "what it was before counts: 1, 38 and 2");
         assert_eq!(enter("x", 2), Err(RetainedFull::Bytes));
         assert_eq!(enter("x", 1), Ok(()));
+    }
+
+    /// The confirmation of what a topic had before took out what it had grown by.
+    #[test]
+    fn what_a_topic_grows_by_counts_when_an_earlier_message_or_its_end_is_confirmed() {
+        let topics = RetainedTopics::default();
+        let enter = |topic: &str, bytes| topics.try_enter("a", topic, bytes, 1, 100);
+        for earlier in [40, 0] {
+            assert_eq!((enter("x", 40), enter("x", 90)), (Ok(()), Ok(())));
+            topics.confirm("a", "x", earlier);
+            assert_eq!(enter("y", 1), Err(RetainedFull::Topics));
+            assert_eq!(topics.try_enter("a", "y", 11, 2, 100), Err(RetainedFull::Bytes), "{earlier}");
+            topics.confirm("a", "x", 90);
+            topics.confirm("a", "x", 0);
+            assert_eq!(enter("y", 100), Ok(()), "all is over");
+            topics.confirm("a", "y", 100);
+            topics.confirm("a", "y", 0);
+        }
+        assert!(topics.shards.iter().all(|shard| shard.lock().is_empty()));
     }
 
     #[test]
