@@ -149,4 +149,20 @@ mod tests {
         again.reconcile(&rules(2)).expect("it waits for the third");
         assert_eq!(again.withheld_version(), 3);
     }
+
+    /// The later one said that the sink had failed, and opened it again.
+    #[test]
+    fn two_gateways_that_follow_a_rule_at_the_same_moment_both_go_on() {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let history = LogHistory { epoch: 1, set_backs: Vec::new() };
+        let mut first = opened(dir.path(), &history);
+        first.reconcile(&rules(1)).expect("follows");
+        let mut second = opened(dir.path(), &history);
+        second.reconcile(&rules(1)).expect("follows");
+        first.reconcile(&rules(2)).expect("follows");
+        second.reconcile(&rules(2)).expect("it is done already");
+        assert!(second.has_rules() && second.withheld_version() == 2);
+        store(&mut second, 10);
+        assert_eq!(second.committed(), 10);
+    }
 }

@@ -404,7 +404,12 @@ impl LakeSink {
         // Also without changes: the mark of another registry has to go, or no commit fits it.
         if !changes.is_empty() || is_ahead {
             self.commit()?;
-            self.runtime.block_on(rules::follow(&mut self.table, &expected, &changes, &left_out, version))?;
+            let followed = rules::follow(&mut self.table, &expected, &changes, &left_out, version);
+            match self.runtime.block_on(followed) {
+                // Another gateway has done the same at the same moment.
+                Err(LakeError::Superseded { .. }) if self.is_at(WITHHELD_MARK, version) => {}
+                done => done?,
+            }
         }
         self.left_out = Some((left_out, version));
         self.erase_purged(withheld)
@@ -416,6 +421,12 @@ impl LakeSink {
         self.epoch.map(|epoch| (EPOCH_MARK, epoch)).into_iter().chain([seen]).collect()
     }
 
+    /// Whether the table as it was seen last has this mark there, in the epoch of the log.
+    fn is_at(&self, mark: &str, version: u64) -> bool {
+        let is_epoch = self.epoch.is_none() || self.table.mark(EPOCH_MARK) == self.epoch;
+        is_epoch && self.table.mark(mark) == Some(cursor_of(version))
+    }
+
     /// Erases what was purged from earlier versions of the table as well.
     fn erase_purged(&mut self, withheld: &WithheldRules) -> Result<(), LakeFault> {
         let expected = self.expected_marks(ERASED_MARK);
@@ -423,8 +434,12 @@ impl LakeSink {
         let erased = if erased > withheld.version() { 0 } else { erased };
         let (changes, _) = withheld.changes_and_rules(erased);
         if self.runtime.block_on(rules::erase_purged(&mut self.table, &changes))? {
-            let version = cursor_of(erased + changes.len() as u64);
-            self.runtime.block_on(self.table.set_mark(ERASED_MARK, version, &expected))?;
+            let version = erased + changes.len() as u64;
+            let set = self.table.set_mark(ERASED_MARK, cursor_of(version), &expected);
+            match self.runtime.block_on(set) {
+                Err(LakeError::Superseded { .. }) if self.is_at(ERASED_MARK, version) => {}
+                done => done?,
+            }
         }
         Ok(())
     }
