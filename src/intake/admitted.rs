@@ -143,7 +143,7 @@ impl Future for AdmittedDraft {
     type Output = Result<DurableDraft, Refusal>;
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
-        let Some(in_flight) = &mut self.0 else { return Poll::Pending };
+        let in_flight = self.0.as_mut().expect("a future is not polled again once it has resolved");
         let resolved = ready!(Pin::new(in_flight).poll(cx));
         self.0 = None;
         Poll::Ready(resolved)
