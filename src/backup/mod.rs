@@ -86,6 +86,8 @@ pub struct BackupSummary {
     pub first_offset: Offset,
     /// The offset behind its last record.
     pub next_offset: Offset,
+    /// Files of the data directory that are not in it, because of their names.
+    pub left_out: Vec<String>,
 }
 
 /// A backup as it is shown.
@@ -256,7 +258,7 @@ fn make_backup(
 ) -> Result<BackupSummary, BackupError> {
     let mut writer = BackupWriter::new(place.unfinished(), sources.data_dir(), progress, pace)?;
     let (first_offset, next_offset) = sources.write(&mut writer)?;
-    let linked_bytes = writer.linked_bytes();
+    let (linked_bytes, left_out) = (writer.linked_bytes(), writer.take_left_out());
     let manifest = BackupManifest::new(first_offset, next_offset, writer.finish())?;
     let summary = BackupSummary {
         files: manifest.files.len(),
@@ -264,6 +266,7 @@ fn make_backup(
         linked_bytes,
         first_offset,
         next_offset,
+        left_out,
     };
     place.finish(&manifest)?;
     Ok(summary)
@@ -312,5 +315,26 @@ mod tests {
         let (outcome, is_lowered) = noting.join().expect("no panic");
         assert!(matches!(outcome, Some(Ok(_))), "{:?}", outcome.and_then(Result::err));
         assert!(!is_lowered);
+    }
+
+    #[tokio::test]
+    async fn what_is_not_in_a_backup_because_of_its_name_is_in_its_summary() {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let data_dir = dir.path().join("data");
+        std::fs::create_dir(&data_dir).expect("made");
+        let config = Config::default();
+        let log = EmbeddedLog::open(&data_dir, &config.log, &config.intake).expect("opens");
+        let registry = Arc::new(Registry::open(&data_dir).expect("opens"));
+        let (sessions, _) = SessionStore::open(&data_dir).expect("opens");
+        for name in ["records-set-aside-1.db", "records-set-aside-1 (copy).db"] {
+            std::fs::write(data_dir.join(name), "").expect("written");
+        }
+        let sources = BackupSources::new(&data_dir, registry, Arc::new(log), sessions);
+        let (to, kept) = (dir.path().join("b"), dir.path().join("b"));
+        // A thread of its own: its priority is lowered for good.
+        let making = std::thread::spawn(move || make_backup_here(&sources, &to));
+        let summary = making.join().expect("no panic").expect("made");
+        assert_eq!(summary.left_out, ["records-set-aside-1 (copy).db"]);
+        assert!(kept.join("records-set-aside-1.db").exists());
     }
 }

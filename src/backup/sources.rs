@@ -68,7 +68,7 @@ impl BackupSources {
         let is_linked = writer.link(&segments);
         lower_priority(BACKUP_NICE);
 
-        let others = self.other_files()?;
+        let others = self.other_files(writer)?;
         let mut new_bytes = 0;
         for (_, snapshot) in &snapshots {
             new_bytes += snapshot.bytes()?;
@@ -99,8 +99,8 @@ impl BackupSources {
     }
 
     /// What else there is to copy: the path and the name of each. What has a name that no backup can be restored with is
-    /// left out: Headgate gives none such.
-    fn other_files(&self) -> Result<Vec<(PathBuf, String)>, BackupError> {
+    /// left out, which is noted: Headgate gives none such.
+    fn other_files(&self, writer: &mut BackupWriter<'_>) -> Result<Vec<(PathBuf, String)>, BackupError> {
         let mut files = Vec::new();
         for entry in std::fs::read_dir(&self.data_dir).name_path(&self.data_dir)? {
             let entry = entry.name_path(&self.data_dir)?;
@@ -111,6 +111,7 @@ impl BackupSources {
             }
             if !is_plain_path(&name) {
                 warn!(?name, "a file is not in the backup: its name has more than letters, digits and .-_");
+                writer.leave_out(name);
                 continue;
             }
             files.push((entry.path(), name));

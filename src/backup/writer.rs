@@ -30,6 +30,7 @@ pub(super) struct BackupWriter<'a> {
     free_bytes_min: u64,
     files: Vec<BackupFile>,
     linked_bytes: u64,
+    left_out: Vec<String>,
 }
 
 impl<'a> BackupWriter<'a> {
@@ -47,7 +48,8 @@ impl<'a> BackupWriter<'a> {
         let is_on_other_disk = device(dir)? != device(data_dir)?;
         let free_bytes_min = if is_on_other_disk { 0 } else { BACKUP_FREE_BYTES_MIN };
         let pace = CopyPace::new(pace);
-        Ok(Self { dir, progress, pace, is_on_other_disk, free_bytes_min, files: Vec::new(), linked_bytes: 0 })
+        let (files, left_out) = (Vec::new(), Vec::new());
+        Ok(Self { dir, progress, pace, is_on_other_disk, free_bytes_min, files, linked_bytes: 0, left_out })
     }
 
     /// The path of a file in it.
@@ -213,6 +215,16 @@ impl<'a> BackupWriter<'a> {
     /// Bytes of the segments that the log has too.
     pub(super) fn linked_bytes(&self) -> u64 {
         self.linked_bytes
+    }
+
+    /// Notes a file that is not in the backup.
+    pub(super) fn leave_out(&mut self, name: String) {
+        self.left_out.push(name);
+    }
+
+    /// The files that are not in the backup.
+    pub(super) fn take_left_out(&mut self) -> Vec<String> {
+        std::mem::take(&mut self.left_out)
     }
 
     /// Makes the entries of its directories durable.

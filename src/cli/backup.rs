@@ -79,6 +79,8 @@ struct BackupStateAnswer {
     bytes: Option<u64>,
     linked_bytes: Option<u64>,
     next_offset: Option<u64>,
+    #[serde(default)]
+    left_out: Vec<String>,
     error: Option<String>,
 }
 
@@ -92,7 +94,8 @@ pub(super) fn run(args: BackupArgs, out: &mut CommandOutput) -> anyhow::Result<(
     let made = back_up_stopped(&config, &dir)?;
     let (files, bytes, linked_bytes, next_offset) =
         (made.files, made.bytes, made.linked_bytes, made.next_offset);
-    FinishedBackup { dir, files, bytes, linked_bytes, next_offset }.print(args.json, out)
+    let left_out = made.left_out;
+    FinishedBackup { dir, files, bytes, linked_bytes, next_offset, left_out }.print(args.json, out)
 }
 
 pub(super) fn run_restore(args: RestoreArgs, out: &mut CommandOutput) -> anyhow::Result<()> {
@@ -157,7 +160,8 @@ fn ask_gateway(client: &ApiClient, dir: &Path, fast: bool) -> anyhow::Result<Fin
     bar.finish_and_clear();
     match (ended.files, ended.bytes, ended.linked_bytes, ended.next_offset) {
         (Some(files), Some(bytes), Some(linked_bytes), Some(next_offset)) => {
-            Ok(FinishedBackup { dir: ended.dir, files, bytes, linked_bytes, next_offset })
+            let (dir, left_out) = (ended.dir, ended.left_out);
+            Ok(FinishedBackup { dir, files, bytes, linked_bytes, next_offset, left_out })
         }
         _ => {
             bail!("there is no backup: {}", ended.error.as_deref().unwrap_or("the gateway does not say why"))
@@ -173,6 +177,7 @@ struct FinishedBackup {
     bytes: u64,
     linked_bytes: u64,
     next_offset: u64,
+    left_out: Vec<String>,
 }
 
 impl FinishedBackup {
@@ -180,7 +185,7 @@ impl FinishedBackup {
         if as_json {
             return print_json(self, out);
         }
-        let Self { dir, files, bytes, linked_bytes, next_offset } = self;
+        let Self { dir, files, bytes, linked_bytes, next_offset, left_out } = self;
         let (files, bytes) = (grouped(*files as u64), grouped(*bytes));
         writeln!(
             out,
@@ -193,6 +198,12 @@ impl FinishedBackup {
                 "{} of these bytes are in files that the log has too: copy the backup to another disk to be safe from \
                  the loss of this one",
                 grouped(*linked_bytes)
+            )?;
+        }
+        for name in left_out {
+            writeln!(
+                out,
+                "not in it: {name:?}, because its name has more than letters, digits and .-_: rename it, or copy it yourself"
             )?;
         }
         Ok(())
