@@ -13,7 +13,7 @@ use tokio::sync::{OwnedSemaphorePermit, oneshot};
 
 use crate::auth::usage::KeyClient;
 use crate::auth::{GrantDenial, Key};
-use crate::log::{AppendError, CommitOutcome, Offsets, Section, SectionOutcome};
+use crate::log::{AppendError, CommitOutcome, Offsets, PendingCommit, Section, SectionOutcome};
 use crate::memory::MemoryCharge;
 use crate::message::{DatasourceId, Offset, TimeMicros, Transport};
 use crate::observe::refusals::RefusalNote;
@@ -217,13 +217,45 @@ impl Future for DraftInFlight {
 }
 
 /// A release of exchanges on its way into the log. Resolves when it is durable, or known not to be.
-pub struct PendingRelease(pub(super) oneshot::Receiver<Result<CommitOutcome, AppendError>>);
+pub struct PendingRelease {
+    /// `None` once the log has answered.
+    committed: Option<PendingCommit>,
+    intake: Intake,
+    /// What its front has charged for it, if that is gone.
+    front_charge: Option<MemoryCharge>,
+}
+
+impl PendingRelease {
+    pub(super) fn new(committed: PendingCommit, intake: Intake) -> Self {
+        Self { committed: Some(committed), intake, front_charge: None }
+    }
+
+    /// As [`AdmittedDraft::keep_charge`].
+    pub fn keep_charge(&mut self, charge: Option<MemoryCharge>) {
+        self.front_charge = charge;
+    }
+}
+
+impl Drop for PendingRelease {
+    fn drop(&mut self) {
+        if let (Some(committed), Some(charge)) = (self.committed.take(), self.front_charge.take()) {
+            self.intake.go_on_unattended(async move {
+                // Whatever the log says, it has them no more.
+                let _ = committed.await;
+                drop(charge);
+            });
+        }
+    }
+}
 
 impl Future for PendingRelease {
     type Output = Result<(), Refusal>;
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
-        ready!(Pin::new(&mut self.0).poll(cx)).unwrap_or(Err(AppendError::Closed))?;
+        let committed = self.committed.as_mut().expect("a future is not polled again once it has resolved");
+        let answered = ready!(Pin::new(committed).poll(cx));
+        self.committed = None;
+        answered.unwrap_or(Err(AppendError::Closed))?;
         Poll::Ready(Ok(()))
     }
 }

@@ -388,7 +388,8 @@ impl Intake {
     /// one of them again is a new message. The client is held back meanwhile, as in [`Intake::admit`].
     pub fn release(&self, exchanges: &[Exchange]) -> PendingRelease {
         let ids = exchanges.iter().map(|exchange| exchange.once_id()).collect();
-        PendingRelease(self.0.log.release(ids, Instant::now() + self.hold_back(Transport::Mqtt)))
+        let committed = self.0.log.release(ids, Instant::now() + self.hold_back(Transport::Mqtt));
+        PendingRelease::new(committed, self.clone())
     }
 
     /// The permits for a draft. One that is larger than all the room takes every permit and goes alone.

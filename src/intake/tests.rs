@@ -110,6 +110,29 @@ async fn a_draft_that_nobody_waits_for_keeps_its_room_until_the_log_has_answered
 }
 
 #[tokio::test]
+async fn a_release_that_nobody_waits_for_keeps_its_charge_until_the_log_has_answered() {
+    let disk = Arc::new(PowerLossDisk::default());
+    let (_dir, intake, grant) =
+        intake_on(|dir, config| disk.open_log(dir, &config.log, &config.intake).expect("opens"));
+    let exchange = Exchange { session: 1, packet_id: 5 };
+    assert_eq!(publish(&intake, &grant, &[message(None, Some(exchange))]).await, [one_at(0)]);
+    let account = intake.memory_account(&grant);
+    disk.set_full(true);
+    let mut released = intake.release(&[exchange]);
+    released.keep_charge(Some(account.charge_held(100)));
+    drop(released);
+    tokio::task::yield_now().await;
+    assert_eq!(intake.memory().held_bytes(), 100, "its exchanges are in the log's queue");
+    disk.set_full(false);
+    let settled = async {
+        while intake.memory().held_bytes() > 0 {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(20), settled).await.expect("the log answers");
+}
+
+#[tokio::test]
 async fn what_a_tenant_in_the_slow_lane_has_on_its_way_into_the_log_is_bounded() {
     let (_dir, intake, grant) = intake();
     let scopes = Scopes::from_slice(&[Scope::Ingest]);

@@ -40,10 +40,12 @@ pub(super) struct AckWaits {
 }
 
 impl Drop for AckWaits {
-    /// The log has the messages for longer than the connection waits.
+    /// The log has the messages, or the releases, for longer than the connection waits.
     fn drop(&mut self) {
         if let Some(admitted) = &mut self.admitted {
             admitted.keep_charge(self.memory.take());
+        } else if let Some(release) = self.released.as_mut().or(self.ended.as_mut()) {
+            release.keep_charge(self.memory.take());
         }
     }
 }
