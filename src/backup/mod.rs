@@ -317,8 +317,8 @@ mod tests {
         assert!(!is_lowered);
     }
 
-    #[test]
-    fn what_is_not_in_a_backup_because_of_its_name_is_in_its_summary() {
+    #[tokio::test]
+    async fn what_is_not_in_a_backup_because_of_its_name_is_in_its_summary() {
         let dir = tempfile::tempdir().expect("temporary directory");
         let data_dir = dir.path().join("data");
         std::fs::create_dir(&data_dir).expect("made");
@@ -330,12 +330,11 @@ mod tests {
             std::fs::write(data_dir.join(name), "").expect("written");
         }
         let sources = BackupSources::new(&data_dir, registry, Arc::new(log), sessions);
-        let (data, to) = (Arc::new(sources), dir.path().join("b"));
+        let (to, kept) = (dir.path().join("b"), dir.path().join("b"));
         // A thread of its own: its priority is lowered for good.
-        let making = std::thread::spawn(move || (make_backup_here(&data, &to), to));
-        let (made, to) = making.join().expect("no panic");
-        let summary = made.expect("made");
+        let making = std::thread::spawn(move || make_backup_here(&sources, &to));
+        let summary = making.join().expect("no panic").expect("made");
         assert_eq!(summary.left_out, ["records-set-aside-1 (copy).db"]);
-        assert!(to.join("records-set-aside-1.db").exists());
+        assert!(kept.join("records-set-aside-1.db").exists());
     }
 }

@@ -102,7 +102,8 @@ pub enum RestoreError {
     },
     /// What was moved aside is no longer where the mark says, so that nothing may be removed: it may be all that there is.
     #[error(
-        "{} is not there or has nothing in it, and it should have what was in {} before: nothing is changed. Put it back there;          or, if what is in {} now is what was there, remove {RESTORE_MARK} from it",
+        "{} is not there or has nothing in it, and it should have what was in {} before: nothing is changed. Put it back \
+         there; or, if what is in {} now is what was there, remove {RESTORE_MARK} from it",
         aside.display(), dir.display(), dir.display()
     )]
     AsideMissing {
@@ -113,7 +114,9 @@ pub enum RestoreError {
     },
     /// The mark does not say where what was there is, and there is something that was moved aside.
     #[error(
-        "the restore into {} that was interrupted does not say where what was there before is, and it may be in {name}: nothing          is changed. Restore into it again; or remove what was copied beside {name}, move back what is in that, and          then remove {RESTORE_MARK}",
+        "the restore into {} that was interrupted does not say where what was there before is, and it may be in {name}: \
+         nothing is changed. Restore into it again; or remove what was copied beside {name}, move back what is in that, \
+         and then remove {RESTORE_MARK}",
         dir.display()
     )]
     AsideUnknown {

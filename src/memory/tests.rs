@@ -172,8 +172,11 @@ async fn a_refused_charge_wakes_nobody_for_whom_there_is_no_room() {
     let (first, other) = (account(&budget, 1, "press-4"), account(&budget, 2, "press-4"));
     let (held, held_too) = (first.charge(4 * MIB).expect("fits"), other.charge(6 * MIB).expect("fits"));
     let polls = Arc::new(AtomicUsize::new(0));
-    let waiting: Vec<_> =
-        (0..10).map(|_| tokio::spawn(wait_counted(first.clone(), 7 * MIB, polls.clone()))).collect();
+    let wait = |_| {
+        let waiting = wait_counted(first.clone(), 7 * MIB, polls.clone());
+        tokio::spawn(async move { drop(waiting.await) })
+    };
+    let waiting: Vec<_> = (0..10).map(wait).collect();
     tokio::task::yield_now().await;
     for _ in 0..100 {
         assert!(first.charge(MIB).is_err(), "the datasource's share is used up");
@@ -182,7 +185,7 @@ async fn a_refused_charge_wakes_nobody_for_whom_there_is_no_room() {
     assert_eq!(polls.load(Ordering::Relaxed), 10, "once each, when it came");
     drop((held, held_too));
     for waiting in waiting {
-        drop(waiting.await.expect("no panic"));
+        waiting.await.expect("no panic");
     }
 }
 

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use tracing::{error, warn};
+use tracing::error;
 
 use super::record_sink::{OpenedSink, RecordSink, SinkFault, SinkPlace};
 use super::retention::RetentionTurns;
@@ -182,8 +182,8 @@ pub fn set_back_records(dir: &Path, end: Offset) -> Result<Option<String>, Stora
     )))
 }
 
-/// Opens `records.db` with `open`. One that is damaged is set aside, and so is what it has behind `log_end`, the end of the log at
-/// the start: then also returns what to tell the operator. `is_ordered` is that of [`ahead::put_right`].
+/// Opens `records.db` with `open`. One that is damaged is set aside, and so is what it has behind `log_end`, the end of the
+/// log at the start: then also returns what to tell the operator. `is_ordered` is that of [`ahead::put_right`].
 ///
 /// # Errors
 /// [`StorageError::Sink`] if it cannot be opened; [`StorageError::LogBehind`].
@@ -203,10 +203,6 @@ fn open_right(
         opened => (opened?, None),
     };
     if sink.cursor() <= log_end {
-        if let Err(error) = sink.forget_marks_below(log.first_offset()) {
-            // They do no harm, and go at a later start.
-            warn!(%error, "storage: marks of what the log has no longer stay");
-        }
         return Ok((sink, said));
     }
     let (sink, said) = ahead::put_right(path, sink, log, log_end, is_ordered)?;
