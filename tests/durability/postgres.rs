@@ -15,6 +15,7 @@ use crate::common::tls::Identity;
 use crate::common::{Gateway, Setup, Source, kept, scratch, wait_for};
 
 const ROUNDS: usize = 12;
+const WIDE_IDS: &str = include_str!("../../src/consume/sink/postgres/wide_ids.sql");
 
 fn send(gateway: &Gateway, source: &Source, topic: &str, payload: &[u8]) -> u64 {
     let path = format!("/v1/ingest/{}/{topic}", source.id);
@@ -350,7 +351,6 @@ fn topics_and_media_types_go_with_their_last_record() {
 /// still for ever, since the refusal was taken for that of a value.
 #[test]
 fn ids_have_room_beyond_those_of_an_int_whose_end_is_told() {
-    const WIDE_IDS: &str = include_str!("../../src/consume/sink/postgres/wide_ids.sql");
     let (dir, server) = (scratch(), PostgresServer::start());
     let setup = server.stored_into(Setup::embedded_on(dir.path()).set("storage.sinks", "postgres"));
     let gateway = setup.start();
@@ -407,7 +407,6 @@ fn ids_have_room_beyond_those_of_an_int_whose_end_is_told() {
 /// Run by another role than the gateway's the views became that one's, and the gateway could neither read nor change them.
 #[test]
 fn widening_ids_leaves_the_views_to_whom_they_belong() {
-    const WIDE_IDS: &str = include_str!("../../src/consume/sink/postgres/wide_ids.sql");
     let (dir, server) = (scratch(), PostgresServer::start());
     server.sql("CREATE ROLE gate LOGIN PASSWORD 'of the gate'; GRANT CREATE ON DATABASE postgres TO gate");
     let setup = Setup::embedded_on(dir.path())
@@ -447,7 +446,6 @@ fn widening_ids_leaves_the_views_to_whom_they_belong() {
 /// The rows of a hypertable are in other tables, which were not counted: a start wrote all of them anew under a lock.
 #[test]
 fn ids_stay_as_they_are_where_rows_are_in_other_tables() {
-    const WIDE_IDS: &str = include_str!("../../src/consume/sink/postgres/wide_ids.sql");
     let (dir, server) = (scratch(), PostgresServer::start());
     let setup = server.stored_into(Setup::embedded_on(dir.path()).set("storage.sinks", "postgres"));
     let gateway = setup.start();
