@@ -175,7 +175,11 @@ impl JetstreamStream {
             if let Some(first) = self.direct_get(request.clone(), 1).await?.first() {
                 return Ok(Some(first.sequence));
             }
-            let newest = self.newest_of_leader(self.state().await?.last).await?;
+            let state = self.state().await?;
+            if state.messages == 0 {
+                return Ok(None);
+            }
+            let newest = self.newest_of_leader(state.last).await?;
             let since = OffsetDateTime::parse(time, &Rfc3339).map_err(|error| self.away_error(&error))?;
             if newest.is_none_or(|newest| newest.time < since) {
                 return Ok(None);

@@ -69,13 +69,10 @@ impl RefusedWills {
     }
 
     /// Takes out those that are to be published again.
-    pub(super) fn take_due(&self, now: Instant) -> Vec<Box<MqttWill>> {
+    pub(super) fn take_due(&self, now: Instant) -> impl Iterator<Item = Box<MqttWill>> {
         let mut queue = self.0.lock();
-        let mut due = Vec::new();
-        while let Some(first) = queue.waiting.first_entry().filter(|first| first.key().0 <= now) {
-            due.push(first.remove());
-        }
-        due
+        let later = queue.waiting.split_off(&(now, u64::MAX));
+        std::mem::replace(&mut queue.waiting, later).into_values()
     }
 
     /// Leaves all of them, and those that are refused from now on, to whoever finds their copies.
