@@ -506,7 +506,7 @@ impl Sessions {
     }
 
     fn run_due(&self, now: Instant) {
-        let (mut wills, mut ended) = (self.refused_wills.take_due(now), Vec::new());
+        let (mut wills, mut ended) = (Vec::from_iter(self.refused_wills.take_due(now)), Vec::new());
         let mut clients = self.lock_clients();
         clients.takeovers.forget_old(now);
         while let Some(key) = clients.due.take_due(now) {
