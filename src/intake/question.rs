@@ -165,6 +165,7 @@ mod tests {
         };
         publish(&intake, &grant, &[retained("t", Some("a"))]).await;
         // It was cleared since, and another one has its place.
+        topics.confirm(press.as_str(), "t", 1_000);
         topics.confirm(press.as_str(), "t", 0);
         publish(&intake, &grant, &[retained("u", Some("b"))]).await;
         let repeated = answer_to_refused(&intake, &grant, retained("t", Some("a"))).await;

@@ -398,7 +398,6 @@ fn a_retained_message_in_flight_waits_for_a_database_that_cannot_be_opened_yet()
     std::thread::sleep(Duration::from_millis(500));
     set_format(format);
     scene.come_again(&mut wire);
-    assert_eq!(scene.gateway.metric("headgate_subscriber_skipped_total"), 0.0);
 }
 
 #[test]

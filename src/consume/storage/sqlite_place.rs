@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use tracing::error;
+use tracing::{error, warn};
 
 use super::record_sink::{OpenedSink, RecordSink, SinkFault, SinkPlace};
 use super::retention::RetentionTurns;
@@ -203,6 +203,10 @@ fn open_right(
         opened => (opened?, None),
     };
     if sink.cursor() <= log_end {
+        if let Err(error) = sink.forget_marks_below(log.first_offset()) {
+            // They do no harm, and go at a later start.
+            warn!(%error, "storage: marks of what the log has no longer stay");
+        }
         return Ok((sink, said));
     }
     let (sink, said) = ahead::put_right(path, sink, log, log_end, is_ordered)?;

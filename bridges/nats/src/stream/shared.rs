@@ -9,7 +9,7 @@ use async_nats::jetstream::context::ConsumerInfoErrorKind;
 use async_nats::jetstream::stream::ConsumerCreateStrictErrorKind;
 use async_nats::{Message, StatusCode, Subject, Subscriber};
 use bytes::Bytes;
-use futures_util::{FutureExt, StreamExt};
+use futures_util::{FutureExt, StreamExt, future};
 use tokio::time::{Instant, sleep, timeout, timeout_at};
 
 use super::{JetstreamStream, StoredMessage, StreamError, StreamSequence, stream_error_of_jetstream};
@@ -243,6 +243,7 @@ impl JetstreamStream {
     /// [`StreamError::Away`].
     pub async fn note_skipped(&self, below: StreamSequence) -> Result<(), StreamError> {
         let mut consumers = self.handle.consumers();
+        let mut changes = Vec::new();
         while let Some(info) = self.await_answer(consumers.next()).await? {
             let info = info.map_err(|error| self.away_error(&error))?;
             // Consumers without this metadata belong to other users of NATS.
@@ -260,11 +261,12 @@ impl JetstreamStream {
             let messages = (below - first).min(info.num_pending);
             if messages > 0 {
                 let noted = SkippedTally { messages: noted.messages + messages, below };
-                // Not read back: the messages are to be gone before a member takes one that counts as removed.
-                self.update_consumer(info, |config| config.metadata.extend(noted.into_metadata())).await?;
+                changes
+                    .push(self.update_consumer(info, |config| config.metadata.extend(noted.into_metadata())));
             }
         }
-        Ok(())
+        // At once and not read back: the messages are to be gone before a member takes one that counts as removed.
+        future::try_join_all(changes).await.map(drop)
     }
 
     /// Changes the consumer of a place, and again until the change is there: another node may have written what it had
