@@ -261,8 +261,9 @@ impl JetstreamStream {
             let messages = (below - first).min(info.num_pending);
             if messages > 0 {
                 let noted = SkippedTally { messages: noted.messages + messages, below };
-                changes
-                    .push(self.update_consumer(info, |config| config.metadata.extend(noted.into_metadata())));
+                changes.push(
+                    self.update_consumer(info, move |config| config.metadata.extend(noted.into_metadata())),
+                );
             }
         }
         // At once and not read back: the messages are to be gone before a member takes one that counts as removed.
