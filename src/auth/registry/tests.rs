@@ -168,7 +168,7 @@ fn a_change_that_has_waited_until_its_key_was_dead_is_not_made() {
     let before = audited(&registry).len();
     let made: Vec<_> = thread::scope(|scope| {
         let locked = registry.lock_database();
-        let waiting: Vec<_> = changes.iter().map(|change| scope.spawn(move || change())).collect();
+        let waiting: Vec<_> = changes.iter().map(|change| scope.spawn(change)).collect();
         thread::sleep(Duration::from_millis(100));
         let revoking = scope.spawn(|| registry.revoke_key(&Actor::SYSTEM, &all, leaked.id));
         while leaked.holds() {
