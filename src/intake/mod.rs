@@ -24,6 +24,7 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::{AcquireError, OwnedSemaphorePermit, Semaphore};
 use tokio_util::task::TaskTracker;
+use tokio_util::task::task_tracker::TrackedFuture;
 use tracing::{info, warn};
 
 use crate::auth::setting::JsonSetting;
@@ -375,6 +376,11 @@ impl Intake {
         if let Some(runtime) = self.0.processor.lasting_runtime() {
             self.0.unattended.spawn_on(in_flight, &runtime);
         }
+    }
+
+    /// Has [`Intake::settle_unattended`] wait for this as well: it admits drafts, and goes on without its client.
+    pub fn track<F: Future>(&self, work: F) -> TrackedFuture<F> {
+        self.0.unattended.track_future(work)
     }
 
     /// Returns when every draft whose client did not wait for the answer is counted. Call it once no draft is admitted any

@@ -99,7 +99,7 @@ impl RegistryDatabase {
     ) -> Result<(), RegistryError> {
         let mut read_all = || -> rusqlite::Result<()> {
             let which = if of.is_some() { " WHERE datasource = ?1 AND revoked_at IS NULL" } else { "" };
-            let mut select = self.connection.prepare(&format!(
+            let mut select = self.connection.prepare_cached(&format!(
                 "SELECT digest, datasource, scopes, label, created_at, expires_at, revoked_at IS NOT NULL,
                         limits, replaces, replaced_by, grace_ends_at, ended IS NOT NULL
                  FROM keys{which}"

@@ -121,7 +121,7 @@ impl StorageSinks {
 
     /// The present error of the first sink that fails.
     pub fn trouble(&self) -> Option<String> {
-        self.consumers.iter().find_map(StorageConsumer::trouble)
+        self.consumers.iter().find_map(|consumer| consumer.control.trouble())
     }
 
     /// Returns once every record below `offset` is in the sink that reads are answered from; never, if that

@@ -140,10 +140,12 @@ pub(super) async fn redrive(
     let gone = CancellationToken::new();
     let _leaving = gone.clone().drop_guard();
     let (answering, answered) = oneshot::channel();
-    spawn_fairly(&caller.1.payer, async move {
+    let intake = redrive.shared.parts.intake.clone();
+    let redriving = async move {
         let _ = answering.send(redrive.run(&gone).await);
         drop(memory);
-    });
+    };
+    spawn_fairly(&caller.1.payer, intake.track(redriving));
     let answer = answered.await.map_err(|error| Problem::internal(&error))?;
     Ok(Json(answer.map_err(Problem::after_body_read)?).into_response())
 }
@@ -298,8 +300,7 @@ async fn redrive_page(
     if draft.is_empty() {
         return Ok(());
     }
-    let accepted = intake.admit(draft).await.map_err(|refusal| Problem::from(refusal).after_body_read())?;
-    let accepted = accepted.await.map_err(|refusal| Problem::from(refusal).after_body_read())?;
+    let accepted = intake.admit(draft).await?.await?;
     for (record, outcome) in added.into_iter().zip(accepted.outcomes) {
         match outcome {
             SectionOutcome::Kept(_) => answer.redriven += 1,
@@ -310,19 +311,18 @@ async fn redrive_page(
             SectionOutcome::KeyDead if before.is_some_and(|before| before <= Instant::now()) => {
                 let words =
                     "It took so long that another gateway may have redriven the rest; asking again is safe.";
-                return Err(Problem::new(Cause::StorageBehind, words).after_body_read());
+                return Err(Problem::new(Cause::StorageBehind, words));
             }
             other => {
                 let refusal = Refusal::from_outcome(&other).unwrap_or(GrantDenial::Revoked.into());
-                return Err(Problem::from(refusal).after_body_read());
+                return Err(refusal.into());
             }
         }
     }
     if superseded.is_empty() {
         return Ok(());
     }
-    let marked = intake.mark_superseded(grant, datasource, &superseded).await;
-    marked.map_err(|refusal| Problem::from(refusal).after_body_read())
+    Ok(intake.mark_superseded(grant, datasource, &superseded).await?)
 }
 
 #[cfg(test)]

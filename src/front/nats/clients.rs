@@ -6,7 +6,9 @@ use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use headgate_bridge_nats::system::{NatsClientConnection, NatsClientEvent, SystemAccount};
+use headgate_bridge_nats::system::{
+    NatsClientConnection, NatsClientEvent, NatsConnectionList, SystemAccount,
+};
 use parking_lot::Mutex;
 use tracing::debug;
 
@@ -62,11 +64,16 @@ impl NatsClientTable {
         of_keys.map(|(connection, _)| connection.clone()).collect()
     }
 
-    /// Brings the count up to the servers' lists.
-    fn reconcile(&self, listed: Vec<(String, NatsClientConnection)>, authorizer: &Authorizer) {
+    /// Brings the count up to the servers' lists. Where one is missing, those of its clients that have left are told by
+    /// their events alone.
+    fn reconcile(
+        &self,
+        NatsConnectionList { connections: listed, is_complete }: NatsConnectionList,
+        authorizer: &Authorizer,
+    ) {
         let live: HashSet<&NatsClientConnection> = listed.iter().map(|(_, connection)| connection).collect();
         self.0.lock().retain(|connection, client| {
-            live.contains(connection) || client.since.elapsed() < CLIENT_COUNT_GRACE
+            !is_complete || live.contains(connection) || client.since.elapsed() < CLIENT_COUNT_GRACE
         });
         for (user, connection) in &listed {
             self.adopt(user, connection.clone(), authorizer);
@@ -110,8 +117,7 @@ impl NatsClientTable {
                     },
                     _ = check.tick() => match system.connections(&account).await {
                         Some(listed) => {
-                            let listed = listed.connections;
-                            if listed.iter().any(|(user, _)| is_of_dead_key(user, &authorizer)) {
+                            if listed.connections.iter().any(|(user, _)| is_of_dead_key(user, &authorizer)) {
                                 kicker.check_again();
                             }
                             self.reconcile(listed, &authorizer);

@@ -171,7 +171,8 @@ impl JetstreamStream {
     /// [`StreamError::Away`], also if it still lags.
     pub async fn sequence_at(&self, time: &str) -> Result<Option<StreamSequence>, StreamError> {
         let request = serde_json::json!({ "start_time": time, "batch": 1 });
-        for pause in LAGGING_SERVER_PAUSES {
+        for pause in std::iter::once(Duration::ZERO).chain(LAGGING_SERVER_PAUSES) {
+            sleep(pause).await;
             if let Some(first) = self.direct_get(request.clone(), 1).await?.first() {
                 return Ok(Some(first.sequence));
             }
@@ -184,7 +185,6 @@ impl JetstreamStream {
             if newest.is_none_or(|newest| newest.time < since) {
                 return Ok(None);
             }
-            sleep(pause).await;
         }
         Err(self.away_error(&"no server that has its newest messages answers"))
     }

@@ -9,7 +9,7 @@ use async_nats::jetstream::context::ConsumerInfoErrorKind;
 use async_nats::jetstream::stream::ConsumerCreateStrictErrorKind;
 use async_nats::{Message, StatusCode, Subject, Subscriber};
 use bytes::Bytes;
-use futures_util::{FutureExt, StreamExt, future};
+use futures_util::{FutureExt, StreamExt, TryStreamExt, future, stream};
 use tokio::time::{Instant, sleep, timeout, timeout_at};
 
 use super::{JetstreamStream, StoredMessage, StreamError, StreamSequence, stream_error_of_jetstream};
@@ -35,6 +35,8 @@ const TOLD_METADATA_KEY: &str = "headgate-told-by";
 /// After how long a change of a place's consumer is read back. JetStream knows no condition for it: another node that has
 /// read the consumer before writes within that time.
 const CONSUMER_CHANGE_SETTLED: Duration = Duration::from_millis(200);
+/// How many places are changed at once.
+const CONSUMER_CHANGES_AT_ONCE_MAX: usize = 32;
 /// How often a change that another node has overwritten is made again.
 const CONSUMER_CHANGES_MAX: usize = 10;
 
@@ -260,14 +262,29 @@ impl JetstreamStream {
             }
             let messages = (below - first).min(info.num_pending);
             if messages > 0 {
-                let noted = SkippedTally { messages: noted.messages + messages, below };
-                changes.push(
-                    self.update_consumer(info, move |config| config.metadata.extend(noted.into_metadata())),
-                );
+                changes.push(self.add_skipped(info.name.clone(), messages, below));
             }
         }
-        // At once and not read back: the messages are to be gone before a member takes one that counts as removed.
-        future::try_join_all(changes).await.map(drop)
+        // Together and not read back: the messages are to be gone before a member takes one that counts as removed.
+        stream::iter(changes)
+            .buffer_unordered(CONSUMER_CHANGES_AT_ONCE_MAX)
+            .try_for_each(|()| future::ready(Ok(())))
+            .await
+    }
+
+    /// Adds `messages` to those of a place that no member has taken below a sequence, unless that was done. The place is read
+    /// again: what others have changed since all were looked through stays.
+    async fn add_skipped(
+        &self,
+        name: String,
+        messages: u64,
+        below: StreamSequence,
+    ) -> Result<(), StreamError> {
+        let Some(info) = self.shared_info(&name).await? else { return Ok(()) };
+        let noted = SkippedTally::from_consumer_info(&info).filter(|noted| noted.below < below);
+        let Some(noted) = noted else { return Ok(()) };
+        let noted = SkippedTally { messages: noted.messages + messages, below };
+        self.update_consumer(info, |config| config.metadata.extend(noted.into_metadata())).await
     }
 
     /// Changes the consumer of a place, and again until the change is there: another node may have written what it had

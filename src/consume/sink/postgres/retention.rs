@@ -64,9 +64,7 @@ impl CountedSizes {
             count.bytes += payload_bytes as u64 + STORED_RECORD_BYTES;
         }
     }
-}
 
-impl CountedSizes {
     /// Adds a topic or a media type that is stored now.
     pub(super) fn add_name(&mut self, datasource: i32, name: &str) {
         if let Some(count) = self.0.get_mut(&datasource).filter(|count| count.is_whole) {

@@ -169,9 +169,14 @@ const BOUND_NAMES: &str = r#"
     CREATE INDEX quarantined_topic ON quarantined (topic_id);
 
     -- Topics of which nothing is left: while anything of a datasource was in quarantine none of its topics went.
+    -- Each is looked up in an index: to read all entries could take longer than a migration may.
+    SET LOCAL enable_hashjoin = off;
+    SET LOCAL enable_mergejoin = off;
     CREATE TEMP TABLE empty_topics ON COMMIT DROP AS
     SELECT t.id FROM topics t WHERE NOT EXISTS (SELECT FROM entries e WHERE e.topic_id = t.id)
         AND NOT EXISTS (SELECT FROM quarantined q WHERE q.topic_id = t.id);
+    RESET enable_hashjoin;
+    RESET enable_mergejoin;
     DELETE FROM latest_values WHERE topic_id IN (SELECT id FROM empty_topics);
     DELETE FROM key_sets WHERE topic_id IN (SELECT id FROM empty_topics);
     DELETE FROM topics WHERE id IN (SELECT id FROM empty_topics);

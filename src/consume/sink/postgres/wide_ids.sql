@@ -8,7 +8,8 @@ DECLARE
     statement text;
 BEGIN
     WITH views AS (
-        SELECT c.* FROM pg_class c WHERE c.relnamespace = current_schema()::regnamespace AND c.relkind = 'v'
+        SELECT c.* FROM pg_class c WHERE c.relkind = 'v'
+            AND c.relnamespace = (SELECT oid FROM pg_namespace WHERE nspname = current_schema())
             AND c.relname IN ('records', 'samples', 'latest', 'quarantine')),
     grants AS (
         SELECT v.oid, v.relname, v.relowner, g.grantee, g.is_grantable, g.privilege_type AS privilege
