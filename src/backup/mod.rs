@@ -21,6 +21,7 @@ mod pace;
 pub mod place;
 mod progress;
 pub mod restore;
+mod restore_mark;
 mod sources;
 mod writer;
 

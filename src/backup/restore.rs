@@ -1,17 +1,10 @@
 //! Restoring: the files of a backup, checked, in a data directory that is new or empty, or whose content is moved aside.
 //!
 //! Until all is there, a mark in the directory says that it is not: no gateway starts on it, and another restore goes on
-//! where this one was interrupted, or [`undo`] puts back what was there. The mark says what is being done, and where what
-//! was there is moved aside:
-//!
-//! | mark | what is in the directory |
-//! |---|---|
-//! | `before-restore-TIME` | what was there, or a part of it, and nothing else |
-//! | `copying before-restore-TIME` | what was copied, which may be removed: all that was there is aside |
-//! | `copying` | the same; nothing was there |
+//! where this one was interrupted, or [`undo`] puts back what was there.
 
 use std::ffi::OsString;
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, OpenOptions};
 use std::io::{self, Write};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
@@ -20,20 +13,12 @@ use super::BackupError;
 use super::error::NamePath;
 use super::manifest::{BackupFile, BackupManifest, MANIFEST_FILE_NAME, ManifestError};
 use super::place::sync_dir;
+use super::restore_mark::{ASIDE_BEGIN, NEW_RESTORE_MARK, RESTORE_MARK, RestoreMark};
 use super::writer::{PIECE_BYTES, read_some};
 use crate::auth::Registry;
 use crate::auth::registry::REGISTRY_FILE_NAME;
 use crate::consume::newest_format;
 use crate::log::free_bytes;
-
-/// The mark in a data directory whose restore is not finished.
-const RESTORE_MARK: &str = "restore.unfinished";
-/// The mark while it is being written.
-const NEW_RESTORE_MARK: &str = "restore.unfinished.new";
-/// The mark once what was there is moved aside.
-const COPYING: &str = "copying";
-/// What the directory is called that gets what was there; a time follows.
-const ASIDE_BEGIN: &str = "before-restore-";
 
 /// Why a backup is not restored.
 #[derive(Debug, thiserror::Error)]
@@ -319,46 +304,6 @@ fn any_aside(dir: &Path) -> Result<Option<String>, BackupError> {
         names.push(entry.name_path(dir)?.file_name().to_string_lossy().into_owned());
     }
     Ok(names.into_iter().filter(|name| name.starts_with(ASIDE_BEGIN)).max())
-}
-
-/// What an unfinished restore is doing.
-#[derive(Debug, Clone, PartialEq, Eq)]
-enum RestoreMark {
-    /// It moves what was there to the directory of this name, or back.
-    Moving { aside: String },
-    /// It copies. What was there, if anything was, is in the directory of this name.
-    Copying { aside: Option<String> },
-}
-
-impl RestoreMark {
-    fn read(dir: &Path) -> Option<Self> {
-        let text = fs::read_to_string(dir.join(RESTORE_MARK)).ok()?;
-        let is_aside = |name: &&str| name.starts_with(ASIDE_BEGIN) && !name.contains('/');
-        match text.trim().split_once(' ') {
-            None if text.trim() == COPYING => Some(Self::Copying { aside: None }),
-            None => Some(text.trim()).filter(is_aside).map(|name| Self::Moving { aside: name.to_owned() }),
-            Some((COPYING, name)) => {
-                Some(name).filter(is_aside).map(|name| Self::Copying { aside: Some(name.to_owned()) })
-            }
-            Some(_) => None,
-        }
-    }
-
-    fn write(&self, dir: &Path) -> Result<(), BackupError> {
-        let (new, mark) = (dir.join(NEW_RESTORE_MARK), dir.join(RESTORE_MARK));
-        let text = match self {
-            Self::Moving { aside } => aside.clone(),
-            Self::Copying { aside: None } => COPYING.to_owned(),
-            Self::Copying { aside: Some(aside) } => format!("{COPYING} {aside}"),
-        };
-        let written = File::create(&new).and_then(|mut file| {
-            writeln!(file, "{text}")?;
-            file.sync_all()
-        });
-        written.name_path(&new)?;
-        fs::rename(&new, &mark).name_path(&mark)?;
-        sync_dir(dir)
-    }
 }
 
 /// Moves what is there aside, all of it or nothing. Returns the name of where it is.
