@@ -97,18 +97,24 @@ async fn the_router_leaves_the_records_of_a_tenant_in_the_slow_lane_to_its_own_s
 
 /// The next records' offsets and slots; none if there are none for a while.
 async fn next(feed: &mut SubscriberFeed, wait: Duration) -> Vec<(Offset, Vec<u32>)> {
-    let Ok(next) = timeout(wait, poll_fn(|cx| feed.poll_next(cx))).await else { return Vec::new() };
-    let FeedItem::Matched(mut matched) = next.expect("the log is whole") else {
-        panic!("nothing is removed")
+    let records = async {
+        loop {
+            let item = poll_fn(|cx| feed.poll_next(cx)).await.expect("the log is whole");
+            let FeedItem::Matched(mut matched) = item else { panic!("nothing is removed") };
+            let mut records = Vec::new();
+            while let Some(hit) = matched.peek(&mut usize::MAX.clone()) {
+                let mut slots = hit.slots.to_vec();
+                slots.sort_unstable();
+                records.push((hit.place.offset, slots));
+                matched.advance();
+            }
+            // A record right before its filter's begin is routed for it, and is none of its.
+            if !records.is_empty() {
+                return records;
+            }
+        }
     };
-    let mut records = Vec::new();
-    while let Some(hit) = matched.peek(&mut usize::MAX.clone()) {
-        let mut slots = hit.slots.to_vec();
-        slots.sort_unstable();
-        records.push((hit.place.offset, slots));
-        matched.advance();
-    }
-    records
+    timeout(wait, records).await.unwrap_or_default()
 }
 
 #[derive(Debug, Clone)]
