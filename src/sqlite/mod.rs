@@ -53,6 +53,12 @@ pub enum SqliteError {
         /// What is wrong.
         detail: Arc<str>,
     },
+    /// Its writer has not made it yet, or makes it at this moment.
+    #[error("{} is not there yet, or is only being made", path.display())]
+    Unmade {
+        /// The file.
+        path: PathBuf,
+    },
     /// Another process holds it locked.
     #[error("{} is in use by another process: another gateway, or a program that has it open", path.display())]
     Busy {
@@ -108,6 +114,7 @@ impl SqliteError {
                 "it is left as it is: move it away, and another one is made; or use another data directory"
             }
             Self::Damaged { .. } => "restore it from a backup, or move it away, and another one is made",
+            Self::Unmade { .. } => "it is tried again",
             Self::Busy { .. } => "end the other process; it is tried again",
             Self::Full { .. } => "make room; it is tried again",
             Self::Failed { .. } => "put that right; it is tried again",

@@ -124,17 +124,19 @@ impl SqliteProfile {
     }
 
     /// Ensures that the database is empty, or that a Headgate no newer than this one has made it. Any other is left
-    /// as it is.
-    pub(super) fn check_maker(&self, connection: &Connection, path: &Path) -> Result<(), SqliteError> {
+    /// as it is. Returns the version of its format, 0 of one without tables.
+    pub(super) fn check_maker(&self, connection: &Connection, path: &Path) -> Result<i64, SqliteError> {
         let failed = |error: rusqlite::Error| SqliteError::from_sqlite(&error, path);
+        // The tables first: its writer may be making them, and commits them together with the version.
+        let is_empty = is_without_tables(connection).map_err(failed)?;
         let (version, known) = (read_user_version(connection).map_err(failed)?, self.newest_version());
         if version > known {
             return Err(SqliteError::Newer { path: path.to_owned(), version, known });
         }
-        if version <= 0 && !is_without_tables(connection).map_err(failed)? {
+        if version <= 0 && !is_empty {
             return Err(SqliteError::Foreign { path: path.to_owned() });
         }
-        Ok(())
+        Ok(version.max(0))
     }
 
     fn prepare_writing(&self, connection: &Connection) -> rusqlite::Result<()> {

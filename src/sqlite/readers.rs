@@ -1,5 +1,6 @@
 //! Read-only connections to one SQLite file, kept between queries, while its one writer goes on.
 
+use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -31,30 +32,30 @@ impl SqliteReaders {
     /// Runs `read` on a snapshot of the database, whatever is written meanwhile.
     ///
     /// # Errors
-    /// [`SqliteError`], also for a file that is not there, and for one that Headgate has not made or a newer one has.
+    /// [`SqliteError`]: [`SqliteError::Unmade`] until there is a database, and others also for one that Headgate has not made
+    /// or a newer one has.
     pub(crate) fn read<T>(
         &self,
         read: impl FnOnce(&Connection) -> rusqlite::Result<T>,
     ) -> Result<T, SqliteError> {
-        let failed = |error: rusqlite::Error| SqliteError::from_sqlite(&error, &self.path);
-        // A file that is not there fails when it is opened.
-        let file = std::fs::metadata(&self.path).map_or(0, |file| file.ino());
+        let file = self.file()?;
         let idle = {
             let mut idle = self.idle.lock();
             idle.retain(|(of, _)| *of == file);
             idle.pop()
         };
-        let mut connection = match idle {
-            Some((_, connection)) => connection,
-            None => {
-                let connection = open_read_only(&self.path).map_err(failed)?;
-                self.profile.check_maker(&connection, &self.path)?;
-                connection
-            }
-        };
-        let answer = {
-            let transaction = connection.transaction().map_err(failed)?;
-            read(&transaction).map_err(failed)?
+        let answer =
+            idle.map_or_else(|| self.open(), |(_, connection)| Ok(connection)).and_then(|mut connection| {
+                let failed = |error: rusqlite::Error| SqliteError::from_sqlite(&error, &self.path);
+                let transaction = connection.transaction().map_err(failed)?;
+                let answer = read(&transaction).map_err(failed)?;
+                drop(transaction);
+                Ok((answer, connection))
+            });
+        // What was set aside in the middle of it is no trouble of the database that follows.
+        let (answer, connection) = match answer {
+            Err(_) if self.file()? != file => return Err(self.unmade()),
+            answer => answer?,
         };
         // A connection whose query failed is closed.
         let mut idle = self.idle.lock();
@@ -63,6 +64,27 @@ impl SqliteReaders {
         }
         Ok(answer)
     }
+
+    fn open(&self) -> Result<Connection, SqliteError> {
+        let connection =
+            open_read_only(&self.path).map_err(|error| SqliteError::from_sqlite(&error, &self.path))?;
+        match self.profile.check_maker(&connection, &self.path)? {
+            0 => Err(self.unmade()),
+            _ => Ok(connection),
+        }
+    }
+
+    /// The number of the file at the path; 0 if it cannot be looked at, which fails when it is opened.
+    fn file(&self) -> Result<u64, SqliteError> {
+        match std::fs::metadata(&self.path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Err(self.unmade()),
+            file => Ok(file.map_or(0, |file| file.ino())),
+        }
+    }
+
+    fn unmade(&self) -> SqliteError {
+        SqliteError::Unmade { path: self.path.clone() }
+    }
 }
 
 pub(super) fn open_read_only(path: &Path) -> rusqlite::Result<Connection> {
@@ -70,4 +92,49 @@ pub(super) fn open_read_only(path: &Path) -> rusqlite::Result<Connection> {
     let connection = Connection::open_with_flags(path, flags)?;
     connection.busy_timeout(READER_LOCK_WAIT_MAX)?;
     Ok(connection)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    static PROFILE: SqliteProfile =
+        SqliteProfile { migrations: &["CREATE TABLE things (name TEXT)"], ..SqliteProfile::SHARED };
+
+    /// Storage makes another database while queries come: each finds all of it, or is told to come again.
+    #[test]
+    fn a_database_that_is_being_made_is_never_taken_for_one_that_is_broken() {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let path = dir.path().join("things.db");
+        let readers = SqliteReaders::new(path.clone(), &PROFILE);
+        let names = || {
+            readers
+                .read(|connection| connection.query_row("SELECT count(*) FROM things", [], |row| row.get(0)))
+        };
+        let unmade = SqliteError::Unmade { path: path.clone() };
+        let (mut early, mut late) = (0, 0);
+        std::thread::scope(|scope| {
+            let writer = scope.spawn(|| {
+                for _ in 0..50 {
+                    drop(PROFILE.open(&path).expect("made"));
+                    super::super::set_aside(&path).expect("set aside");
+                }
+            });
+            while !writer.is_finished() {
+                match names() {
+                    Ok(count) => late += u32::from(count == 0_i64),
+                    Err(error) => {
+                        assert_eq!(error, unmade);
+                        early += 1;
+                    }
+                }
+            }
+        });
+        assert!(early > 0 && late > 0, "{early} came early and {late} late");
+        assert_eq!(names().expect_err("set aside"), unmade);
+        std::fs::write(&path, b"").expect("written");
+        assert_eq!(names().expect_err("empty"), unmade);
+        drop(PROFILE.open(&path).expect("made"));
+        assert_eq!(names(), Ok(0));
+    }
 }

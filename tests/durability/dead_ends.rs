@@ -161,6 +161,12 @@ fn damage_that_is_found_while_the_gateway_runs_is_no_different() {
         publish_some(&gateway, &source, 21);
         gateway.says("was damaged and is set aside as");
         assert_eq!(retained(&gateway), "on 21");
+        wait_for("the new database", || {
+            let answer = gateway.get("/v1/datasources/press-4/records?limit=1", &gateway.admin_key());
+            let is_there = answer.status == 200;
+            assert!(is_there || answer.text().contains("records.db is only being made"), "{}", answer.text());
+            is_there.then_some(())
+        });
         assert_eq!(gateway.stored("press-4", 43).len(), 43, "queries read the new database");
         named_aside(&gateway, stem);
         gateway.stop();

@@ -14,6 +14,7 @@ use crate::memory::MemoryExceeded;
 use crate::message::NameError;
 use crate::observe::cause::Cause;
 use crate::quota::LimitExceeded;
+use crate::sqlite::SqliteError;
 
 /// The same words for a stranger, a key of another datasource and a dead key, so that they reveal nothing.
 const UNAUTHORIZED_DETAIL: &str = "Send a valid API key of this datasource in a header: \
@@ -165,6 +166,9 @@ impl From<QueryError> for Problem {
             QueryError::Postgres(ref fault) if fault.is_canceled() => {
                 let words = "PostgreSQL has not answered within the time that a read has.";
                 Self::new(Cause::StoreBusy, words)
+            }
+            QueryError::Database(SqliteError::Unmade { .. }) => {
+                Self::new(Cause::Unavailable, "records.db is only being made: ask again, or see /readyz.")
             }
             QueryError::Database(_) | QueryError::Postgres(_) | QueryError::PostgresUnfit(_) => {
                 tracing::error!(%error, "a query of stored records failed");
