@@ -5,8 +5,20 @@ use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
 
+use parking_lot::{RwLock, RwLockReadGuard};
+
 use super::SqliteError;
 use super::open::create_private;
+
+/// Writes when the files of a database get other names. SQLite finds what is beside a database by name, and opens that at
+/// the first read: a reader that had opened a database before it was set aside would then take the index of the next one for
+/// its own, cut it off under the writer that has it mapped, and end the process with SIGBUS.
+static NAMES: RwLock<()> = RwLock::new(());
+
+/// No file of a database gets another name as long as this is held: from before a reader opens it until it has read.
+pub(super) fn keep_names() -> RwLockReadGuard<'static, ()> {
+    NAMES.read()
+}
 
 /// Renames the database at `path`, with its write-ahead log, to a name of its own. Nobody may have it open
 /// for writing. Returns the new path.
@@ -14,6 +26,7 @@ use super::open::create_private;
 /// # Errors
 /// [`SqliteError::Failed`] if the file system does not rename it.
 pub(crate) fn set_aside(path: &Path) -> Result<PathBuf, SqliteError> {
+    let _renaming = NAMES.write();
     let aside = free_path(path);
     rename_all(path, &aside).map_err(|error| SqliteError::failed(path, error.to_string()))?;
     Ok(aside)

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use rusqlite::Connection;
 use rusqlite::backup::{Backup, StepResult};
 
+use super::aside::keep_names;
 use super::open::{check_write_ahead_log, create_private};
 use super::readers::open_read_only;
 use super::{SqliteError, SqliteProfile};
@@ -37,6 +38,7 @@ impl SqliteSnapshot {
             return Ok(None);
         }
         let failed = |error: rusqlite::Error| SqliteError::from_sqlite(&error, path);
+        let _names = keep_names();
         let connection = open_read_only(path).map_err(failed)?;
         profile.check_maker(&connection, path)?;
         // Kept open for as long as the connection: no step of the copy begins another one.
