@@ -12,7 +12,7 @@ use crate::common::load::{Ledger, mqtt_sender, number};
 use crate::common::nats::NatsServer;
 use crate::common::servers::Servers;
 use crate::common::wire::Version;
-use crate::common::{Gateway, Setup, scratch, wait_for};
+use crate::common::{Gateway, Setup, scratch, signal, wait_for};
 
 /// For how long a process stays paused after the key is dead: longer than the others wait for it.
 const PAUSE: Duration = Duration::from_millis(1_500);
@@ -24,12 +24,6 @@ fn setup(dir: &Path, urls: &[String]) -> Setup {
         .set("log.backend", "jetstream")
         .set("nats.servers", serde_json::to_string(urls).expect("JSON"))
         .set("log.retention_bytes", "1GiB")
-}
-
-fn signal(pid: u32, signal: libc::c_int) {
-    let pid = libc::pid_t::try_from(pid).expect("a pid");
-    // SAFETY: kill(2) on a process that this test has started and not yet waited for.
-    assert_eq!(unsafe { libc::kill(pid, signal) }, 0);
 }
 
 /// The offsets that a gateway has stored, once it has stored all that there is.

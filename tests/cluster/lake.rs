@@ -6,9 +6,9 @@ use std::path::Path;
 use serde_json::json;
 
 use crate::common::nats::NatsServer;
-use crate::common::{Gateway, Setup, python, scratch, wait_for};
+use crate::common::{Gateway, Setup, python, scratch, signal, wait_for};
 use crate::history::{comes_back, decide, refusal};
-use crate::sinks::{send, signal, sink};
+use crate::sinks::{send, sink};
 
 /// Prints how many rows there are, how many offsets and how many different numbers, and the least of these.
 const COUNT: &str = r#"
@@ -78,11 +78,11 @@ fn gateways_share_a_lake_and_one_that_stood_still_writes_nothing_twice() {
 
     // It stands still with records that it has read and not committed, which the other one commits.
     send(&a, &source, 200..250);
-    signal(&a, libc::SIGSTOP);
+    signal(a.pid(), libc::SIGSTOP);
     send(&b, &source, 250..300);
     wait_until_level(&b);
     assert_eq!(counts(), "300 300 300 0");
-    signal(&a, libc::SIGCONT);
+    signal(a.pid(), libc::SIGCONT);
     send(&a, &source, 300..400);
     for gateway in [&a, &b] {
         wait_until_level(gateway);

@@ -9,7 +9,7 @@ use crate::common::kept::{in_storage, records_of};
 use crate::common::load::{Ledger, all_kinds, number};
 use crate::common::nats::NatsServer;
 use crate::common::wire::{Next, PUBACK, Version, Wire, publish};
-use crate::common::{Setup, http, http_agent, scratch, wait_for};
+use crate::common::{Setup, http, http_agent, scratch, signal, wait_for};
 use serde_json::json;
 
 /// A gateway of a cluster, on this server.
@@ -79,9 +79,7 @@ fn a_gateway_that_waits_for_nats_ends_when_it_is_asked_to() {
     server.kill();
     let mut child = setup(dir.path(), &server).spawn();
     wait_for("it to have its directory", || dir.path().join("node").exists().then_some(()));
-    let pid = libc::pid_t::try_from(child.id()).expect("a process id");
-    // SAFETY: kill(2) takes two integers; the child has not been waited for, so the id is its.
-    assert_eq!(unsafe { libc::kill(pid, libc::SIGTERM) }, 0);
+    signal(child.id(), libc::SIGTERM);
     let status = wait_for("it to end", || child.try_wait().expect("our child"));
     assert!(status.success(), "{status}");
 }
@@ -110,6 +108,24 @@ fn while_nats_is_away_http_is_told_to_come_again_and_mqtt_is_held_back() {
     wait_for("/readyz to be well", || (gateway.get("/readyz", "").status == 200).then_some(()));
     let records = gateway.stored("press-4", 2);
     assert_eq!(records.iter().map(|record| &record["payload"]).collect::<Vec<_>>(), [1, 3]);
+}
+
+/// It guards against a gateway that was never ready again: its last message had no answer, and who is not ready is sent
+/// no other one.
+#[test]
+fn a_gateway_whose_last_message_had_no_answer_is_ready_again_by_itself() {
+    let dir = scratch();
+    let server = NatsServer::start();
+    let gateway = setup(dir.path(), &server).start();
+    let source = gateway.create("press-4");
+    let post = |body: &[u8]| gateway.request("POST", "/v1/ingest/press-4/t", &source.key, &[], body);
+    assert_eq!(post(b"1").status, 200);
+    signal(server.pid(), libc::SIGSTOP);
+    let answer = post(b"2");
+    assert!(answer.status == 503 && answer.text().contains("may have been kept"), "{}", answer.text());
+    signal(server.pid(), libc::SIGCONT);
+    wait_for("/readyz to be well", || (gateway.get("/readyz", "").status == 200).then_some(()));
+    assert_eq!(post(b"3").status, 200);
 }
 
 /// It guards against a leaked admin key that lived on in a cluster until NATS was there again, and then for ever: its

@@ -7,8 +7,8 @@ use serde_json::{Value, json};
 
 use crate::common::nats::NatsServer;
 use crate::common::postgres::PostgresServer;
-use crate::common::{Gateway, Setup, Source, scratch, wait_for};
-use crate::sinks::{send, signal, sink};
+use crate::common::{Gateway, Setup, Source, scratch, signal, wait_for};
+use crate::sinks::{send, sink};
 
 /// Longer than a gateway keeps its place without a sign of life.
 const STOPPED: Duration = Duration::from_secs(13);
@@ -57,7 +57,7 @@ fn gateways_share_it_and_one_that_stood_still_writes_nothing_twice() {
         (sink["is_writer"] == false && sink["lag"] == 0).then_some(())
     });
 
-    signal(&a, libc::SIGSTOP);
+    signal(a.pid(), libc::SIGSTOP);
     send(&b, &source, 100..200);
     std::thread::sleep(STOPPED);
     send(&b, &source, 200..300);
@@ -65,7 +65,7 @@ fn gateways_share_it_and_one_that_stood_still_writes_nothing_twice() {
         let sink = sink(&b);
         (sink["is_writer"] == true && sink["lag"] == 0).then_some(())
     });
-    signal(&a, libc::SIGCONT);
+    signal(a.pid(), libc::SIGCONT);
     send(&a, &source, 300..400);
     wait_for("the first one to see that", || {
         let sink = sink(&a);

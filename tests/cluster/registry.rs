@@ -18,7 +18,7 @@ use tokio_util::sync::CancellationToken;
 use crate::common::nats::NatsServer;
 use crate::common::servers::Servers;
 use crate::common::wire::{Version, Wire};
-use crate::common::{Gateway, Setup, scratch, wait_for};
+use crate::common::{Gateway, Setup, scratch, signal, wait_for};
 
 const SOON: Duration = Duration::from_secs(30);
 const ACTOR: Actor = Actor::SYSTEM;
@@ -975,12 +975,7 @@ fn a_gateway_that_stood_still_lets_nothing_in_under_a_key_that_was_revoked_meanw
         let ingest = format!("/v1/ingest/press-{n}");
         let post = || b.request("POST", &ingest, &source.key, &[], b"{}").status;
         assert_eq!(post(), 200);
-        let signal = |signal| {
-            let pid = libc::pid_t::try_from(b.pid()).expect("a process id");
-            // SAFETY: kill(2) takes two integers; the child has not been waited for, so the id is its.
-            assert_eq!(unsafe { libc::kill(pid, signal) }, 0);
-        };
-        signal(libc::SIGSTOP);
+        signal(b.pid(), libc::SIGSTOP);
         let path = format!("/v1/datasources/press-{n}/keys/{}", source.key_id);
         let started = Instant::now();
         // It is waited for, for a while.
@@ -991,7 +986,7 @@ fn a_gateway_that_stood_still_lets_nothing_in_under_a_key_that_was_revoked_meanw
         let posting = std::thread::scope(|scope| {
             let posting: Vec<_> = (0..4).map(|_| scope.spawn(post)).collect();
             std::thread::sleep(Duration::from_millis(50));
-            signal(libc::SIGCONT);
+            signal(b.pid(), libc::SIGCONT);
             posting.into_iter().map(|post| post.join().expect("no panic")).collect::<Vec<_>>()
         });
         assert!(posting.iter().all(|status| [401, 503].contains(status)), "{posting:?}");

@@ -4,13 +4,6 @@ use serde_json::{Value, json};
 
 use crate::common::{Gateway, Source};
 
-/// Sends a signal to a gateway.
-pub fn signal(gateway: &Gateway, signal: i32) {
-    let pid = libc::pid_t::try_from(gateway.pid()).expect("a process id");
-    // SAFETY: kill(2) takes two integers; the child has not been waited for, so the id is its.
-    assert_eq!(unsafe { libc::kill(pid, signal) }, 0);
-}
-
 /// What a gateway says of its first sink.
 pub fn sink(gateway: &Gateway) -> Value {
     gateway.get("/v1/sinks", &gateway.admin_key()).json()["sinks"][0].clone()

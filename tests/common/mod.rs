@@ -48,6 +48,13 @@ pub fn scratch() -> tempfile::TempDir {
     tempfile::tempdir_in(place).expect("a temporary directory")
 }
 
+/// Sends a signal to a process that the test has started, and not waited for yet.
+pub fn signal(pid: u32, signal: libc::c_int) {
+    let pid = libc::pid_t::try_from(pid).expect("a process id");
+    // SAFETY: kill(2) takes two integers; the child has not been waited for, so the id is its.
+    assert_eq!(unsafe { libc::kill(pid, signal) }, 0, "signal {signal}");
+}
+
 /// Polls until `ready` gives a value; panics with `what` when [`PATIENCE`] is over. What takes long is looked at less
 /// often: to look takes processor time from what is waited for.
 pub fn wait_for<T>(what: &str, mut ready: impl FnMut() -> Option<T>) -> T {
@@ -372,10 +379,7 @@ impl Gateway {
 
     /// SIGTERM, without waiting.
     pub fn terminate(&self) {
-        let pid = libc::pid_t::try_from(self.pid()).expect("a process id");
-        // SAFETY: kill(2) takes two integers; the child has not been waited for, so the id is its.
-        let rc = unsafe { libc::kill(pid, libc::SIGTERM) };
-        assert_eq!(rc, 0, "SIGTERM was sent");
+        signal(self.pid(), libc::SIGTERM);
     }
 
     /// Waits for the end after [`Gateway::terminate`].

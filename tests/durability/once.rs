@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use crate::common::cluster::first_offset;
-use crate::common::{Answer, Gateway, Setup, Source, kept, scratch, wait_for};
+use crate::common::{Answer, Gateway, Setup, Source, kept, scratch, signal, wait_for};
 use serde_json::{Value, json};
 
 const DUPLICATES: &str = "headgate_duplicates_total{transport=\"http\"}";
@@ -146,9 +146,7 @@ fn a_request_that_is_sent_until_it_is_answered_is_kept_once_however_often_the_ga
             wait_for("some requests to be answered", || {
                 (answered.load(Ordering::SeqCst) > 50 + 20 * round).then_some(())
             });
-            let pid = libc::pid_t::try_from(gateway.pid()).expect("a process id");
-            // SAFETY: kill(2) takes two integers; the child has not been waited for, so the id is its.
-            assert_eq!(unsafe { libc::kill(pid, libc::SIGKILL) }, 0);
+            signal(gateway.pid(), libc::SIGKILL);
             killed.store(true, Ordering::SeqCst);
             let lost = clients.into_iter().map(|client| client.join().expect("a client does not panic"));
             lost.collect::<Vec<_>>().concat()

@@ -12,13 +12,7 @@ use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use rustls::{ServerConfig, ServerConnection, StreamOwned};
 
 use crate::common::tls::{Identity, TlsClient};
-use crate::common::{Gateway, Setup, scratch, wait_for};
-
-fn send_signal(pid: u32, signal: libc::c_int) {
-    let pid = libc::pid_t::try_from(pid).expect("a process id");
-    // SAFETY: kill(2) takes two integers; the child has not been waited for, so the id is its.
-    assert_eq!(unsafe { libc::kill(pid, signal) }, 0);
-}
+use crate::common::{Gateway, Setup, scratch, signal, wait_for};
 
 /// Kubernetes sets them in every container when a service is named `headgate`; the gateway did not start.
 #[test]
@@ -104,7 +98,7 @@ fn sighup_never_ends_a_gateway_that_is_not_there_yet() {
             (u64::from_str_radix(caught.trim(), 16).ok()? & 1 == 1).then_some(())
         });
         for _ in 0..50 {
-            send_signal(child.id(), libc::SIGHUP);
+            signal(child.id(), libc::SIGHUP);
             std::thread::yield_now();
         }
         let mut log = std::io::BufReader::new(child.stderr.take().expect("piped"));
@@ -113,7 +107,7 @@ fn sighup_never_ends_a_gateway_that_is_not_there_yet() {
             let read = std::io::BufRead::read_line(&mut log, &mut said).expect("readable");
             assert!(read > 0, "it ended: {said}");
         }
-        send_signal(child.id(), libc::SIGTERM);
+        signal(child.id(), libc::SIGTERM);
         let status = wait_for("the drain", || child.try_wait().expect("our child"));
         assert!(status.success(), "{status}");
     }
@@ -134,7 +128,7 @@ fn sighup_takes_over_what_it_can_names_what_it_cannot_and_keeps_all_of_what_is_b
     let count = |words: &str| gateway.output().matches(words).count();
     let reload = |told: &str| {
         let before = count("was read again");
-        send_signal(gateway.pid(), libc::SIGHUP);
+        signal(gateway.pid(), libc::SIGHUP);
         wait_for("the reload", || (count("was read again") > before).then_some(()));
         gateway.says(told);
     };

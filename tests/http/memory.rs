@@ -9,7 +9,7 @@ use serde_json::json;
 
 use crate::api::compressed;
 use crate::common::memory::Bystander;
-use crate::common::{Gateway, PATIENCE, Setup, Source, scratch, wait_for};
+use crate::common::{Gateway, PATIENCE, Setup, Source, scratch, signal, wait_for};
 
 /// A topic of the largest size, which a gzipped request of a few hundred bytes has for 100,000 messages.
 fn longest_topic() -> String {
@@ -327,9 +327,7 @@ fn the_limits_of_strangers_are_changed_while_the_gateway_runs() {
     };
     assert_eq!(strangers(), 0);
     limit(3);
-    let pid = libc::pid_t::try_from(gateway.pid()).expect("a process id");
-    // SAFETY: kill(2) takes two integers; the child has not been waited for, so the id is its.
-    assert_eq!(unsafe { libc::kill(pid, libc::SIGHUP) }, 0);
+    signal(gateway.pid(), libc::SIGHUP);
     gateway.says("the configuration was read again");
     let mut seen = 0;
     for listener in [gateway.http, admin] {

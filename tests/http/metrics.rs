@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 
 use crate::common::tls::Identity;
 use crate::common::wire::{self, Connect, Version, Wire};
-use crate::common::{Gateway, Setup, scratch, wait_for};
+use crate::common::{Gateway, Setup, scratch, signal, wait_for};
 
 fn config(path: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("config").join(path)
@@ -302,9 +302,7 @@ fn how_many_datasources_have_series_can_be_changed_while_it_runs() {
     assert_eq!((of("press-4"), of("press-5"), of("_other")), (Some(3.0), None, Some(1.0)));
     let reload = |max: &str| {
         write(max);
-        let pid = libc::pid_t::try_from(gateway.pid()).expect("a process id");
-        // SAFETY: kill(2) takes two integers; the child has not been waited for, so the id is its.
-        assert_eq!(unsafe { libc::kill(pid, libc::SIGHUP) }, 0);
+        signal(gateway.pid(), libc::SIGHUP);
     };
     reload("0");
     wait_for("no series of datasources", || of("_other").is_none().then_some(()));

@@ -8,7 +8,7 @@ use std::path::Path;
 use std::process::{Command, Output};
 
 use crate::common::tls::{Identity, TlsClient};
-use crate::common::{Gateway, Setup, Source, http, http_agent, node, python, scratch, wait_for};
+use crate::common::{Gateway, Setup, Source, http, http_agent, node, python, scratch, signal, wait_for};
 
 /// A gateway with a certificate for HTTP and MQTT, its issuer, and a datasource.
 struct Scene {
@@ -181,9 +181,7 @@ fn a_certificate_is_replaced_whatever_stood_in_its_place_meanwhile() {
     // A gateway that is asked to read them says again what is wrong.
     std::fs::copy(&scene.issuer.key, &scene.identity.key).expect("copied");
     wait_for("the reports", || (count("not the key of") == 4).then_some(()));
-    let pid = libc::pid_t::try_from(scene.gateway.pid()).expect("a process id");
-    // SAFETY: kill(2) takes two integers; the child has not been waited for, so the id is its.
-    assert_eq!(unsafe { libc::kill(pid, libc::SIGHUP) }, 0);
+    signal(scene.gateway.pid(), libc::SIGHUP);
     wait_for("the reports", || (count("not the key of") == 6).then_some(()));
     assert_eq!(scene.shown(), [expected.clone(), expected]);
     scene.gateway.stop();

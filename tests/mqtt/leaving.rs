@@ -14,7 +14,7 @@ use crate::common::wire::{
     WILL_DELAY, Wire, four_bytes, frame, publish, subscribe, subscribe_with,
 };
 use crate::common::ws::WsClient;
-use crate::common::{Gateway, Setup, scratch, wait_for};
+use crate::common::{Gateway, Setup, scratch, signal, wait_for};
 
 const GOODBYE: [u8; 2] = [0xE0, 0];
 const QUOTA_EXCEEDED: u8 = 0x97;
@@ -416,13 +416,6 @@ fn what_was_published_before_a_subscribe_is_not_sent_live() {
     }
 }
 
-/// Stops or continues the gateway's process.
-fn signal(gateway: &Gateway, signal: libc::c_int) {
-    let pid = libc::pid_t::try_from(gateway.pid()).expect("a process id");
-    // SAFETY: kill(2) takes two integers; the gateway is our child and has not been waited for.
-    assert_eq!(unsafe { libc::kill(pid, signal) }, 0);
-}
-
 #[test]
 fn a_gateway_that_was_stopped_reads_before_it_judges_keep_alives() {
     let scene = LeavingStage::new();
@@ -441,12 +434,12 @@ fn a_gateway_that_was_stopped_reads_before_it_judges_keep_alives() {
         wire.send(&PINGREQ);
     }
     wires.iter_mut().for_each(|wire| _ = wire.packet(PINGRESP));
-    signal(&scene.gateway, libc::SIGSTOP);
+    signal(scene.gateway.pid(), libc::SIGSTOP);
     for wire in &mut wires {
         wire.send(&PINGREQ);
     }
     std::thread::sleep(Duration::from_secs(4));
-    signal(&scene.gateway, libc::SIGCONT);
+    signal(scene.gateway.pid(), libc::SIGCONT);
     let mut is_answered =
         |wire: &mut Wire| matches!(wire.next(), Next::Packet(frame) if frame.kind() == PINGRESP);
     let answered = wires.iter_mut().map(&mut is_answered).filter(|answered| *answered);

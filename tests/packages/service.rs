@@ -5,7 +5,7 @@ use std::os::unix::net::UnixDatagram;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use crate::common::{Gateway, PATIENCE, Setup, scratch};
+use crate::common::{PATIENCE, Setup, scratch, signal};
 
 /// The service manager's end of the socket.
 struct Manager {
@@ -55,12 +55,6 @@ impl Manager {
     }
 }
 
-fn signal(gateway: &Gateway, signal: libc::c_int) {
-    let pid = libc::pid_t::try_from(gateway.pid()).expect("a process id");
-    // SAFETY: kill(2) takes two integers; the child has not been waited for, so the id is its.
-    assert_eq!(unsafe { libc::kill(pid, signal) }, 0);
-}
-
 #[test]
 fn the_service_manager_is_told_of_the_start_of_life_of_a_reload_and_of_the_drain() {
     let dir = scratch();
@@ -77,7 +71,7 @@ fn the_service_manager_is_told_of_the_start_of_life_of_a_reload_and_of_the_drain
     assert_eq!(gateway.request("POST", "/v1/ingest/press-4", &source.key, &[], b"1").status, 200);
     manager.hears("WATCHDOG=1");
 
-    signal(&gateway, libc::SIGHUP);
+    signal(gateway.pid(), libc::SIGHUP);
     manager.hears("RELOADING=1");
     let now = manager.hears("MONOTONIC_USEC=");
     assert!(now["MONOTONIC_USEC=".len()..].parse::<u64>().is_ok_and(|now| now > 0), "{now}");
@@ -105,9 +99,7 @@ fn a_start_that_waits_asks_for_more_time_and_is_not_ready() {
     let mut child = setup.set("log.backend", "jetstream").set("nats.servers", url).spawn();
     (0..4).for_each(|_| _ = manager.hears("EXTEND_TIMEOUT_USEC="));
     manager.forget();
-    let pid = libc::pid_t::try_from(child.id()).expect("a process id");
-    // SAFETY: as above.
-    assert_eq!(unsafe { libc::kill(pid, libc::SIGTERM) }, 0);
+    signal(child.id(), libc::SIGTERM);
     manager.hears("STOPPING=1");
     let ended = crate::common::wait_for("the end", || child.try_wait().expect("our child"));
     assert!(ended.success(), "{ended}");
@@ -121,10 +113,10 @@ fn a_gateway_that_does_not_run_gives_no_sign_of_life() {
     let gateway = Manager::setup(dir.path(), Duration::from_millis(300)).start();
     manager.hears("READY=1");
     manager.hears("WATCHDOG=1");
-    signal(&gateway, libc::SIGSTOP);
+    signal(gateway.pid(), libc::SIGSTOP);
     manager.forget();
     let sign = manager.hears_within("WATCHDOG=1", Duration::from_secs(1));
-    signal(&gateway, libc::SIGCONT);
+    signal(gateway.pid(), libc::SIGCONT);
     assert!(sign.is_none());
     manager.hears("WATCHDOG=1");
     gateway.stop();

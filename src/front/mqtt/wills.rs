@@ -257,7 +257,7 @@ impl MqttWill {
     pub(super) async fn publish(mut self: Box<Self>, intake: &Intake) -> Option<Box<Self>> {
         let Err(refusal) = self.submit(intake).await else { return None };
         let may_pass = refusal.is_transient();
-        // What is tried again and again is told once.
+        // What this node tries again and again is told once.
         if !may_pass || self.refused == 0 {
             intake.refusals().note(self.who.note(&self.grant, refusal.note(Transport::Mqtt)));
             info!(

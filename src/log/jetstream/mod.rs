@@ -160,6 +160,12 @@ impl JetstreamLogShared {
         self.history.get().map_or(0, |history| history.epoch)
     }
 
+    /// Whether the stream answers, and is not as full as retention lets it become.
+    async fn has_room(&self) -> bool {
+        let state = self.stream.state().await;
+        state.is_ok_and(|state| state.bytes <= StreamRetention::bytes_max(self.retention_bytes))
+    }
+
     fn note_state(&self, state: &StreamState) {
         // An untouched stream begins at 1, and no record is missing below that.
         let first = if state.first <= 1 { 0 } else { state.first };

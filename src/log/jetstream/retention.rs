@@ -93,6 +93,11 @@ impl StreamRetention {
         Ok(Self { shared, bucket, node: node.to_owned(), config, stay_s, said: None })
     }
 
+    /// Above so many bytes the oldest records go, where all consumers have them.
+    pub(super) fn bytes_max(retention_bytes: u64) -> u64 {
+        retention_bytes / 100 * RETENTION_FULL_PERCENT.0
+    }
+
     pub(super) async fn run(mut self) {
         let cursors = Arc::new(Mutex::new(None));
         // A separate task, so that slow removals do not hold it up.
@@ -150,7 +155,7 @@ impl StreamRetention {
             let time = Rfc3339(cluster_micros().saturating_sub(age_max)).to_string();
             end = stream.sequence_at(&time).await?.unwrap_or(state.last + 1);
         }
-        if state.bytes > self.config.retention_bytes / 100 * RETENTION_FULL_PERCENT.0 {
+        if state.bytes > Self::bytes_max(self.config.retention_bytes) {
             // An estimate: it assumes that all messages have the same size.
             let excess = state.bytes - self.config.retention_bytes / 100 * RETENTION_FULL_PERCENT.1;
             let messages =

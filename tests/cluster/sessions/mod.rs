@@ -17,7 +17,7 @@ use crate::common::wire::{
     Version::{self, V5, V311},
     WILL_DELAY, Wire, ack, four_bytes, publish, subscribe, subscribe_with,
 };
-use crate::common::{Gateway, Setup, scratch, wait_for};
+use crate::common::{Gateway, Setup, scratch, signal, wait_for};
 
 const SILENCE: Duration = Duration::from_millis(300);
 
@@ -58,13 +58,6 @@ fn cut_off_the_last(nats: &NatsServer, gateways: usize) {
                 await js.delete_consumer('headgate', max(consumers, key=lambda c: c.created).name)";
     let cut_off = || nats_py(&nats.url(), body, &[&gateways.to_string()]).status.success().then_some(());
     wait_for("every gateway to be sent the stream", cut_off);
-}
-
-/// Lets a gateway go on, or keeps it from it.
-fn signal(gateway: &Gateway, signal: libc::c_int) {
-    let pid = libc::pid_t::try_from(gateway.pid()).expect("a process id");
-    // SAFETY: kill(2) takes two integers; the gateway is our child and has not been waited for.
-    assert_eq!(unsafe { libc::kill(pid, signal) }, 0);
 }
 
 /// A client whose session stays.
@@ -416,7 +409,7 @@ fn a_gateway_that_could_not_be_asked_closes_the_connection_when_it_can() {
     let client = staying(V5, &cluster.key, "c");
     let (mut on_a, _) = connected(&a, &client);
     subscribed(&mut on_a, V5, "a");
-    signal(&a, libc::SIGSTOP);
+    signal(a.pid(), libc::SIGSTOP);
     let (mut on_b, present) = connected(&b, &client);
     assert!(present);
     published(&mut publisher, 0..10);
@@ -425,7 +418,7 @@ fn a_gateway_that_could_not_be_asked_closes_the_connection_when_it_can() {
     }
     // Until the others do not even know it any more: that is a time without a word, and has to pass.
     std::thread::sleep(PRESENCE_SILENCE_MAX + Duration::from_millis(200));
-    signal(&a, libc::SIGCONT);
+    signal(a.pid(), libc::SIGCONT);
     let taken_over = wait_for("the old connection to end", || match on_a.next() {
         Next::Packet(frame) if frame.kind() == PUBLISH => None,
         other => Some(other),

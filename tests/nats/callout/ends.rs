@@ -6,8 +6,7 @@ use async_nats::{ConnectOptions, Event};
 use serde_json::json;
 
 use super::stage::{Connected, Stage, in_seconds};
-use crate::common::nats::NatsServer;
-use crate::common::{PATIENCE, wait_for};
+use crate::common::{PATIENCE, signal, wait_for};
 
 fn with(key: &str) -> ConnectOptions {
     ConnectOptions::with_user_and_password("device".to_owned(), key.to_owned())
@@ -77,12 +76,6 @@ async fn a_revoked_key_loses_its_connections_on_every_server_of_a_cluster_whoeve
     }
 }
 
-fn signal(server: &NatsServer, signal: libc::c_int) {
-    let pid = libc::pid_t::try_from(server.pid()).expect("a pid");
-    // SAFETY: kill(2) on a process that this test has started and not yet waited for.
-    assert_eq!(unsafe { libc::kill(pid, signal) }, 0);
-}
-
 /// A server that is asleep answers nothing, and goes on with its clients when it wakes.
 async fn revoke_while_a_server_sleeps(is_new_gateway: bool) {
     let mut stage = Stage::cluster();
@@ -92,7 +85,7 @@ async fn revoke_while_a_server_sleeps(is_new_gateway: bool) {
     for one in [&asleep, &awake] {
         one.publish("ingest.press-4.t", "1").await;
     }
-    signal(&stage.others[0], libc::SIGSTOP);
+    signal(stage.others[0].pid(), libc::SIGSTOP);
     if is_new_gateway {
         // One that knows nothing of the clients of a server that does not answer.
         stage.gateway.terminate();
@@ -104,7 +97,7 @@ async fn revoke_while_a_server_sleeps(is_new_gateway: bool) {
     stage.revoke("press-4", &source.key_id);
     let took = called.elapsed();
     closed(awake).await;
-    signal(&stage.others[0], libc::SIGCONT);
+    signal(stage.others[0].pid(), libc::SIGCONT);
     let woken = Instant::now();
     closed(asleep).await;
     assert!(took < Duration::from_secs(4), "{took:?}");

@@ -22,7 +22,7 @@ use crate::limits::{BATCH_BYTES_MAX, REFETCH_BYTES, REFETCH_RECORDS};
 use crate::log::{Batch, RecordPlace};
 use crate::message::{DatasourceId, Offset, RecordRef};
 
-/// How long a session waits for retained messages that cannot be read now, before they are given up.
+/// How long a session waits for each part of its retained messages that cannot be read now, before that is given up.
 const RETAINED_REFETCH_TIME_MAX: Duration = Duration::from_secs(30);
 /// The pause before they are asked for again.
 const RETAINED_REFETCH_PAUSE: Duration = Duration::from_secs(1);

@@ -16,11 +16,11 @@ use std::time::{Duration, Instant};
 use rand::TryRng;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
-use tracing::debug;
 
+use self::away::AwayClient;
 use self::claims::{ClaimStamp, ClaimedSession, ClientClaims};
 pub(super) use self::client_guard::ClientGuard;
-use self::due::{DueEntry, DueTimes};
+use self::due::DueTimes;
 use self::queue::ClientQueue;
 use self::refused_wills::RefusedWills;
 use self::takeovers::TakeoverTally;
@@ -35,7 +35,9 @@ use crate::consume::subscriber::{Mailbox, ShareGroupKey, Subscribers};
 use crate::intake::{Intake, Refusal};
 use crate::message::{DatasourceId, Offset, now_micros};
 use crate::shares::ShareExceeded;
+use crate::time::cluster_micros;
 
+mod away;
 pub(super) mod claims;
 mod client_guard;
 mod due;
@@ -112,15 +114,6 @@ struct ClusterClientState {
     lost: bool,
 }
 
-struct AwayClient {
-    session: MqttSession,
-    will: Option<(Box<MqttWill>, Instant)>,
-    /// `None`: never.
-    expires_at: Option<Instant>,
-    /// Its entries among the due times.
-    _due: Vec<DueEntry>,
-}
-
 /// A client that was let in.
 pub(super) struct EnteredClient {
     pub(super) present: ClientGuard,
@@ -161,7 +154,7 @@ impl Sessions {
             .into_iter()
             .map(|group| ((group.datasource, group.group.into(), group.filter.into()), group.cursor))
             .collect();
-        let (now, now_micros) = (Instant::now(), now_micros());
+        let (now, now_micros) = (Instant::now(), cluster_micros());
         let mut wills = sessions.take_up_wills(stored.wills);
         let mut clients = sessions.lock_clients();
         let left_out = sessions.subscribers.log.withheld().now();
@@ -307,25 +300,11 @@ impl Sessions {
             match left {
                 Some(left) => left.await,
                 // Not under the lock: all connections of a datasource may have to be counted.
-                None => {
-                    if let Err(refusal) = may_enter() {
-                        drop(place);
-                        self.forget_unused(&key);
-                        return Err(EnterError::Refused(Box::new(refusal)));
-                    }
-                }
+                None => may_enter().map_err(|refusal| EnterError::Refused(Box::new(refusal)))?,
             }
         };
         let present = ClientGuard { sessions: self.clone(), key, control };
         self.enter_after_earlier(present, at, away, clean, expiry_s).await
-    }
-
-    /// Removes the entry of a client that is neither there nor away.
-    fn forget_unused(&self, key: &ClientKey) {
-        let mut clients = self.lock_clients();
-        if clients.entries.get_mut(key).is_some_and(|entry| !entry.note_move()) {
-            clients.entries.remove(key);
-        }
     }
 
     /// Continues [`Sessions::enter`] once no earlier connection to this node is left.
@@ -363,24 +342,6 @@ impl Sessions {
             held.uid = session.uid;
         }
         Ok(EnteredClient { present, session, resumed, earlier_will })
-    }
-
-    /// The session with which a client that was on this node continues, and the will that was not due yet.
-    fn resume(
-        &self,
-        key: &ClientKey,
-        away: AwayClient,
-        clean: bool,
-    ) -> Option<(MqttSession, Option<Box<MqttWill>>)> {
-        let AwayClient { session, will, .. } = away;
-        if !clean {
-            return Some((session, will.map(|(will, _)| will)));
-        }
-        self.end_session(key, &session);
-        if let Some((will, _)) = will {
-            self.spawn_will(will);
-        }
-        None
     }
 
     /// Begins a connection's session: the earlier one or a new one. `found` is the bucket's cell of the
@@ -476,59 +437,6 @@ impl Sessions {
         self.wills.spawn_on(self.publish_will(will), &usual);
     }
 
-    /// Ends the sessions of clients that are away and whose datasource was deleted. Those of clients that are still
-    /// connected end with their connections.
-    fn end_with_datasources(&self) {
-        let subscribers = &self.subscribers;
-        let (version, left_out) = (subscribers.log.withheld().version(), subscribers.log.withheld().now());
-        if subscribers.session_ends.swept() >= version {
-            return;
-        }
-        let ended: Vec<_> = {
-            let mut clients = self.lock_clients();
-            let gone = |(key, entry): (&ClientKey, &mut ClientEntry)| {
-                let away = entry.away.take_if(|_| left_out.has_ended(&key.0))?;
-                Some((key.clone(), away.session))
-            };
-            let ended = clients.entries.iter_mut().filter_map(gone).collect();
-            clients.entries.retain(|_, entry| {
-                // Who waits to take a client over has a place in its queue.
-                entry.connected.is_some() || entry.away.is_some() || entry.queue.is_some()
-            });
-            ended
-        };
-        for (key, session) in ended {
-            debug!(datasource = %key.0, "a session has ended with its datasource");
-            subscribers.session_ends.note(&key.0);
-            self.end_session(&key, &session);
-        }
-        subscribers.session_ends.set_swept(version);
-    }
-
-    fn run_due(&self, now: Instant) {
-        let (mut wills, mut ended) = (Vec::from_iter(self.refused_wills.take_due(now)), Vec::new());
-        let mut clients = self.lock_clients();
-        clients.takeovers.forget_old(now);
-        while let Some(key) = clients.due.take_due(now) {
-            let Some(entry) = clients.entries.get_mut(&key) else { continue };
-            let Some(away) = &mut entry.away else { continue };
-            wills.extend(away.will.take_if(|(_, due)| *due <= now).map(|(will, _)| will));
-            if away.expires_at.is_some_and(|at| at <= now)
-                && let Some(away) = clients.entries.remove(&key).and_then(|entry| entry.away)
-            {
-                // A will is due at the latest when its session ends (MQTT 5 section 3.1.3.2.2).
-                wills.extend(away.will.map(|(will, _)| will));
-                ended.push((key, away.session));
-            }
-        }
-        drop(clients);
-        wills.into_iter().for_each(|will| self.spawn_will(will));
-        for (key, session) in ended {
-            debug!(datasource = %key.0, "a session has expired");
-            self.end_session(&key, &session);
-        }
-    }
-
     /// Queues the cursors of sessions and groups that have moved since they were last written; `None` if none have. The
     /// future resolves when the store has them. They are queued under the lock of the clients and that of their mailbox:
     /// what a session writes that has gone on, or leaves, comes behind them.
@@ -589,21 +497,6 @@ impl Sessions {
 
     fn lock_clients(&self) -> MutexGuard<'_, SessionClients> {
         self.clients.lock()
-    }
-}
-
-impl SessionClients {
-    fn put_away(
-        &mut self,
-        key: ClientKey,
-        session: MqttSession,
-        will: Option<(Box<MqttWill>, Instant)>,
-        expires_at: Option<Instant>,
-    ) {
-        let will_due = will.as_ref().map(|(_, due)| *due);
-        let due = [will_due, expires_at].into_iter().flatten().map(|due| self.due.enter(due, key.clone()));
-        let away = AwayClient { session, will, expires_at, _due: due.collect() };
-        self.entries.entry(key).or_default().away = Some(Box::new(away));
     }
 }
 

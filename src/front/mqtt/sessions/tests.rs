@@ -73,3 +73,30 @@ async fn a_connection_that_comes_while_an_earlier_one_is_asked_enters_behind_it(
     }
     assert!(sessions.lock_clients().entries.is_empty());
 }
+
+/// The session that it waited for had expired meanwhile, and it waited for ever.
+#[tokio::test]
+async fn a_connection_that_waits_enters_also_when_the_session_expires_meanwhile() {
+    let dir = tempfile::tempdir().expect("temporary directory");
+    let run = ModelRun::bare(1);
+    let sessions = empty_sessions(dir.path(), &run.gateway.subscribers);
+    let (press, client): (_, Arc<str>) = (press_4(), "c".into());
+    for is_refused in [false, true] {
+        let enter = || sessions.enter(&press, client.clone(), Arc::default(), false, false, 1, || Ok(()));
+        let EnteredClient { present, session, .. } = enter().await.expect("let in");
+        assert!(present.leave(session, None).is_none());
+        let later = RefCell::new(Box::pin(enter()));
+        let may_enter = || {
+            let mut cx = Context::from_waker(Waker::noop());
+            assert!(later.borrow_mut().as_mut().poll(&mut cx).is_pending(), "it is not its turn");
+            sessions.run_due(Instant::now() + Duration::from_secs(2));
+            if is_refused { Err(Refusal::Exchanges) } else { Ok(()) }
+        };
+        let first = sessions.enter(&press, client.clone(), Arc::default(), false, false, 1, may_enter).await;
+        assert_eq!(first.as_ref().map(|first| first.resumed).ok(), (!is_refused).then_some(false));
+        drop(first);
+        let later = tokio::time::timeout(Duration::from_secs(10), later.into_inner()).await;
+        drop(later.expect("it is its turn").expect("let in"));
+    }
+    assert!(sessions.lock_clients().entries.is_empty());
+}

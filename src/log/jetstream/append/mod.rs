@@ -48,6 +48,9 @@ const PUBLISH_ACK_TIMEOUT: Duration = Duration::from_secs(5);
 /// The pause before refused messages are published again.
 const PUBLISH_RETRY_PAUSE: Duration = Duration::from_millis(100);
 
+/// How often a task without work asks the stream whether its trouble is over.
+const TROUBLE_CHECK_INTERVAL: Duration = Duration::from_secs(1);
+
 /// A command to the task.
 pub(super) enum AppenderCommand {
     /// Append sections.
@@ -75,6 +78,8 @@ enum AppenderEvent {
     Earlier { place: PendingMessage, first: Offset, found: Result<Option<SharedIdContent>, AppendError> },
     /// A row of `headgate-once` was rewritten, or could not be.
     Refreshed { append: u64, result: Result<(), AppendError> },
+    /// Whether the stream answers and has room.
+    Looked { has_room: bool },
 }
 
 /// The appending task.
@@ -95,6 +100,8 @@ pub(super) struct JetstreamAppender {
     learning: FuturesUnordered<BoxFuture<'static, AppenderEvent>>,
     /// Appends that wait for the follower.
     waiting: WaitingAppends<PendingAppend>,
+    /// When to ask the stream whether the trouble is over, if nothing is appended until then.
+    trouble_check: Instant,
     closing: bool,
 }
 
@@ -121,6 +128,7 @@ impl JetstreamAppender {
             barriers: VecDeque::new(),
             learning: FuturesUnordered::new(),
             waiting: WaitingAppends::new(),
+            trouble_check: Instant::now(),
             closing: false,
         })
     }
@@ -162,7 +170,14 @@ impl JetstreamAppender {
     fn next_deadline(&self) -> Instant {
         let retry = self.blocked.as_ref().map(|(_, until)| *until);
         let far = Instant::now() + Duration::from_secs(60);
-        retry.into_iter().chain(self.waiting.next_check()).min().unwrap_or(far)
+        let trouble_check = self.has_idle_trouble().then_some(self.trouble_check);
+        retry.into_iter().chain(self.waiting.next_check()).chain(trouble_check).min().unwrap_or(far)
+    }
+
+    /// Whether the last message was not stored, and none is there to show that the next one would be: nobody sends to a
+    /// gateway that is not ready.
+    fn has_idle_trouble(&self) -> bool {
+        self.open.is_empty() && self.shared.append_trouble.is_present()
     }
 
     fn handle_deadline(&mut self) {
@@ -175,6 +190,12 @@ impl JetstreamAppender {
             self.give_up(&error, now);
         }
         self.answer_unfollowed(now);
+        if self.has_idle_trouble() && self.trouble_check <= now {
+            self.trouble_check = now + TROUBLE_CHECK_INTERVAL;
+            let shared = self.shared.clone();
+            self.learning
+                .push(Box::pin(async move { AppenderEvent::Looked { has_room: shared.has_room().await } }));
+        }
     }
 
     fn handle_command(&mut self, command: AppenderCommand) {

@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use headgate_bridge_nats::stream::{JetstreamAck, PublishError};
 
-use super::{AppenderEvent, JetstreamAppender, PUBLISH_RETRY_PAUSE};
+use super::{AppenderEvent, JetstreamAppender, PUBLISH_RETRY_PAUSE, TROUBLE_CHECK_INTERVAL};
 use crate::log::jetstream::message::SharedIdContent;
 use crate::log::jetstream::open::PendingMessage;
 use crate::log::jetstream::read::shared_id_content_at;
@@ -78,6 +78,7 @@ impl JetstreamAppender {
             PublishError::Refused(text) => (AppendError::Failed(text.into()), None),
         };
         self.shared.append_trouble.set(Some(error.to_string()));
+        self.trouble_check = Instant::now() + TROUBLE_CHECK_INTERVAL;
         match again {
             Some(again) if open.give_up_at > Instant::now() => {
                 self.refused.insert(PendingMessage { again, ..place });
@@ -149,6 +150,11 @@ impl JetstreamAppender {
                 self.count_settled(append, 1);
             }
             AppenderEvent::Earlier { place, first, found } => self.handle_earlier(place, first, found),
+            AppenderEvent::Looked { has_room } => {
+                if has_room && self.has_idle_trouble() {
+                    self.shared.append_trouble.set(None);
+                }
+            }
         }
     }
 
