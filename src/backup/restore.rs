@@ -88,7 +88,8 @@ pub enum RestoreError {
     /// What was moved aside is no longer where the mark says, so that nothing may be removed: it may be all that there is.
     #[error(
         "{} is not there or has nothing in it, and it should have what was in {} before: nothing is changed. Put it back \
-         there; or, if what is in {} now is what was there, remove {RESTORE_MARK} from it",
+         there; if what is in {} now is what was there, remove {RESTORE_MARK} from it; if you have removed it on purpose, \
+         restore into another data directory",
         aside.display(), dir.display(), dir.display()
     )]
     AsideMissing {

@@ -76,7 +76,8 @@ struct IntakeInner {
     processor: ProcessorTime,
     /// A permit for each byte that may be on its way into the log.
     room: Arc<Semaphore>,
-    /// Drafts on their way into the log for which nobody waits any more.
+    /// Drafts on their way into the log for which nobody waits any more, and what else a drain waits for
+    /// ([`Intake::track`]).
     unattended: TaskTracker,
     /// Closes connections of dead keys that are not in the registry, such as those to a NATS server.
     closer: OnceLock<RemoteConnectionCloser>,

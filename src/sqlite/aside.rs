@@ -74,6 +74,7 @@ pub(super) fn finish_set_aside(path: &Path) -> Result<(), SqliteError> {
         else {
             continue;
         };
+        let _renaming = NAMES.write();
         let aside = path.with_file_name(aside);
         // A database that is there already was moved before the kill; the one at `path` is another one.
         if !aside.exists() {

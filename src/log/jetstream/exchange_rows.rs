@@ -294,20 +294,12 @@ pub(super) async fn find_open_exchanges(
     let Some(mut next) = shared.stream.sequence_at(&Rfc3339(from).to_string()).await? else { return Ok(()) };
     next = next.max(end.saturating_sub(EXCHANGES_FOUND_AT_START_MAX));
     while next < end {
-        let page = shared.stream.get(next, 1_000, 8 << 20).await?;
-        let Some(last) = page.last() else {
+        let mut page = shared.stream.get(next, 1_000, 8 << 20).await?;
+        if page.is_empty() {
             // The server that answered may lag behind the leader.
-            match shared.stream.first_of_leader(">", next).await? {
-                Some(message) => {
-                    next = message.sequence + 1;
-                    if !shared.fences.shut_out(&message) {
-                        note_exchange(shared, &message);
-                    }
-                    continue;
-                }
-                None => return Ok(()),
-            }
-        };
+            page.extend(shared.stream.first_of_leader(">", next).await?);
+        }
+        let Some(last) = page.last() else { return Ok(()) };
         next = last.sequence + 1;
         let records = page.iter().filter(|message| !shared.fences.shut_out(message));
         records.for_each(|message| note_exchange(shared, message));

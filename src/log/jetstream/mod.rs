@@ -160,10 +160,10 @@ impl JetstreamLogShared {
         self.history.get().map_or(0, |history| history.epoch)
     }
 
-    /// Whether the stream answers, and is not as full as retention lets it become.
-    async fn has_room(&self) -> bool {
-        let state = self.stream.state().await;
-        state.is_ok_and(|state| state.bytes <= StreamRetention::bytes_max(self.retention_bytes))
+    /// Whether the stream answers; and if it `was_full`, whether it is below where retention begins.
+    async fn takes_messages(&self, was_full: bool) -> bool {
+        let bytes_max = if was_full { StreamRetention::bytes_max(self.retention_bytes) } else { u64::MAX };
+        self.stream.state().await.is_ok_and(|state| state.bytes <= bytes_max)
     }
 
     fn note_state(&self, state: &StreamState) {

@@ -78,8 +78,8 @@ enum AppenderEvent {
     Earlier { place: PendingMessage, first: Offset, found: Result<Option<SharedIdContent>, AppendError> },
     /// A row of `headgate-once` was rewritten, or could not be.
     Refreshed { append: u64, result: Result<(), AppendError> },
-    /// Whether the stream answers and has room.
-    Looked { has_room: bool },
+    /// Whether the stream would take messages when it was asked.
+    Looked { asked_at: Instant, takes: bool },
 }
 
 /// The appending task.
@@ -100,7 +100,10 @@ pub(super) struct JetstreamAppender {
     learning: FuturesUnordered<BoxFuture<'static, AppenderEvent>>,
     /// Appends that wait for the follower.
     waiting: WaitingAppends<PendingAppend>,
-    /// When to ask the stream whether the trouble is over, if nothing is appended until then.
+    /// When a message was refused last, and whether the stream was full.
+    refused_at: Instant,
+    was_full: bool,
+    /// When to ask the stream whether that is over, if nothing is appended until then.
     trouble_check: Instant,
     closing: bool,
 }
@@ -128,6 +131,8 @@ impl JetstreamAppender {
             barriers: VecDeque::new(),
             learning: FuturesUnordered::new(),
             waiting: WaitingAppends::new(),
+            refused_at: Instant::now(),
+            was_full: false,
             trouble_check: Instant::now(),
             closing: false,
         })
@@ -192,9 +197,10 @@ impl JetstreamAppender {
         self.answer_unfollowed(now);
         if self.has_idle_trouble() && self.trouble_check <= now {
             self.trouble_check = now + TROUBLE_CHECK_INTERVAL;
-            let shared = self.shared.clone();
-            self.learning
-                .push(Box::pin(async move { AppenderEvent::Looked { has_room: shared.has_room().await } }));
+            let (shared, was_full) = (self.shared.clone(), self.was_full);
+            self.learning.push(Box::pin(async move {
+                AppenderEvent::Looked { asked_at: now, takes: shared.takes_messages(was_full).await }
+            }));
         }
     }
 

@@ -78,7 +78,9 @@ impl JetstreamAppender {
             PublishError::Refused(text) => (AppendError::Failed(text.into()), None),
         };
         self.shared.append_trouble.set(Some(error.to_string()));
-        self.trouble_check = Instant::now() + TROUBLE_CHECK_INTERVAL;
+        self.refused_at = Instant::now();
+        self.was_full = matches!(error, AppendError::Budget { .. });
+        self.trouble_check = self.refused_at + TROUBLE_CHECK_INTERVAL;
         match again {
             Some(again) if open.give_up_at > Instant::now() => {
                 self.refused.insert(PendingMessage { again, ..place });
@@ -150,8 +152,8 @@ impl JetstreamAppender {
                 self.count_settled(append, 1);
             }
             AppenderEvent::Earlier { place, first, found } => self.handle_earlier(place, first, found),
-            AppenderEvent::Looked { has_room } => {
-                if has_room && self.has_idle_trouble() {
+            AppenderEvent::Looked { asked_at, takes } => {
+                if takes && asked_at > self.refused_at && self.has_idle_trouble() {
                     self.shared.append_trouble.set(None);
                 }
             }
