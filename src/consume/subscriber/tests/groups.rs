@@ -90,11 +90,12 @@ async fn work(mut member: ShareMember, pace: MemberPace, all: Arc<parking_lot::M
             Some(ShareDelivery::Skipped(_)) => panic!("nothing is removed"),
             Some(ShareDelivery::Records(records)) => {
                 for (_, place) in records {
-                    all.lock().push(place.offset);
                     match pace {
                         MemberPace::AtOnce => member.acknowledge(place.offset),
                         _ => queue.push_back(place.offset),
                     }
+                    // Once it is counted, the member has none.
+                    all.lock().push(place.offset);
                 }
                 if done_waiting(&queue, pace).is_none() {
                     continue;
