@@ -116,7 +116,13 @@ impl FollowerControl {
     pub(super) fn start(self: &Arc<Self>, consumer: impl Consumer, log: Arc<dyn Log>) -> io::Result<()> {
         let control = self.clone();
         let thread = std::thread::Builder::new().name(self.words.name.to_owned());
-        thread.spawn(move || control.run(consumer, &*log)).map(drop)
+        thread
+            .spawn(move || {
+                // Told once the consumer has closed what it writes: who is told may open it again.
+                let _ended = FollowerEndGuard(control.clone());
+                control.run(consumer, &*log);
+            })
+            .map(drop)
     }
 
     /// The present error, while rounds fail.
@@ -158,9 +164,8 @@ impl FollowerControl {
         *self.ended.borrow()
     }
 
-    fn run<C: Consumer>(self: Arc<Self>, mut consumer: C, log: &dyn Log) {
+    fn run<C: Consumer>(&self, mut consumer: C, log: &dyn Log) {
         lower_priority(self.words.nice);
-        let _ended = FollowerEndGuard(self.clone());
         let mut retry = FOLLOWER_RETRY_PAUSES.0;
         loop {
             let stop = self.stop_deadline();

@@ -7,7 +7,7 @@ use std::time::Duration;
 use crate::common::cluster::log_at;
 use crate::common::kept::{in_storage, records_of};
 use crate::common::load::{Ledger, all_kinds, number};
-use crate::common::nats::NatsServer;
+use crate::common::nats::{NatsServer, nats_py};
 use crate::common::wire::{Next, PUBACK, Version, Wire, publish};
 use crate::common::{Setup, http, http_agent, scratch, signal, wait_for};
 use serde_json::json;
@@ -126,6 +126,33 @@ fn a_gateway_whose_last_message_had_no_answer_is_ready_again_by_itself() {
     signal(server.pid(), libc::SIGCONT);
     wait_for("/readyz to be well", || (gateway.get("/readyz", "").status == 200).then_some(()));
     assert_eq!(post(b"3").status, 200);
+}
+
+/// Where there is no room to say how far the consumers are, only removing makes some.
+#[test]
+fn retention_goes_on_while_nobody_can_be_told_how_far_the_consumers_are() {
+    let dir = scratch();
+    let server = NatsServer::start();
+    let gateway = setup(dir.path(), &server).set("log.retention_bytes", "1MiB").start();
+    let source = gateway.create("press-4");
+    let body = format!("{{\"x\":\"{}\"}}", "x".repeat(20_000));
+    let post = || gateway.request("POST", "/v1/ingest/press-4/t", &source.key, &[], body.as_bytes()).status;
+    (0..30).for_each(|_| assert_eq!(post(), 200));
+    wait_for("the others to be told of all of it", || {
+        let cursors = "kv = await js.key_value('headgate-cursors')\n\
+                       print(max([int((await kv.get(key)).value) for key in await kv.keys()]))\n";
+        let told = nats_py(&server.url(), cursors, &[]).stdout;
+        (String::from_utf8_lossy(&told).trim() == "31").then_some(())
+    });
+    let refuse = "info = await js.stream_info('KV_headgate-cursors')\n\
+                  info.config.max_msg_size = 1\nawait js.update_stream(info.config)\n";
+    let refused = nats_py(&server.url(), refuse, &[]);
+    assert!(refused.status.success(), "{}", String::from_utf8_lossy(&refused.stderr));
+    wait_for("retention to remove something", || {
+        assert!([200, 503].contains(&post()));
+        (gateway.metric("headgate_log_first_offset") > 1.0).then_some(())
+    });
+    assert!(gateway.output().contains("retention cannot tell the other nodes"), "{}", gateway.output());
 }
 
 /// It guards against a leaked admin key that lived on in a cluster until NATS was there again, and then for ever: its

@@ -2,13 +2,16 @@
 //! an absent NATS is a transient state to its users. [`Nats::trouble`] says why NATS is absent.
 
 use parking_lot::Mutex;
-use std::path::PathBuf;
+use std::io;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use async_nats::{Client, ConnectOptions, Event, ServerAddr};
+use async_nats::{Auth, AuthError, Client, ConnectOptions, Event, ServerAddr};
 use tokio::sync::watch;
-use tracing::{debug, info, warn};
+use tracing::{info, warn};
+
+use crate::credentials_file::CredentialsFile;
 
 /// The longest wait between two attempts to connect.
 const NATS_RECONNECT_PAUSE_MAX: Duration = Duration::from_secs(1);
@@ -139,9 +142,17 @@ impl Nats {
             NatsCredentials::Password { user, password } => {
                 ConnectOptions::with_user_and_password(user.clone(), password.clone())
             }
-            NatsCredentials::File(path) => ConnectOptions::with_credentials_file(path)
-                .await
-                .map_err(|error| NatsError::File { path: path.clone(), detail: error.to_string() })?,
+            NatsCredentials::File(path) => {
+                let failed =
+                    |error: io::Error| NatsError::File { path: path.clone(), detail: error.to_string() };
+                sign_in(path, &[]).map_err(failed)?;
+                let path = path.clone();
+                // At each connection: the file is replaced before its token ends.
+                ConnectOptions::with_auth_callback(move |nonce| {
+                    let auth = sign_in(&path, &nonce).map_err(AuthError::new);
+                    async move { auth }
+                })
+            }
         };
         let mut options = options
             .name(&settings.name)
@@ -198,7 +209,17 @@ pub fn without_credentials(address: &str) -> String {
     }
 }
 
-/// Records and logs an event of the connection. A loss is logged once, not at every attempt to reconnect.
+/// What a `.creds` file says to a server that has sent this nonce.
+fn sign_in(path: &Path, nonce: &[u8]) -> io::Result<Auth> {
+    let credentials = CredentialsFile::read(path)?;
+    let mut auth = Auth::new();
+    auth.signature = Some(credentials.sign(nonce)?);
+    auth.jwt = Some(credentials.jwt);
+    Ok(auth)
+}
+
+/// Records and logs an event of the connection. A loss is logged once, and again when its cause is another one, not at
+/// every attempt to reconnect.
 fn note_connection_event(event: &Event, servers: &str, seen: &Mutex<Option<String>>) {
     let mut trouble = seen.lock();
     match event {
@@ -212,7 +233,14 @@ fn note_connection_event(event: &Event, servers: &str, seen: &Mutex<Option<Strin
             }
             *trouble = Some(format!("NATS at {servers} is away"));
         }
-        Event::ClientError(error) if trouble.is_some() => debug!(servers, %error, "NATS"),
+        Event::ClientError(error) if trouble.is_some() => {
+            let error = error.to_string();
+            let text = format!("NATS at {servers} is away ({})", error.trim_start_matches("nats: "));
+            if trouble.as_ref() != Some(&text) {
+                info!("{text}");
+            }
+            *trouble = Some(text);
+        }
         Event::ClientError(error) => warn!(servers, %error, "NATS"),
         Event::ServerError(error) => warn!(servers, %error, "NATS"),
         _ => {}
@@ -221,7 +249,53 @@ fn note_connection_event(event: &Event, servers: &str, seen: &Mutex<Option<Strin
 
 #[cfg(test)]
 mod tests {
+    use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
+    use tokio::net::TcpListener;
+
     use super::*;
+
+    /// When its token had ended, the gateway stayed away from NATS until it was started again.
+    #[tokio::test]
+    async fn a_credentials_file_that_was_replaced_counts_at_the_next_connection() {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let path = dir.path().join("user.creds");
+        let renew = |jwt: &str| {
+            let seed = nkeys::KeyPair::new_user().seed().expect("a seed");
+            let text = format!(
+                "-----BEGIN NATS USER JWT-----\n{jwt}\n---\n-----BEGIN USER NKEY SEED-----\n{seed}\n"
+            );
+            std::fs::write(&path, text).expect("written");
+        };
+        renew("first");
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
+        let address = listener.local_addr().expect("bound");
+        let settings = NatsSettings {
+            servers: vec![format!("nats://{address}")],
+            credentials: NatsCredentials::File(path.clone()),
+            ca: None,
+            name: "test".to_owned(),
+        };
+        let nats = Nats::connect(&settings).await.expect("the file can be read");
+        let mut seen = Vec::new();
+        for next in ["second", "third"] {
+            let accepted = tokio::time::timeout(Duration::from_secs(30), listener.accept()).await;
+            let (mut socket, _) = accepted.expect("it connects").expect("accepted");
+            let (reading, mut writing) = socket.split();
+            writing.write_all(b"INFO {\"nonce\":\"abc\"}\r\n").await.expect("sent");
+            let mut line = String::new();
+            BufReader::new(reading).read_line(&mut line).await.expect("read");
+            let connect = line.strip_prefix("CONNECT ").expect("a CONNECT");
+            let connect: serde_json::Value = serde_json::from_str(connect).expect("JSON");
+            seen.push((connect["jwt"].clone(), connect["sig"].is_string()));
+            renew(next);
+            writing.write_all(b"-ERR 'Authorization Violation'\r\n").await.expect("sent");
+        }
+        assert_eq!(seen, [("first".into(), true), ("second".into(), true)]);
+        let says_why = || nats.trouble().is_some_and(|words| words.contains("authorization violation"));
+        while !says_why() {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    }
 
     #[test]
     fn tls_is_used_where_a_server_or_an_issuer_says_so() {

@@ -3,6 +3,7 @@
 
 pub mod callout;
 pub mod connection;
+mod credentials_file;
 pub mod ingress;
 pub mod inlet;
 pub mod kv;

@@ -18,8 +18,6 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock, Weak};
 use std::time::{Duration, Instant};
 
-use tracing::error;
-
 use super::mailbox::{Mailbox, RoutedPlaces, RoutedRecords};
 use super::trie::Trie;
 use crate::limits::{
@@ -29,6 +27,7 @@ use crate::log::{Batch, Log, RecordPlace};
 use crate::message::{DatasourceId, Offset};
 use crate::processor::ProcessorTime;
 use crate::scheduler::{polite_read, polite_write};
+use crate::trouble::TroubleCell;
 
 /// How long the thread sleeps at most when nobody wakes it.
 const ROUTER_SLEEP_MAX: Duration = Duration::from_secs(3600);
@@ -60,6 +59,8 @@ struct RouterState {
     /// Everything below is routed.
     routed: AtomicU64,
     ended: AtomicBool,
+    /// Why subscribers get nothing new.
+    trouble: TroubleCell,
 }
 
 /// Which subscribers want what.
@@ -123,16 +124,28 @@ impl Router {
             routing: AtomicU64::new(at),
             routed: AtomicU64::new(at),
             ended: AtomicBool::new(false),
+            trouble: TroubleCell::new(
+                "subscribers are sent nothing new",
+                "subscribers are sent what is new again",
+            ),
         });
         let thread = std::thread::Builder::new().name("router".to_owned()).spawn({
             let (shared, log) = (shared.clone(), log.clone());
-            move || run_router(&shared, &*log)
+            move || {
+                let _ended = RouterEndGuard(&shared);
+                run_router(&shared, &*log);
+            }
         })?;
         let thread = thread.thread().clone();
         let router = Self(Arc::new(RouterOwner { shared, thread }));
         let listener = Arc::downgrade(&router.0);
         log.listen(Box::new(move |batch| Self::on_append(&listener, batch)));
         Ok(router)
+    }
+
+    /// Why subscribers are sent nothing new, while they are not.
+    pub fn trouble(&self) -> Option<String> {
+        self.0.shared.trouble.current()
     }
 
     /// The log's writer calls this for each batch, in order.
@@ -303,11 +316,16 @@ fn run_router(shared: &RouterState, log: &dyn Log) {
     while !shared.ended.load(Ordering::Acquire) {
         let position = shared.routed.load(Ordering::SeqCst);
         match log.read(position, ROUTE_BYTES) {
-            Ok(batches) if batches.is_empty() => std::thread::park_timeout(ROUTER_SLEEP_MAX),
-            Ok(batches) => batches.iter().for_each(|batch| scratch.route(shared, batch)),
+            Ok(batches) => {
+                shared.trouble.set(None);
+                batches.iter().for_each(|batch| scratch.route(shared, batch));
+                if batches.is_empty() {
+                    std::thread::park_timeout(ROUTER_SLEEP_MAX);
+                }
+            }
             Err(error) => {
                 // Live subscribers wait; those that read the log themselves get the same error.
-                error!(%error, position, "new records cannot be read for subscribers");
+                shared.trouble.set_at(Some(error.to_string()), Some(position));
                 std::thread::sleep(ROUTER_RETRY_PAUSE);
                 let first = log.first_offset();
                 if first > position {
@@ -315,6 +333,18 @@ fn run_router(shared: &RouterState, log: &dyn Log) {
                     shared.routed.fetch_max(first, Ordering::SeqCst);
                 }
             }
+        }
+    }
+}
+
+/// Marks the thread as ended by a panic.
+struct RouterEndGuard<'a>(&'a RouterState);
+
+impl Drop for RouterEndGuard<'_> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            let trouble = "the router has ended by a panic, and needs a restart";
+            self.0.trouble.set(Some(trouble.to_owned()));
         }
     }
 }

@@ -51,13 +51,21 @@ pub(super) fn readiness_of(shared: &HttpFrontState) -> Readiness {
             "{lost} records are lost to damage of the log (log.accept_corruption); the gateway's own log says which"
         )),
     };
-    let (sessions, retained) = (parts.subscribers.store.trouble(), parts.subscribers.retained.trouble());
-    let aside = [parts.subscribers.retained.set_aside(), parts.subscribers.store.set_aside()];
+    let subscribers = &parts.subscribers;
+    let (sessions, retained) = (subscribers.store.trouble(), subscribers.retained.trouble());
+    let aside = [subscribers.retained.set_aside(), subscribers.store.set_aside()];
     let registry = parts.intake.authorizer().registry().trouble();
     let rules = parts.intake.authorizer().registry().unread_rules();
     let log = parts.log.warning();
     let warnings = [registry, rules, log].into_iter().chain(sinks);
-    let warnings = warnings.chain([nats.or_else(callout), egress, sessions, retained, lost]);
+    let warnings = warnings.chain([
+        nats.or_else(callout),
+        egress,
+        subscribers.router.trouble(),
+        sessions,
+        retained,
+        lost,
+    ]);
     Readiness::new(reasons, warnings.chain(sinks_aside).chain(aside).flatten().collect())
 }
 

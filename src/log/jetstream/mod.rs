@@ -160,9 +160,9 @@ impl JetstreamLogShared {
         self.history.get().map_or(0, |history| history.epoch)
     }
 
-    /// Whether the stream answers; and if it `was_full`, whether it is below where retention begins.
+    /// Whether the stream answers; and if it `was_full`, whether it has some room again.
     async fn takes_messages(&self, was_full: bool) -> bool {
-        let bytes_max = if was_full { StreamRetention::bytes_max(self.retention_bytes) } else { u64::MAX };
+        let bytes_max = if was_full { self.retention_bytes / 100 * 99 } else { u64::MAX };
         self.stream.state().await.is_ok_and(|state| state.bytes <= bytes_max)
     }
 

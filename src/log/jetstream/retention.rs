@@ -93,11 +93,6 @@ impl StreamRetention {
         Ok(Self { shared, bucket, node: node.to_owned(), config, stay_s, said: None })
     }
 
-    /// Above so many bytes the oldest records go, where all consumers have them.
-    pub(super) fn bytes_max(retention_bytes: u64) -> u64 {
-        retention_bytes / 100 * RETENTION_FULL_PERCENT.0
-    }
-
     pub(super) async fn run(mut self) {
         let cursors = Arc::new(Mutex::new(None));
         // A separate task, so that slow removals do not hold it up.
@@ -115,7 +110,10 @@ impl StreamRetention {
             }
             if let Err(error) = self.announce_cursor().await {
                 warn!(%error, "retention cannot tell the other nodes how far this node's consumers are");
-                continue;
+                // What they were told last is no higher, and holds: where there is no room to write, only removing makes some.
+                if self.said.is_none() {
+                    continue;
+                }
             }
             // This node's row may not have come back yet, so its own value counts.
             let own = self.said.map_or(0, |(cursor, _)| cursor);
@@ -155,7 +153,7 @@ impl StreamRetention {
             let time = Rfc3339(cluster_micros().saturating_sub(age_max)).to_string();
             end = stream.sequence_at(&time).await?.unwrap_or(state.last + 1);
         }
-        if state.bytes > Self::bytes_max(self.config.retention_bytes) {
+        if state.bytes > self.config.retention_bytes / 100 * RETENTION_FULL_PERCENT.0 {
             // An estimate: it assumes that all messages have the same size.
             let excess = state.bytes - self.config.retention_bytes / 100 * RETENTION_FULL_PERCENT.1;
             let messages =

@@ -9,7 +9,6 @@ use async_nats::ServerAddr;
 use base64::Engine;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use bytes::BytesMut;
-use nkeys::KeyPair;
 use serde::Deserialize;
 use serde_json::json;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
@@ -23,6 +22,7 @@ use tokio_rustls::rustls::{ClientConfig, RootCertStore};
 use super::IngressSettings;
 use super::wire::{ServerOperation, take_operation};
 use crate::connection::{NatsCredentials, NatsSettings};
+use crate::credentials_file::CredentialsFile;
 
 /// A connection to a server.
 pub(super) trait LinkStream: AsyncRead + AsyncWrite + Send + Unpin {}
@@ -151,13 +151,10 @@ fn connect_options(
             options["pass"] = json!(password);
         }
         NatsCredentials::File(file) => {
-            let text = std::fs::read_to_string(file)?;
-            let (jwt, seed) = read_credentials(&text).ok_or_else(|| unusable_credentials(file))?;
-            let signer = KeyPair::from_seed(seed).map_err(|_| unusable_credentials(file))?;
-            let nonce = nonce.unwrap_or_default();
-            let signature = signer.sign(nonce.as_bytes()).map_err(|_| unusable_credentials(file))?;
-            options["jwt"] = json!(jwt);
-            options["nkey"] = json!(signer.public_key());
+            let credentials = CredentialsFile::read(file)?;
+            let signature = credentials.sign(nonce.unwrap_or_default().as_bytes())?;
+            options["jwt"] = json!(credentials.jwt);
+            options["nkey"] = json!(credentials.public_key());
             options["sig"] = json!(URL_SAFE_NO_PAD.encode(signature));
         }
         NatsCredentials::None => {
@@ -168,20 +165,6 @@ fn connect_options(
         }
     }
     Ok(options)
-}
-
-/// The error for a `.creds` file, without anything from it.
-fn unusable_credentials(file: &Path) -> io::Error {
-    io::Error::other(format!("{} is no .creds file", file.display()))
-}
-
-/// The token and the seed in a `.creds` file, each on the line after its header.
-fn read_credentials(text: &str) -> Option<(&str, &str)> {
-    let after = |header: &str| {
-        let mut lines = text.lines().skip_while(|line| !line.contains(header)).skip(1);
-        lines.next().map(str::trim).filter(|line| !line.is_empty())
-    };
-    Some((after("BEGIN NATS USER JWT")?, after("BEGIN USER NKEY SEED")?))
 }
 
 /// TLS that trusts the system's issuers, and those in `ca`.
@@ -253,13 +236,5 @@ mod tests {
             assert!(matches!(next, ServerOperation::Pong));
             serving.await.expect("no panic");
         }
-    }
-
-    #[test]
-    fn token_and_seed_are_found_in_a_credentials_file() {
-        let text = "-----BEGIN NATS USER JWT-----\neyJ0\n------END NATS USER JWT------\n\n*** IMPORTANT ***\n\
-                    -----BEGIN USER NKEY SEED-----\nSUA\n------END USER NKEY SEED------\n";
-        assert_eq!(read_credentials(text), Some(("eyJ0", "SUA")));
-        assert_eq!(read_credentials("SUA"), None);
     }
 }

@@ -323,7 +323,12 @@ impl SessionStore {
             shared: shared.clone(),
         };
         error.into_iter().for_each(|error| writer.fail(error));
-        std::thread::Builder::new().name("sessions".to_owned()).spawn(move || writer.run())?;
+        let ended = SessionWriterEndGuard(shared.clone());
+        std::thread::Builder::new().name("sessions".to_owned()).spawn(move || {
+            // Told once the database is closed: who is told may open it again.
+            let _ended = ended;
+            writer.run();
+        })?;
         Ok(Self { inbox, shared })
     }
 
@@ -408,7 +413,6 @@ struct SessionWriteFailure {
 
 impl SessionWriter {
     fn run(mut self) {
-        let _ended = SessionWriterEndGuard(self.shared.clone());
         loop {
             self.gather();
             let now = Instant::now();
