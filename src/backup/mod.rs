@@ -8,7 +8,9 @@
 //! 3. The log: ended segments get a second name in the backup (a hard link), and the log writes no such file over
 //!    (`src/log/spare.rs`). What has no second name, because the backup is on another disk or the segment is the newest,
 //!    is copied up to the cut.
-//! 4. The stores are copied from their snapshots, and to another disk the other two from their near copies (`near_copy.rs`).
+//! 4. Small files such as `admin.key`, at once, so that they go with the registry. The stores are copied from their
+//!    snapshots, and to another disk the other two from their near copies (`near_copy.rs`). Files that were set aside come
+//!    last, and may be removed meanwhile.
 //! 5. The manifest, with the digest of each file.
 //!
 //! All of it is written under another name beside the directory that was asked for, synced, and renamed: a backup is
@@ -87,7 +89,8 @@ pub struct BackupSummary {
     pub first_offset: Offset,
     /// The offset behind its last record.
     pub next_offset: Offset,
-    /// Files of the data directory that are not in it, because of their names.
+    /// Files of the data directory that are not in it, because of their names, or because they were set aside and have been
+    /// removed meanwhile.
     pub left_out: Vec<String>,
 }
 

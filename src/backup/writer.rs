@@ -108,7 +108,21 @@ impl<'a> BackupWriter<'a> {
 
     /// Copies a file that does not change.
     pub(super) fn add_file(&mut self, path: &Path, name: &str) -> Result<(), BackupError> {
-        let mut file = File::open(path).name_path(path)?;
+        let file = File::open(path).name_path(path)?;
+        self.add_opened(file, name)
+    }
+
+    /// Copies a file that does not change, but may have been removed. Returns whether it is there.
+    pub(super) fn add_file_if_there(&mut self, path: &Path, name: &str) -> Result<bool, BackupError> {
+        let file = match File::open(path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
+            file => file.name_path(path)?,
+        };
+        self.add_opened(file, name)?;
+        Ok(true)
+    }
+
+    fn add_opened(&mut self, mut file: File, name: &str) -> Result<(), BackupError> {
         self.copy_from(name, |buffer| read_some(&mut file, buffer))
     }
 

@@ -203,7 +203,8 @@ impl FinishedBackup {
         for name in left_out {
             writeln!(
                 out,
-                "not in it: {name:?}, because its name has more than letters, digits and .-_: rename it, or copy it yourself"
+                "not in it: {name:?}, because its name has more than letters, digits and .-_ (rename it, or copy it \
+                 yourself), or because it was removed meanwhile"
             )?;
         }
         Ok(())
