@@ -4,7 +4,7 @@
 //! HEADGATE_API_KEY=hgk_... cargo run --example publish -- spindle/temp 21.5 21.7
 //! ```
 //!
-//! The gateway is at `HEADGATE_MQTT`, by default `127.0.0.1:1883`. Any MQTT client works; what is particular
+//! The gateway is at `MQTT_ADDRESS`, by default `127.0.0.1:1883`. Any MQTT client works; what is particular
 //! to Headgate is the key as user name, and that a PUBACK means that the reading is kept.
 
 #![allow(clippy::print_stdout, reason = "this is what the program is for")]
@@ -19,8 +19,8 @@ async fn main() -> Result<(), Box<dyn Error>> {
     let mut arguments = std::env::args().skip(1);
     let topic = arguments.next().ok_or("usage: publish TOPIC PAYLOAD...")?;
     let readings: Vec<String> = arguments.collect();
-    let gateway = std::env::var("HEADGATE_MQTT").unwrap_or_else(|_| "127.0.0.1:1883".to_owned());
-    let (host, port) = gateway.rsplit_once(':').ok_or("HEADGATE_MQTT is HOST:PORT")?;
+    let gateway = std::env::var("MQTT_ADDRESS").unwrap_or_else(|_| "127.0.0.1:1883".to_owned());
+    let (host, port) = gateway.rsplit_once(':').ok_or("MQTT_ADDRESS is HOST:PORT")?;
 
     let mut options = MqttOptions::new("example-publisher", host, port.parse()?);
     options.set_credentials(std::env::var("HEADGATE_API_KEY")?, "");

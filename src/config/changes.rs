@@ -42,13 +42,14 @@ impl ConfigChanges {
         // Secrets are not serialized.
         let secrets = |config: &Config| {
             let nats = &config.nats;
-            let postgres = &config.storage.postgres;
+            let (postgres, delta) = (&config.storage.postgres, &config.storage.delta);
             [
                 nats.password.clone(),
                 nats.callout.password.clone(),
                 nats.callout.system_password.clone(),
                 postgres.url.clone(),
                 postgres.password.clone(),
+                delta.secret_access_key.clone(),
             ]
         };
         let secret_names = [
@@ -57,6 +58,7 @@ impl ConfigChanges {
             "nats.callout.system_password",
             "storage.postgres.url",
             "storage.postgres.password",
+            "storage.delta.secret_access_key",
         ];
         for ((name, one), other) in secret_names.into_iter().zip(secrets(before)).zip(secrets(after)) {
             if one != other && !names.iter().any(|known| known == name) {
@@ -104,11 +106,20 @@ mod tests {
             .remove("p")
             .and_then(|value| value.try_into().ok())
             .expect("a secret");
+        after.storage.delta.secret_access_key = after.nats.callout.password.clone();
         after.intake.memory_bytes_max += 1;
         after.trace.filter = "debug".to_owned();
         let changes = ConfigChanges::between(&before, &after);
         assert_eq!(changes.live, ["intake.memory_bytes_max", "trace.filter"]);
-        assert_eq!(changes.after_restart, ["mqtt.listen", "mqtt.receive_maximum", "nats.callout.password"]);
+        assert_eq!(
+            changes.after_restart,
+            [
+                "mqtt.listen",
+                "mqtt.receive_maximum",
+                "nats.callout.password",
+                "storage.delta.secret_access_key"
+            ]
+        );
     }
 
     #[test]

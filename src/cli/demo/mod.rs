@@ -87,6 +87,8 @@ fn configure(args: DemoArgs) -> anyhow::Result<(Config, Option<TempDir>)> {
         config.auth.failures_exempt =
             ["127.0.0.0/8", "::1"].iter().map(|network| network.parse()).collect::<Result<_, _>>()?;
     }
+    // It manages what it shows by the one address that it knows.
+    config.http.admin.listen = None;
     if let Some(data_dir) = args.data_dir {
         config.data_dir = data_dir;
     } else if args.config.is_none() {

@@ -13,6 +13,9 @@ async function launch() {
   return chromium.launch({ executablePath, args: ["--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu"] });
 }
 
+// What is told of all of them if a test fails.
+const opened = [];
+
 // A page, and the errors that its console has had. `expected`: patterns of those that a step brings about.
 async function open(browser, base, options = {}) {
   const context = await browser.newContext({ viewport: { width: 1280, height: 900 }, locale: "en-GB", timezoneId: "UTC", ...options });
@@ -27,6 +30,7 @@ async function open(browser, base, options = {}) {
     errors.push(`a dialog of the browser: ${dialog.message()}`);
     dialog.dismiss();
   });
+  opened.push({ page, errors });
   await page.goto(base);
   return { context, page, errors };
 }
@@ -79,8 +83,12 @@ async function until(what, ready) {
 }
 
 function run(test) {
-  test().then(() => process.exit(0), (error) => {
+  test().then(() => process.exit(0), async (error) => {
     console.error(error.stack ?? error);
+    for (const { page, errors } of opened) {
+      const shown = await page.evaluate(() => document.body.innerText).catch((gone) => String(gone));
+      console.error(`a page had these errors:\n${errors.join("\n")}\nand shows:\n${shown}`);
+    }
     process.exit(1);
   });
 }

@@ -46,7 +46,7 @@ run(async () => {
   await page.reload();
   await page.getByText("state.level", { exact: true }).waitFor();
   await ask("DELETE", `/v1/datasources/tank-7/keys/${key.id}`);
-  await page.getByText("You are signed out: your key was revoked or has expired.").waitFor();
+  await page.getByText(/You are signed out: (your key was revoked or has expired|the session is over, or its key has ended)\./).waitFor();
   check(!(await page.content()).includes("state.level"), "what was shown is still there");
   check(errors.length === 0, errors.join("\n"));
 

@@ -70,7 +70,7 @@ export function signIn(main, words, whenIn) {
     try {
       const session = await begin(given);
       key.value = "";
-      whenIn(session);
+      await whenIn(session);
     } catch (error) {
       fill(trouble, explain(error));
       key.select();
