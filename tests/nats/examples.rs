@@ -27,7 +27,7 @@ fn what_the_example_publishes_the_other_example_consumes() {
     let source = gateway.create("press-4");
 
     let (mqtt, key) = (gateway.mqtt.to_string(), source.key.as_str());
-    let environment = [("HEADGATE_MQTT", mqtt.as_str()), ("HEADGATE_API_KEY", key)];
+    let environment = [("MQTT_ADDRESS", mqtt.as_str()), ("HEADGATE_API_KEY", key)];
     let published = run("publish", &["spindle/temp", "21.5", "21.7"], &environment);
     assert!(published.status.success(), "{}", String::from_utf8_lossy(&published.stderr));
     assert_eq!(String::from_utf8_lossy(&published.stdout), "2 readings are kept\n");
