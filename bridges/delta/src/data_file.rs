@@ -23,8 +23,10 @@ use crate::error::LakeError;
 use crate::stats::file_stats;
 use crate::table::FileSettings;
 
-/// Rows that are read at once.
+/// Rows that are read at once, at most.
 const ROWS_PER_BATCH: usize = 8192;
+/// About how many bytes of them: what compresses well is far larger in memory than in its file.
+const BATCH_BYTES: i64 = 16 << 20;
 /// The note in a file that says its partition, for those who have the file alone.
 const PARTITION_KEY: &str = "partition";
 /// What a folder is called whose partition value is null, by old custom.
@@ -150,7 +152,11 @@ pub(crate) fn writer_properties(opaque: &[String]) -> WriterProperties {
 pub(crate) fn read_rows(file: Bytes) -> Result<ParquetRecordBatchReader, LakeError> {
     let options = ArrowReaderOptions::new().with_skip_arrow_metadata(true);
     let builder = ParquetRecordBatchReaderBuilder::try_new_with_options(file, options)?;
-    Ok(builder.with_batch_size(ROWS_PER_BATCH).build()?)
+    let groups = builder.metadata().row_groups().iter();
+    let rows =
+        groups.map(|group| BATCH_BYTES.saturating_mul(group.num_rows()) / group.total_byte_size().max(1));
+    let rows = rows.min().and_then(|rows| usize::try_from(rows).ok()).unwrap_or(ROWS_PER_BATCH);
+    Ok(builder.with_batch_size(rows.clamp(1, ROWS_PER_BATCH)).build()?)
 }
 
 /// The partition that a file was written for; no values for a file of others.
@@ -173,4 +179,35 @@ fn new_path(partition: &PartitionValues) -> String {
     }
     path.push_str(&format!("{:032x}.zstd.parquet", rand::random::<u128>()));
     path
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use arrow_array::{ArrayRef, StringArray};
+    use arrow_schema::{DataType, Field, Schema};
+
+    use super::*;
+
+    /// Merges held gigabytes of payloads that a file has in a few megabytes.
+    #[test]
+    fn what_compresses_well_is_not_decoded_all_at_once() {
+        let schema: SchemaRef = Arc::new(Schema::new(vec![Field::new("payload", DataType::Utf8, true)]));
+        let settings = FileSettings { opaque_columns: vec!["payload".to_owned()], ..FileSettings::default() };
+        let mut writer =
+            DataFileWriter::new(schema.clone(), PartitionValues::new(), &settings).expect("a writer");
+        let payload = "a".repeat(256 << 10);
+        let column: ArrayRef = Arc::new(StringArray::from(vec![payload.as_str(); 512]));
+        writer.write(&RecordBatch::try_new(schema, vec![column]).expect("rows")).expect("written");
+        let file = writer.finish().expect("a file");
+        assert!(file.size_bytes() < 1 << 20, "{} bytes", file.size_bytes());
+        let mut rows = 0;
+        for batch in read_rows(file.bytes).expect("Parquet") {
+            let batch = batch.expect("rows");
+            assert!(batch.get_array_memory_size() < 64 << 20, "{} bytes", batch.get_array_memory_size());
+            rows += batch.num_rows();
+        }
+        assert_eq!(rows, 512);
+    }
 }

@@ -20,7 +20,9 @@ use super::filter_set::{FilterSet, FilterSlot};
 use super::mailbox::{Mailbox, MailboxContents, RoutedPlaces, RoutedRecords};
 use super::matched::{HitFilters, MatchedRecords};
 use super::router::{Router, SubscriberRoute};
-use crate::limits::{CATCH_UP_BYTES, CATCH_UP_RECENT_BYTES, CATCH_UP_STEPS_MAX, REFETCH_BYTES};
+use crate::limits::{
+    BATCH_BYTES_MAX, CATCH_UP_BYTES, CATCH_UP_RECENT_BYTES, CATCH_UP_STEPS_MAX, REFETCH_BYTES,
+};
 use crate::log::{Batch, Log, LogReadError, RecordPlace};
 use crate::message::{DatasourceId, Offset};
 use crate::shares::{TenantShare, TenantShares};
@@ -384,7 +386,8 @@ pub fn fetch_in_turn(
 
 /// Reads single records. For each offset, in the given order, returns the batch and the place in it, or
 /// `None` if retention has removed the record or it is withheld. `offsets` ascend. The answer ends after about
-/// [`REFETCH_BYTES`]: the rest is to be asked for again. Blocks on the disk.
+/// [`REFETCH_BYTES`] of payloads, and [`BATCH_BYTES_MAX`] of the batches that keep them in memory: the rest is to be asked
+/// for again. Blocks on the disk.
 ///
 /// # Errors
 /// [`LogReadError`] for damage and the file system's errors.
@@ -395,18 +398,22 @@ fn fetch_records(
     let mut found = Vec::with_capacity(offsets.len());
     let mut current: Option<Batch> = None;
     let left_out = log.withheld().now();
-    let mut bytes = 0;
+    let (mut bytes, mut held) = (0, 0);
     for &offset in offsets {
         if bytes >= REFETCH_BYTES {
             break;
         }
         let holds = |batch: &Batch| (batch.first_offset()..batch.next_offset()).contains(&offset);
         if !current.as_ref().is_some_and(holds) {
+            if held >= BATCH_BYTES_MAX {
+                break;
+            }
             current = match log.read(offset, 1) {
                 Ok(batches) => batches.into_iter().find(holds),
                 Err(LogReadError::Removed { .. }) => None,
                 Err(error) => return Err(error),
             };
+            held += current.as_ref().map_or(0, Batch::weight);
         }
         let given = |batch: &Batch| {
             let place = batch.place(offset)?;

@@ -34,8 +34,8 @@ pub(super) struct NatsClientReach {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum ClientReach {
-    /// The server is being asked.
-    Asked,
+    /// The server was asked at this time. Nobody may wait for the answer any more.
+    Asked(Instant),
     /// It had a subscription for answers at this time.
     Reached(Instant),
     /// Its server gave no answer at this time: it has the benefit of the doubt.
@@ -57,9 +57,9 @@ impl NatsClientReach {
 
     /// What has to be done before a message of this client is judged: `None` if nothing has.
     pub(super) fn look(self: &Arc<Self>, sender: &AttestedSender) -> Option<BoxFuture<'static, ()>> {
-        let place = (sender.server.clone(), sender.client_id);
+        let (place, now) = ((sender.server.clone(), sender.client_id), Instant::now());
         let mut known = self.known.lock();
-        if known.get(&place).is_some_and(|reach| reach.holds_at(Instant::now())) {
+        if known.get(&place).is_some_and(|reach| reach.holds_at(now)) {
             return None;
         }
         if self.system.trouble().is_some() || sender.server.is_empty() {
@@ -67,9 +67,9 @@ impl NatsClientReach {
         }
         if known.len() >= NATS_LET_IN_CLIENTS_MAX {
             // Whoever is asked about has messages that wait for it.
-            known.retain(|_, reach| *reach == ClientReach::Asked);
+            known.retain(|_, reach| matches!(reach, ClientReach::Asked(_)) && reach.holds_at(now));
         }
-        known.insert(place.clone(), ClientReach::Asked);
+        known.insert(place.clone(), ClientReach::Asked(now));
         drop(known);
         let reach = self.clone();
         Some(Box::pin(async move {
@@ -85,9 +85,8 @@ impl ClientReach {
     /// Whether nobody has to be asked.
     fn holds_at(self, now: Instant) -> bool {
         let (at, holds_for) = match self {
-            Self::Asked => return true,
             Self::Reached(at) => (at, REACH_KNOWN_FOR),
-            Self::Unknown(at) => (at, REACH_ASKED_AGAIN_AFTER),
+            Self::Asked(at) | Self::Unknown(at) => (at, REACH_ASKED_AGAIN_AFTER),
             Self::Deaf(at) => (at, REACH_CHECK_AFTER),
         };
         now.duration_since(at) < holds_for
@@ -124,10 +123,11 @@ mod tests {
         assert_eq!(judge(&["stream.press-4.>"]), ClientReach::Deaf(now));
         let unknown = ClientReach::judge(None, now);
         assert_eq!(unknown, ClientReach::Unknown(now));
-        for (reach, holds_for) in [(judge(&["_INBOX.a.*"]), 60), (unknown, 10), (judge(&[]), 1)] {
+        let asked = ClientReach::Asked(now);
+        for (reach, holds_for) in [(judge(&["_INBOX.a.*"]), 60), (unknown, 10), (asked, 10), (judge(&[]), 1)]
+        {
             assert!(reach.holds_at(now + Duration::from_millis(holds_for * 1000 - 1)), "{reach:?}");
             assert!(!reach.holds_at(now + Duration::from_secs(holds_for)), "{reach:?}");
         }
-        assert!(ClientReach::Asked.holds_at(now + Duration::from_secs(3600)));
     }
 }

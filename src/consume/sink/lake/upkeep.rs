@@ -32,15 +32,23 @@ impl LakeSink {
     /// longer read. What fails there is tried again later.
     pub(super) fn keep_up(&mut self, since_commit: Duration) -> Result<(), LakeFault> {
         let (begun, most) = (Instant::now(), since_commit / MERGE_TIME_SHARE);
-        while self.runtime.block_on(self.table.compact(1))? > 0 && begun.elapsed() < most {}
+        let merged = loop {
+            match self.runtime.block_on(self.table.compact(1)) {
+                Ok(1..) if begun.elapsed() < most => {}
+                done => break done,
+            }
+        };
         if self.upkeep.upkept_at.is_some_and(|at| at.elapsed() < LAKE_UPKEEP_INTERVAL) {
+            merged?;
             return Ok(());
         }
+        // Also where a file cannot be merged.
         self.upkeep.upkept_at = Some(Instant::now());
         self.runtime.block_on(async {
             self.table.vacuum(self.settings.removed_kept, ORPHAN_AGE_MIN).await?;
             self.table.expire_log(TABLE_LOG_KEPT).await
         })?;
+        merged?;
         Ok(())
     }
 

@@ -11,7 +11,9 @@ use tokio::time::timeout;
 
 use super::{FeedItem, GroupSession, Router, ShareDelivery, ShareGroups, SubscriberFeed};
 use crate::config::{Config, LogConfig};
-use crate::limits::{MAILBOX_BYTES_MAX, MAILBOX_SWEEP_BYTES, MAILBOX_WINDOW_BYTES, ROUTE_STEPS_MAX};
+use crate::limits::{
+    BATCH_BYTES_MAX, MAILBOX_BYTES_MAX, MAILBOX_SWEEP_BYTES, MAILBOX_WINDOW_BYTES, ROUTE_STEPS_MAX,
+};
 use crate::log::{EmbeddedLog, Log, Section};
 use crate::message::{DatasourceId, KeyId, Lease, Offset, RecordFlags, Transport, now_micros};
 use crate::processor::ProcessorTime;
@@ -359,6 +361,31 @@ async fn append_many(scene: &Scene, datasource: &str, topic: &str, count: usize)
     (0..count).for_each(|_| section.push(topic, b"x", "", &[], RecordFlags::default()));
     let appended = scene.log.append(vec![section], Instant::now() + SOON);
     appended.await.expect("an answer").expect("appended");
+}
+
+/// A client that came back was sent again one message of each of 256 large batches, all of which were in memory at once.
+#[tokio::test]
+async fn messages_that_are_sent_again_hold_few_of_the_batches_that_they_are_in() {
+    let scene = Scene::new();
+    let large = vec![b'x'; 1 << 20];
+    for _ in 0..12 {
+        let mut section =
+            Section::new(id("a"), KeyId([1; 6]), Lease::new(), Transport::Mqtt, 0, now_micros());
+        section.push("mine", b"x", "", &[], RecordFlags::default());
+        section.push("large", &large, "", &[], RecordFlags::default());
+        let appended = scene.log.append(vec![section], Instant::now() + SOON);
+        appended.await.expect("an answer").expect("appended");
+    }
+    let share = scene.shares.share(&id("a"));
+    let mut wanted: Vec<Offset> = (0..24).step_by(2).collect();
+    while !wanted.is_empty() {
+        let found = super::feed::fetch_in_turn(&share, &scene.log, wanted.clone()).await.expect("readable");
+        let held: usize = found.iter().flatten().map(|(batch, _)| batch.weight()).sum();
+        assert!(!found.is_empty() && held < 2 * BATCH_BYTES_MAX, "{held} bytes are held");
+        for (offset, found) in wanted.drain(..found.len()).zip(&found) {
+            assert_eq!(found.as_ref().expect("it is there").1.offset, offset);
+        }
+    }
 }
 
 /// Waits until a feed without records to give out is live: it has nothing to read.
