@@ -136,15 +136,16 @@ fn what_an_earlier_life_of_the_file_left_behind_the_end_is_never_read() {
     let (path, before) = loop {
         let (path, before) = newest(&log);
         append(&log, &[&payload(log.next_offset())]).expect("kept");
-        let frames = frame_starts(&path).len() - 1;
-        if path == newest(&log).0 && frames == 2 {
+        let (now, after) = newest(&log);
+        let starts = frame_starts(&path);
+        // Not every file had an earlier life: a spare may not have been ready.
+        if path == now && starts.len() == 3 && after[starts[2]..].iter().any(|byte| *byte != 0) {
             break (path, before);
         }
     };
     let next = log.next_offset();
     let (_, after) = newest(&log);
     let starts = frame_starts(&path);
-    assert!(after[starts[2]..].iter().any(|byte| *byte != 0), "the file had an earlier life");
     drop(log);
     for cut in (starts[1]..starts[2]).step_by(61).chain([starts[2]]) {
         let mut torn = after.clone();

@@ -12,7 +12,7 @@ use crate::memory::h2;
 
 #[test]
 fn a_reader_that_takes_nothing_costs_little_is_seen_and_is_closed() {
-    let set = |setup: Setup| setup.set("http.body_ms_max", 6_000).set("http.stream_heartbeat_ms", 200);
+    let set = |setup: Setup| setup.set("http.body_ms_max", 15_000).set("http.stream_heartbeat_ms", 200);
     let (_dir, gateway, source) = scene(set);
     for _ in 0..32 {
         post(&gateway, &source.key, "a", vec![b'x'; 1 << 20]);
