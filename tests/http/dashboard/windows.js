@@ -16,9 +16,24 @@ run(async () => {
   const { context, page, errors } = await open(browser, base);
   await signIn(page, adminKey);
   await page.getByRole("heading", { name: "Tank 7" }).waitFor();
+  // One that hears of what happens before it knows what there is.
+  const tick = await page.evaluate(() => new Promise((resolve) => {
+    new BroadcastChannel("headgate-live").onmessage = ({ data }) => data.name === "tick" && resolve(data);
+  }));
+  const early = await context.newPage();
+  early.setDefaultTimeout(60000);
+  await early.addInitScript((heard) => {
+    const channel = new BroadcastChannel("headgate-live");
+    setInterval(() => channel.postMessage(heard), 5);
+  }, tick);
+  await early.goto(base);
+  await early.getByRole("heading", { name: "Tank 7" }).waitFor();
+  await early.close();
+
   const windows = [page];
   while (windows.length < 8) {
     const next = await context.newPage();
+    opened.push({ page: next, errors });
     next.setDefaultTimeout(60000);
     next.on("pageerror", (error) => errors.push(String(error.stack ?? error)));
     await next.goto(base);

@@ -25,6 +25,8 @@ let fail = () => {};
 let stream = null;
 let since = 0;
 let isBegun = false;
+// Whether this window knows how everything is: what another one passes on is only what happens since.
+let isTold = false;
 // When the streams of other windows were last heard of, by their paths.
 const others = new Map();
 let timer = null;
@@ -34,7 +36,7 @@ let source = null;
 // Follows a stream from now on.
 export function follow(wanted, onEvent, onFailure) {
   leave();
-  [path, take, fail] = [wanted, onEvent, onFailure];
+  [path, take, fail, isTold] = [wanted, onEvent, onFailure, false];
   if (!channel) return look();
   say({ asks: true });
   timer = setTimeout(look, ANSWER_MS);
@@ -80,7 +82,7 @@ function open() {
   for (const name of NAMES) {
     opened.addEventListener(name, (event) => {
       if (!isPresent()) return;
-      isBegun = true;
+      [isBegun, isTold] = [true, true];
       say({ path: wanted, since, name, data: event.data });
       if (name === "end") drop();
       take(name, JSON.parse(event.data));
@@ -114,6 +116,8 @@ function hear({ by, asks, has, left, path: of, since: at, name, data, failed }) 
   // Of two streams the younger one goes, once its window knows how everything is.
   if (stream && isOlder && isBegun && failed === undefined) drop();
   if (stream) return;
+  isTold ||= name === "hello";
+  if (!isTold) return;
   if (left !== undefined) {
     wait(0);
   } else if (failed !== undefined) {
